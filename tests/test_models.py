@@ -1,0 +1,362 @@
+"""Models: the published key names and what they compute, sizes, errors, checkpoints."""
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from part_fast.models import build_model, load_weights, resnet18, resnet_small, wideresnet
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def bn(state, name, x):
+    """Eval-mode BatchNorm straight from its definition."""
+    mean, var, weight, bias = (
+        state[f"{name}.{k}"].view(1, -1, 1, 1) for k in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / torch.sqrt(var + 1e-5) * weight + bias
+
+
+def resnet_forward(state, x, *, stem_stride=1, strides=(1, 2, 2, 2)):
+    """The usual CIFAR ResNet in eval mode, from nothing but its state_dict."""
+    out = F.relu(bn(state, "bn1", F.conv2d(x, state["conv1.weight"], stride=stem_stride, padding=1)))
+    for stage, stage_stride in enumerate(strides, start=1):
+        block = 0
+        while f"layer{stage}.{block}.conv1.weight" in state:
+            name, stride = f"layer{stage}.{block}", stage_stride if block == 0 else 1
+            inner = F.conv2d(out, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+            inner = F.conv2d(F.relu(bn(state, f"{name}.bn1", inner)), state[f"{name}.conv2.weight"], padding=1)
+            inner = bn(state, f"{name}.bn2", inner)
+            if f"{name}.shortcut.0.weight" in state:
+                out = bn(state, f"{name}.shortcut.1", F.conv2d(out, state[f"{name}.shortcut.0.weight"], stride=stride))
+            out = F.relu(inner + out)
+            block += 1
+    return out.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+def wideresnet_forward(state, x):
+    """The WideResNet of the TRADES checkpoints in eval mode, from nothing but its state_dict."""
+    out = F.conv2d(x, state["conv1.weight"], padding=1)
+    for stage, stage_stride in ((1, 1), (2, 2), (3, 2)):
+        block = 0
+        while f"block{stage}.layer.{block}.conv1.weight" in state:
+            name, stride = f"block{stage}.layer.{block}", stage_stride if block == 0 else 1
+            active = F.relu(bn(state, f"{name}.bn1", out))
+            inner = F.conv2d(active, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+            inner = F.conv2d(F.relu(bn(state, f"{name}.bn2", inner)), state[f"{name}.conv2.weight"], padding=1)
+            if f"{name}.convShortcut.weight" in state:
+                out = F.conv2d(active, state[f"{name}.convShortcut.weight"], stride=stride)
+            out = out + inner
+            block += 1
+    out = F.relu(bn(state, "bn1", out))
+    return out.mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
+
+
+def randomize(model):
+    """Nothing at its starting value: an ignored or swapped BatchNorm tensor then changes the output."""
+    for key, value in model.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 2.0)
+        elif value.dim() == 1:
+            value.uniform_(-0.5, 1.5)
+    return model
+
+
+MODELS = {
+    "resnet18": (resnet18, resnet_forward),
+    "resnet_small": (
+        resnet_small,
+        lambda state, x: resnet_forward(state, x, stem_stride=2, strides=(1, 1, 2, 1)),
+    ),
+    "wrn-10-2": (lambda **kw: wideresnet(10, 2, **kw), wideresnet_forward),
+    "wrn-16-1": (lambda **kw: wideresnet(16, 1, **kw), wideresnet_forward),
+}
+
+
+@pytest.mark.parametrize("size", [32, 64, (33, 40)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_computes_what_the_published_definition_computes(name, size):
+    build, forward = MODELS[name]
+    model = randomize(build(num_classes=7).double().eval())
+    x = torch.rand(2, 3, *(size if isinstance(size, tuple) else (size, size)), dtype=torch.float64)
+    with torch.no_grad():
+        # float64 sums in another order: far below 1e-9 of the logits' size
+        torch.testing.assert_close(model(x), forward(model.state_dict(), x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_normalisation_is_inside_and_not_in_the_state_dict(name):
+    build, _ = MODELS[name]
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+    plain, normalized = build().eval(), build(mean=mean, std=std).eval()
+    assert list(plain.state_dict()) == list(normalized.state_dict())
+    normalized.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    shifted = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        assert torch.equal(normalized(x), plain(shifted))
+        assert not torch.allclose(normalized(x), plain(x))
+
+
+def block_parameters(cin, cout, shortcut):
+    return 9 * cin * cout + 9 * cout * cout + shortcut
+
+
+def test_parameter_counts():
+    # ResNet-18: stem, then per stage two blocks, two BatchNorms a block, one more with the 1x1 shortcut.
+    widths, expected, cin = (64, 128, 256, 512), 27 * 64 + 2 * 64, 64
+    for w in widths:
+        expected += block_parameters(cin, w, 0 if cin == w else cin * w + 2 * w) + block_parameters(w, w, 0) + 8 * w
+        cin = w
+    expected += 512 * 10 + 10
+    assert expected == 11_173_962
+    with torch.device("meta"):
+        assert sum(p.numel() for p in resnet18().parameters()) == expected
+
+    # WRN-34-10: five blocks a stage, BatchNorm before each convolution, a bare 1x1 shortcut where widths change.
+    expected, cin = 27 * 16, 16
+    for w in (160, 320, 640):
+        expected += block_parameters(cin, w, cin * w) + 4 * block_parameters(w, w, 0) + 2 * cin + 2 * 9 * w
+        cin = w
+    expected += 2 * 640 + 640 * 10 + 10
+    assert expected == 46_160_474
+    with torch.device("meta"):
+        assert sum(p.numel() for p in wideresnet(34, 10).parameters()) == expected
+        assert sum(p.numel() for p in resnet_small().parameters()) < 200_000
+
+
+def test_checkpoint_keys():
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {"conv1.weight", "linear.weight", "linear.bias", *(f"bn1.{k}" for k in norm)}
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            name = f"layer{stage}.{block}"
+            expected |= {f"{name}.conv1.weight", f"{name}.conv2.weight"}
+            expected |= {f"{name}.{b}.{k}" for b in ("bn1", "bn2") for k in norm}
+        if stage > 1:
+            expected |= {f"layer{stage}.0.shortcut.0.weight", *(f"layer{stage}.0.shortcut.1.{k}" for k in norm)}
+    with torch.device("meta"):
+        assert set(resnet18().state_dict()) == expected
+
+    expected = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{k}" for k in norm)}
+    for stage in (1, 2, 3):
+        expected.add(f"block{stage}.layer.0.convShortcut.weight")
+        for block in range(5):
+            name = f"block{stage}.layer.{block}"
+            expected |= {f"{name}.conv1.weight", f"{name}.conv2.weight"}
+            expected |= {f"{name}.{b}.{k}" for b in ("bn1", "bn2") for k in norm}
+    with torch.device("meta"):
+        assert set(wideresnet(34, 10).state_dict()) == expected
+
+
+def test_initialisation():
+    model = wideresnet(10, 4)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 4:
+            k, out = parameter.shape[2], parameter.shape[0]
+            # the sample deviation of n normals lies within 5 / sqrt(2n) of the true one
+            assert parameter.std().item() == pytest.approx(
+                math.sqrt(2 / (k * k * out)), rel=5 / math.sqrt(2 * parameter.numel())
+            ), name
+    assert model.fc.bias.abs().max() == 0
+    bound = 1 / math.sqrt(27)
+    stem = resnet18().conv1.weight
+    assert 0.9 * bound < stem.abs().max() <= bound  # PyTorch's default: uniform within 1 / sqrt(fan in)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [
+        ("resnet18", "layer4", (2, 512, 4, 4)),
+        ("resnet_small", "layer4", (2, 64, 8, 8)),
+        ("wrn-10-2", "block3", (2, 128, 8, 8)),
+    ],
+)
+def test_cam_layer_keeps_its_true_output(name, layer, shape):
+    model = MODELS[name][0]().eval()
+    seen = []
+    model.get_submodule(layer).register_forward_hook(lambda _m, _i, out: seen.append((out, out.detach().clone())))
+    x = torch.rand(2, 3, 32, 32)
+    logits = model(x)
+    out, copy = seen[0]
+    assert out.shape == shape
+    assert torch.equal(out, copy)
+    (gradient,) = torch.autograd.grad(logits.sum(), out)
+    assert gradient.shape == shape
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_last_autocast_and_empty_batch(name):
+    model = MODELS[name][0]().eval()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        model.to(memory_format=torch.channels_last)
+        # other convolution kernels, so another order of float32 sums
+        torch.testing.assert_close(
+            model(x.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(x)
+        assert low.dtype == torch.bfloat16
+        # bf16 keeps 8 bits: a few per cent of the logits after this many layers
+        assert (low.float() - expected).abs().max() < 0.05 * expected.abs().max() + 0.02
+        assert model(x[:0]).shape == (0, 10)
+
+
+def test_trains():
+    model = resnet_small(num_classes=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.rand(16, 3, 32, 32)
+    y = torch.arange(16) % 2
+    x[y == 1, :, :16] *= 0.3
+    losses = []
+    for _ in range(10):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_compiles_without_a_graph_break():
+    model = resnet_small(mean=(0.5,) * 3, std=(0.25,) * 3).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    out, expected = compiled(x), model(x)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), x)[0], torch.autograd.grad(expected.sum(), x)[0], rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: wideresnet(35, 10), "depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got 35"),
+        (lambda: wideresnet(4, 10), "depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got 4"),
+        (lambda: wideresnet(10, 0), "widen_factor takes an integer >= 1, got 0"),
+        (lambda: wideresnet(10, 1, 0), "num_classes takes an integer >= 1, got 0"),
+        (lambda: resnet18(0), "num_classes takes an integer >= 1, got 0"),
+        (lambda: resnet_small(2.5), "num_classes takes an integer >= 1, got 2.5"),
+        (lambda: resnet_small(mean=(0.5, 0.5, 0.5)), "mean and std go together, got mean=(0.5, 0.5, 0.5), std=None"),
+        (
+            lambda: resnet_small(mean=(0.5,), std=(1, 1, 1)),
+            "mean takes three finite numbers, one per channel, got (0.5,)",
+        ),
+        (lambda: resnet_small(mean=(0, 0, 0), std=(1, 1, 0)), "std takes three numbers > 0, got (1, 1, 0)"),
+        (
+            lambda: build_model("resnet19"),
+            "model takes one of resnet18, resnet-small, wrn-DEPTH-WIDTH (wrn-34-10, wrn-28-10, ...), got 'resnet19'",
+        ),
+        (lambda: build_model("wrn-33-2"), "depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got 33"),
+    ],
+)
+def test_errors(make, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make()
+
+
+def test_build_model():
+    with torch.device("meta"):
+        for name, other in (
+            ("resnet18", resnet18(5)),
+            ("resnet-small", resnet_small(5)),
+            ("wrn-34-10", wideresnet(34, 10, 5)),
+            ("wrn-16-4", wideresnet(16, 4, 5)),
+        ):
+            state = build_model(name, 5).state_dict()
+            assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.state_dict().items()}
+
+
+@pytest.fixture
+def weights():
+    return {k: v.clone() for k, v in randomize(wideresnet(10, 1)).state_dict().items()}
+
+
+def same(model, weights):
+    return all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+@pytest.mark.parametrize("container", [None, "state_dict", "model_state_dict", "model", "net"])
+def test_load_weights_of_every_common_form(weights, prefix, container, tmp_path):
+    state = {prefix + key: value for key, value in weights.items()}
+    state[prefix + "sub_block1.layer.0.bn1.weight"] = torch.ones(16)
+    checkpoint = state if container is None else {"epoch": 3, container: state}
+    assert same(load_weights(wideresnet(10, 1), checkpoint), weights)
+    torch.save(checkpoint, tmp_path / "model.pt")
+    model = wideresnet(10, 1)
+    assert load_weights(model, tmp_path / "model.pt") is model
+    assert same(model, weights)
+
+
+def test_load_weights_safetensors_dtypes_and_old_checkpoints(weights, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors.save_file(weights, tmp_path / "model.safetensors")
+    assert same(load_weights(wideresnet(10, 1), str(tmp_path / "model.safetensors")), weights)
+    old = {k: v.half() for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+    model = load_weights(wideresnet(10, 1), old)
+    assert model.fc.weight.dtype == torch.float32
+    assert torch.equal(model.fc.weight, old["fc.weight"].float())
+
+
+def test_load_weights_of_a_wrapped_model(weights):
+    wrapped = torch.nn.Sequential()
+    wrapped.add_module("model", wideresnet(10, 1))
+    load_weights(wrapped, {f"model.{key}": value for key, value in weights.items()})
+    assert same(wrapped.model, weights)
+
+
+def test_load_weights_refuses_in_one_line_and_writes_nothing(weights, tmp_path):
+    model = wideresnet(10, 1)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def refuses(checkpoint, message, error=ValueError):
+        with pytest.raises(error, match=message) as caught:
+            load_weights(model, checkpoint)
+        assert "\n" not in str(caught.value)
+        assert same(model, before)
+
+    without = {k: v for k, v in weights.items() if k != "fc.bias"}
+    refuses(without, "does not fit WideResNet: missing fc.bias$")
+    refuses(weights | {"extra": torch.ones(1)}, "unexpected extra$")
+    refuses(without | {"extra": torch.ones(1)}, "missing fc.bias; unexpected extra$")
+    refuses(weights | {"fc.bias": torch.ones(5)}, r"other shapes: fc.bias \(5,\) instead of \(10,\)$")
+    refuses(weights | {"module.fc.bias": torch.ones(10)}, "holds 'fc.bias' twice")
+    refuses({"fc.bias": torch.ones(10)}, r"missing conv1.weight, .* and \d+ more$")
+    refuses(weights | {"epoch": 3}, "holds a int at 'epoch'")
+    refuses(tmp_path / "none.pt", "no checkpoint file at .*none.pt$", FileNotFoundError)
+    torch.save([1, 2], tmp_path / "list.pt")
+    refuses(tmp_path / "list.pt", "holds a list")
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    refuses(tmp_path / "bad.pt", "is not a checkpoint that loads without running code")
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
+    refuses(tmp_path / "bad.safetensors", "is not a checkpoint that loads without running code")
+
+
+class _Touch:
+    """Unpickled with pickle's freedom this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_load_weights_runs_no_code(tmp_path):
+    torch.save({"state_dict": {}, "trap": _Touch(tmp_path / "ran")}, tmp_path / "trap.pt")
+    with pytest.raises(ValueError, match="without running code"):
+        load_weights(resnet_small(), tmp_path / "trap.pt")
+    assert not (tmp_path / "ran").exists()
