@@ -1,0 +1,39 @@
+"""part_fast: pixel-reweighted adversarial training (PART) at the price of plain adversarial training.
+
+Data flows one way: images -> class activation map -> mask -> per-pixel eps map -> attack -> loss. Each
+step is a function that other code can use alone; see `part_fast.ops`, `part_fast.attacks`, `part_fast.losses`.
+"""
+
+from part_fast import models, ops
+from part_fast.backends import available_backends, backend, current_backend, set_backend
+from part_fast.ops import (
+    PackedEpsilon,
+    cam,
+    cam_mask,
+    epsilon_map,
+    packed_epsilon_map,
+    pgd_step,
+    pgd_step_,
+    project_linf,
+    upsample_cam,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PackedEpsilon",
+    "available_backends",
+    "backend",
+    "cam",
+    "cam_mask",
+    "current_backend",
+    "epsilon_map",
+    "models",
+    "ops",
+    "packed_epsilon_map",
+    "pgd_step",
+    "pgd_step_",
+    "project_linf",
+    "set_backend",
+    "upsample_cam",
+]

@@ -1,0 +1,183 @@
+"""Which implementation of each raw op runs: `reference`, `cpp`, `triton` or `cuda`.
+
+Every raw op is defined once, in Python (`define`), with its plain PyTorch reference. The compiled
+libraries `_C` and `_C_cuda` only add their dispatch key to it. Triton has an overload of its own,
+`<op>.triton`, so that it can be asked for by name where CUDA C++ is built too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load(library: str) -> str | None:
+    """Load a compiled library; None, or why it could not be loaded."""
+    if library == "_C_cuda" and torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if importlib.util.find_spec(f"part_fast.{library}") is None:
+        need = "a CUDA compiler (nvcc) and PART_FAST_CUDA=1" if library == "_C_cuda" else "a C++ compiler"
+        return f"part_fast.{library} is not built: reinstall part_fast with {need}"
+    try:
+        importlib.import_module(f"part_fast.{library}")
+    except (ImportError, OSError) as error:
+        return f"part_fast.{library} does not load: {' '.join(str(error).split())}"
+    return None
+
+
+# Why a backend cannot run on any machine like this one; None where it can. Settled at import, so that
+# choosing a backend costs a dictionary look-up and torch.compile can trace it.
+_missing: dict[str, str | None] = {
+    "reference": None,
+    "cpp": _load("_C"),
+    "triton": None if importlib.util.find_spec("triton") else "triton is not installed: pip install triton",
+    "cuda": _load("_C_cuda"),
+}
+
+if _missing["cpp"]:
+    warnings.warn(f"part_fast runs its slower reference ops on the CPU: {_missing['cpp']}", stacklevel=2)
+
+
+def _known(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    return name
+
+
+def why_not(name: str, device_type: str) -> str | None:
+    """Why backend `name` cannot serve tensors on a device of that type; None if it can."""
+    if _missing[name]:
+        return _missing[name]
+    if name == "cpp" and device_type != "cpu":
+        return f"cpp takes CPU tensors, not {device_type}"
+    if name == "cuda" and device_type != "cuda":
+        return f"cuda takes CUDA tensors, not {device_type}"
+    if name == "triton" and device_type != "cuda" and not (device_type == "cpu" and INTERPRETED):
+        return f"triton takes CUDA tensors, or CPU tensors in a process started with TRITON_INTERPRET=1, not {device_type}"
+    return None
+
+
+def available_backends(device: str | torch.device = "cpu") -> list[str]:
+    """Names of the backends that can serve tensors on `device`, fastest first.
+
+    Empty for a CUDA device on a machine without one.
+    """
+    device_type = torch.device(device).type
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return []
+    return [name for name in _fastest_first(device_type) if why_not(name, device_type) is None]
+
+
+def _fastest_first(device_type: str) -> tuple[str, ...]:
+    # The interpreter computes what a GPU would, thousands of times slower than the reference.
+    return ("cuda", "triton", "reference") if device_type == "cuda" else ("cpp", "reference", "triton")
+
+
+_chosen: str | None = None
+
+
+def set_backend(name: str | None) -> None:
+    """Use one backend for every op of this process; None goes back to the fastest available.
+
+    Errors: ValueError for an unknown name; RuntimeError, saying why, for one that is not available here.
+    """
+    global _chosen
+    if name is not None:
+        _known(name, "set_backend")
+        devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        reasons = [why_not(name, device_type) for device_type in devices]
+        if None not in reasons:
+            no_gpu = "" if len(devices) == 2 or _missing[name] else " (and this machine has no CUDA device)"
+            raise RuntimeError(f"backend {name!r} is not available: {reasons[-1]}{no_gpu}")
+    _chosen = name
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """`with part_fast.backend("reference"):` uses one backend inside the block; see `set_backend`."""
+    global _chosen
+    before = _chosen
+    set_backend(name)
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def current_backend(device: str | torch.device = "cpu") -> str:
+    """Name of the backend that runs for tensors on `device`.
+
+    Errors: RuntimeError, saying why, if the one asked for cannot serve that device.
+    """
+    return _select(torch.device(device).type)
+
+
+def _select(device_type: str) -> str:
+    if _chosen is not None:
+        reason = why_not(_chosen, device_type)
+        if reason is not None:
+            raise RuntimeError(f"backend {_chosen!r} is not available: {reason}")
+        return _chosen
+    for name in _fastest_first(device_type):
+        if why_not(name, device_type) is None:
+            return name
+    raise AssertionError("the reference serves every device")
+
+
+_library = torch.library.Library("part_fast", "DEF")
+
+
+class RawOp:
+    """A raw op: no checks, no autograd; calling it runs the implementation of the chosen backend."""
+
+    def __init__(self, name: str, reference: Callable[..., Any]):
+        packet = getattr(torch.ops.part_fast, name)
+        self.name = name
+        self.reference = reference
+        self.compiled = packet.default
+        self.triton = packet.triton
+
+    def __call__(self, *args: Any) -> Any:
+        """The first argument is a tensor; its device chooses the backend."""
+        chosen = _select(args[0].device.type)
+        if chosen == "reference":
+            return self.reference(*args)
+        return self.triton(*args) if chosen == "triton" else self.compiled(*args)
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernels: str) -> RawOp:
+    """Define raw op `part_fast::<schema>`.
+
+    `reference` is its implementation in plain PyTorch for every device, `fake` gives the outputs' shapes.
+    `kernels` is the module of part_fast/kernels/ with its Triton launcher, named as the op without the
+    underscore in front; it is imported at the first call, since importing Triton takes long.
+    """
+    name = schema.partition("(")[0]
+    launcher = name.removeprefix("_")
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"part_fast.kernels.{kernels}"), launcher)(*args)
+
+    for overload in ("", ".triton"):
+        _library.define(schema.replace("(", f"{overload}(", 1), tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"part_fast::{name}{overload}", fake, lib=_library)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        _library.impl(f"{name}.triton", launch, key)
+    return RawOp(name, reference)
+
+
+if "PART_FAST_BACKEND" in os.environ:
+    # Whether it can serve a tensor is asked at the first op: importing must work everywhere.
+    _chosen = _known(os.environ["PART_FAST_BACKEND"], "PART_FAST_BACKEND")

@@ -1,0 +1,147 @@
+"""Argument checks, the same for every backend: one line that names the argument, what it got, what it takes.
+
+The checks read shapes, dtypes, devices, layouts and Python scalars, never the values of a tensor,
+which would make a GPU wait. `values` is for the entry of attacks, budgets and losses.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def number(name: str, value: Any, low: float = -math.inf) -> float:
+    """A finite Python number, at least `low`."""
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if not (math.isfinite(value) and value >= low):
+        takes = "finite" if low == -math.inf else f"finite and >= {low:g}"
+        raise ValueError(f"{name} must be {takes}, got {value}")
+    return float(value)
+
+
+def count(name: str, value: Any, low: int = 0) -> int:
+    """A whole number, at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {_kind(value)}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+    return int(value)
+
+
+def clip_range(clip: Any) -> tuple[float, float]:
+    """(low, high) of a clip argument; None is no clip."""
+    if clip is None:
+        return -math.inf, math.inf
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+        raise TypeError(f"clip must be (low, high) or None, got {clip!r}")
+    low, high = (float(value) if isinstance(value, numbers.Real) else math.nan for value in clip)
+    if not low <= high:
+        raise ValueError(f"clip must be two numbers, low <= high, got {clip!r}")
+    return low, high
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """A strided tensor of a floating dtype that part_fast computes with."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {_kind(value)}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value
+
+
+def images(name: str, value: Any) -> Tensor:
+    """(N,C,H,W), floating, contiguous or channels_last."""
+    tensor(name, value)
+    if value.ndim != 4:
+        raise ValueError(f"{name} must have shape (N,C,H,W), got {tuple(value.shape)}")
+    if not (value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"{name} must be contiguous or channels_last, got strides {value.stride()} for {tuple(value.shape)}")
+    return value
+
+
+def maps(name: str, value: Any) -> Tensor:
+    """(N,h,w), floating, no element shared, h and w at least 1; returned contiguous."""
+    tensor(name, value)
+    if value.ndim != 3 or 0 in value.shape[1:]:
+        raise ValueError(f"{name} must have shape (N,h,w), h and w at least 1, got {tuple(value.shape)}")
+    _unshared(name, value)
+    return value.contiguous()
+
+
+def features(name: str, value: Any) -> Tensor:
+    """(N,K,h,w), floating, no element shared, K, h and w at least 1."""
+    tensor(name, value)
+    if value.ndim != 4 or 0 in value.shape[1:]:
+        raise ValueError(f"{name} must have shape (N,K,h,w), K, h and w at least 1, got {tuple(value.shape)}")
+    _unshared(name, value)
+    return value
+
+
+def alike(name: str, value: Tensor, than: str, other: Tensor, dtype: bool = True) -> None:
+    """`value` has the shape, device and (if asked) dtype of `other`, the argument called `than`."""
+    if value.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {than}, {tuple(other.shape)}, got {tuple(value.shape)}")
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {than}, {other.device}, got {value.device}")
+    if dtype and value.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {than}, {other.dtype}, got {value.dtype}")
+
+
+def size_of(size: Any, cam: Tensor) -> tuple[int, int]:
+    """(H, W) to enlarge `cam` (N,h,w) to."""
+    if isinstance(size, numbers.Integral) and not isinstance(size, bool):
+        size = (size, size)
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(f"size must be (H, W), got {size!r}")
+    height, width = count("size", size[0]), count("size", size[1])
+    if height < cam.shape[1] or width < cam.shape[2]:
+        raise ValueError(f"size must be at least the map's {tuple(cam.shape[1:])}, got {(height, width)}")
+    return height, width
+
+
+def same_format(value: Tensor, other: Tensor) -> Tensor:
+    """`value` in the memory format of `other` (contiguous or channels_last); a copy only if it has not."""
+    if other.is_contiguous():
+        return value.contiguous()
+    return value.contiguous(memory_format=torch.channels_last)
+
+
+def compute_dtype(value: Tensor) -> torch.dtype:
+    """What ops compute in: float64 for float64, else float32."""
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
+def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None:
+    """Every value is finite and in [low, high]. Reads CPU tensors; CUDA ones under PART_FAST_CHECK=1."""
+    if value.device.type != "cpu" and os.environ.get("PART_FAST_CHECK") != "1":
+        return
+    if value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    least, most = (float(bound) for bound in torch.aminmax(value.detach()))
+    if not (math.isfinite(least) and math.isfinite(most) and low <= least and most <= high):
+        takes = f"finite and >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {takes}, got values from {least:g} to {most:g}")
+
+
+def _unshared(name: str, value: Tensor) -> None:
+    dims = sorted((s, d) for s, d in zip(value.stride(), value.shape, strict=True) if d > 1)
+    span = 1
+    for stride, extent in dims:
+        if stride < span:
+            raise ValueError(f"{name} must not share elements (expanded?), got strides {value.stride()} for {tuple(value.shape)}")
+        span = stride * (extent - 1) + span
+    return None
+
+
+def _kind(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,120 @@
+"""epsilon_map: from a small class activation map to each pixel's eps, fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from part_fast import backends, checks
+from part_fast.ops.cam_mask import RULES, _cam_mask, parse_rule
+from part_fast.ops.cam_mask import reference as mask_reference
+from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
+from part_fast.ops.upsample_cam import _upsample_cam, _upsample_cam_bwd
+from part_fast.ops.upsample_cam import reference as upsample_reference
+
+
+def _reference(cam: Tensor, height: int, width: int, rule: int, k: int, eps: float, eps_low: float) -> Tensor:
+    dtype = checks.compute_dtype(cam)
+    if RULES[rule] == "soft":
+        weight = upsample_reference(cam, height, width).clamp(0, 1)[:, None]
+        return eps_low + (eps - eps_low) * weight
+    return torch.where(mask_reference(cam, height, width, rule, k), eps, eps_low).to(dtype)
+
+
+_epsilon_map = backends.define(
+    "_epsilon_map(Tensor cam, SymInt height, SymInt width, int rule, SymInt k, float eps, float eps_low) -> Tensor",
+    _reference,
+    lambda cam, height, width, rule, k, eps, eps_low: cam.new_empty(
+        (cam.shape[0], 3 if RULES[rule] == "released" else 1, height, width), dtype=checks.compute_dtype(cam)
+    ),
+    kernels="epsilon_map",
+)
+
+
+class _SoftWeight(torch.autograd.Function):
+    """clamp(upsample_cam(cam), 0, 1) as (N,1,H,W), by the fused op."""
+
+    @staticmethod
+    def forward(cam: Tensor, height: int, width: int, eps: float, eps_low: float) -> Tensor:
+        return _epsilon_map(cam, height, width, RULES.index("soft"), 0, eps, eps_low)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        cam, ctx.height, ctx.width, eps, eps_low = inputs
+        ctx.spread = eps - eps_low
+        ctx.save_for_backward(cam)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        (cam,) = ctx.saved_tensors
+        wide = cam.to(checks.compute_dtype(cam))
+        u = _upsample_cam(wide, ctx.height, ctx.width)
+        # As torch differentiates clamp: the bounds themselves belong to the inside.
+        grad = torch.where((u >= 0) & (u <= 1), grad_out[:, 0] * ctx.spread, torch.zeros_like(u))
+        return _upsample_cam_bwd(grad.contiguous(), wide).to(cam.dtype), None, None, None, None
+
+
+def epsilon_map(
+    cam: Tensor, size: tuple[int, int], eps: float | Tensor, eps_low: float | Tensor, rule: str = "zscore"
+) -> Tensor:
+    """Each pixel's eps from maps (N,h,w): float32 (float64 for float64) (N,M,H,W), in one pass over each small map.
+
+    size: (H, W), neither smaller than the map's. eps, eps_low: image units, 0 <= eps_low <= eps; or tensors that
+    broadcast to (N,M,H,W), whose values are not checked.
+    rule: those of `cam_mask` ("zscore", "released" with M = 3, "quantile:q"), or "soft", M = 1:
+    eps_low + (eps - eps_low) * clamp(u, 0, 1) with u = upsample_cam(cam, size), which is differentiable in cam.
+    Every rule is differentiable in a tensor eps and eps_low. A flat map gives eps_low everywhere.
+
+    Equivalent to: `torch.where(cam_mask(cam, size, rule), eps, eps_low)`.
+    Source: Zhang et al., ICML 2024 (PART), arXiv 2406.00685, section 3.2.
+    Errors: TypeError or ValueError that names the argument; an unknown rule lists the known ones.
+    """
+    cam = checks.maps("cam", cam)
+    height, width = checks.size_of(size, cam)
+    number, k, channels = parse_rule(rule, height, width, soft=True)
+    learned = isinstance(eps, Tensor) or isinstance(eps_low, Tensor)
+    if learned:
+        shape = (cam.shape[0], channels, height, width)
+        eps, eps_low = (_budget(name, value, shape, cam) for name, value in (("eps", eps), ("eps_low", eps_low)))
+        high, low = 1.0, 0.0
+    else:
+        high, low = eps_pair(eps, eps_low)
+    if RULES[number] == "soft" and torch.is_grad_enabled() and cam.requires_grad:
+        result = _SoftWeight.apply(cam, height, width, high, low)
+    else:
+        result = _epsilon_map(cam.detach(), height, width, number, k, high, low)
+    if not learned:
+        return result
+    if RULES[number] == "soft":
+        return (eps_low + (eps - eps_low) * result).to(result.dtype)
+    return torch.where(result > 0, eps, eps_low).to(result.dtype)
+
+
+def packed_epsilon_map(
+    cam: Tensor, size: tuple[int, int], eps: float, eps_low: float, rule: str = "zscore"
+) -> PackedEpsilon:
+    """`epsilon_map` as a PackedEpsilon, the bits written by the same fused pass; every rule but "soft".
+
+    Equivalent to: `PackedEpsilon.pack(cam_mask(cam, size, rule), eps, eps_low)`.
+    Errors: those of `epsilon_map`.
+    """
+    cam = checks.maps("cam", cam)
+    height, width = checks.size_of(size, cam)
+    number, k, _ = parse_rule(rule, height, width, soft=False)
+    high, low = eps_pair(eps, eps_low)
+    return PackedEpsilon(_cam_mask(cam.detach(), height, width, number, k, True), (height, width), high, low)
+
+
+def _budget(name: str, value: Any, shape: tuple[int, ...], cam: Tensor) -> Tensor | float:
+    if not isinstance(value, Tensor):
+        return checks.number(name, value, 0)
+    checks.tensor(name, value)
+    if value.device != cam.device:
+        raise ValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
+    dims = zip(reversed(value.shape), reversed(shape), strict=False)
+    if value.ndim > 4 or any(d not in (1, full) for d, full in dims):
+        raise ValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")
+    return value

@@ -1,0 +1,151 @@
+"""pgd_step, pgd_step_: one step of projected gradient descent, fused: sign, step, projection, clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from part_fast import backends, checks
+from part_fast.ops.packed_epsilon import PackedEpsilon, dense_eps, eps_arguments
+from part_fast.ops.project_linf import fake_bwd, split_gradient
+
+
+def _stepped(x_adv: Tensor, grad: Tensor, alpha: float) -> Tensor:
+    # Not torch.sign: its value for NaN differs between devices, and a NaN gradient must move nothing.
+    sign = (grad > 0).to(x_adv.dtype) - (grad < 0).to(x_adv.dtype)
+    return x_adv + alpha * sign
+
+
+def _reference(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None, eps_high: float, eps_low: float,
+    alpha: float, clip_low: float, clip_high: float,
+) -> Tensor:  # fmt: skip
+    dtype = checks.compute_dtype(x_adv)
+    bound = dense_eps(eps, eps_high, eps_low, x_adv)
+    natural = x.to(dtype)
+    moved = _stepped(x_adv.to(dtype), grad, alpha) - natural
+    return torch.clamp(natural + torch.clamp(moved, -bound, bound), clip_low, clip_high).to(x_adv.dtype)
+
+
+def _reference_(x_adv: Tensor, *args: Any) -> None:
+    x_adv.copy_(_reference(x_adv, *args))
+
+
+def _reference_bwd(
+    grad_out: Tensor, x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None, eps_high: float, eps_low: float,
+    alpha: float, clip_low: float, clip_high: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dtype = checks.compute_dtype(x_adv)
+    bound = dense_eps(eps, eps_high, eps_low, x_adv)
+    natural = x.to(dtype)
+    moved = _stepped(x_adv.to(dtype), grad, alpha) - natural
+    result = natural + torch.clamp(moved, -bound, bound)
+    clipped = (result < clip_low) | (result > clip_high)
+    zero = torch.zeros((), dtype=grad_out.dtype, device=grad_out.device)
+    return split_gradient(torch.where(clipped, zero, grad_out), moved, bound, eps)
+
+
+_EPS = "Tensor? eps, float eps_high, float eps_low, float alpha, float clip_low, float clip_high"
+_pgd_step = backends.define(
+    f"_pgd_step(Tensor x_adv, Tensor grad, Tensor x, {_EPS}) -> Tensor",
+    _reference,
+    lambda x_adv, *args: torch.empty_like(x_adv),
+    kernels="pgd_step",
+)
+_pgd_step_ = backends.define(
+    f"_pgd_step_(Tensor(a!) x_adv, Tensor grad, Tensor x, {_EPS}) -> ()",
+    _reference_,
+    lambda x_adv, *args: None,
+    kernels="pgd_step",
+)
+_pgd_step_bwd = backends.define(
+    f"_pgd_step_bwd(Tensor grad_out, Tensor x_adv, Tensor grad, Tensor x, {_EPS}) -> (Tensor, Tensor, Tensor)",
+    _reference_bwd,
+    lambda grad_out, x_adv, grad, x, eps, *args: fake_bwd(grad_out, eps),
+    kernels="pgd_step",
+)
+
+
+class _PGDStep(torch.autograd.Function):
+    @staticmethod
+    def forward(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None, *scalars: float) -> Tensor:
+        return _pgd_step(x_adv, grad, x, eps, *scalars)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:4])
+        ctx.scalars = inputs[4:]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x_adv, grad, x, eps = ctx.saved_tensors
+        grad_out = checks.same_format(grad_out, x_adv)
+        grad_x_adv, grad_x, grad_eps = _pgd_step_bwd(grad_out, x_adv, grad, x, eps, *ctx.scalars)
+        grad_grad = torch.zeros_like(grad) if ctx.needs_input_grad[1] else None
+        return grad_x_adv, grad_grad, grad_x, grad_eps if ctx.needs_input_grad[3] else None, *(None,) * 5
+
+
+def pgd_step(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
+    """One PGD step: along the sign of grad, back into each pixel's eps ball around x, clipped.
+
+    x_adv, x: images (N,C,H,W) of one dtype, contiguous or channels_last. grad: their shape, any floating dtype.
+        x or grad in another memory format than x_adv's is copied to it first.
+    eps: image units (8/255); a float, a tensor that broadcasts to the images, or a PackedEpsilon.
+    alpha: step size, image units; negative to descend. clip: (low, high), or None for no clip.
+    Returns a new tensor like x_adv. A zero or NaN in grad moves nothing; NaN in x_adv, x or eps stays NaN.
+    Differentiable in x_adv, x and a tensor eps (grad gets zeros); exactly on a bound the gradient belongs to x_adv.
+
+    Equivalent to: `torch.clamp(x + torch.clamp(x_adv + alpha * grad.sign() - x, -eps, eps), *clip)`, computed in
+    float32 in this order and rounded once: every backend returns the same bits.
+    Source: Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", ICLR 2018, section 2.1;
+    with per-pixel eps Zhang et al., ICML 2024 (PART), arXiv 2406.00685.
+    Errors: TypeError or ValueError that names the argument, before anything is computed.
+    """
+    tensors, scalars = _checked(x_adv, grad, x, eps, alpha, clip)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _PGDStep.apply(*tensors, *scalars)
+    return _pgd_step(*tensors, *scalars)
+
+
+def pgd_step_(
+    x_adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
+    """`pgd_step` written into x_adv, which is returned. For attacks: no new memory.
+
+    Where a gradient is asked for it is recorded as for any in-place op of torch, at the price of a copy.
+    Errors: those of `pgd_step`; ValueError for an x_adv that x or grad overlaps without being the same.
+    """
+    tensors, scalars = _checked(x_adv, grad, x, eps, alpha, clip)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return x_adv.copy_(_PGDStep.apply(*tensors, *scalars))
+    _pgd_step_(*tensors, *scalars)
+    if not torch.compiler.is_compiling():
+        # So that autograd refuses to use a value that was saved before it was overwritten here.
+        torch.autograd.graph.increment_version(x_adv)
+    return x_adv
+
+
+def _checked(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: Any, alpha: Any, clip: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[float, float, float, float, float]]:
+    checks.images("x_adv", x_adv)
+    checks.alike("grad", checks.images("grad", grad), "x_adv", x_adv, dtype=False)
+    checks.alike("x", checks.images("x", x), "x_adv", x_adv)
+    eps, eps_high, eps_low = eps_arguments(eps, x_adv)
+    scalars = (eps_high, eps_low, checks.number("alpha", alpha), *checks.clip_range(clip))
+    return (x_adv, checks.same_format(grad, x_adv), checks.same_format(x, x_adv), eps), scalars
