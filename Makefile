@@ -1,0 +1,72 @@
+# `make help` lists the targets. Everything runs in the virtual environment VENV, made with PYTHON; every target
+# installs first, which takes about a second when nothing changed.
+VENV ?= .venv
+PYTHON ?= python3
+PART_FAST_CUDA ?= auto
+PYTEST_ARGS ?=
+export PART_FAST_CUDA
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+# The environment holds one checkout's editable install, so its stamp carries the checkout's path. The compiled
+# libraries lie in the checkout, and so does theirs, with the way they were built.
+INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
+BUILT := build/built-$(PART_FAST_CUDA).stamp
+
+.PHONY: help install build demo test test-slow bench lint format lock clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) PART_FAST_CUDA=$(PART_FAST_CUDA) (auto, 0, 1) PYTEST_ARGS="
+
+$(PY):
+	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): constraints.txt pyproject.toml | $(PY)
+	$(PIP) torch setuptools wheel ninja
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	rm -f $(VENV)/part_fast-*.stamp
+	touch $@
+
+$(BUILT): $(INSTALLED) setup.py $(SOURCES)
+	$(PY) setup.py --quiet build_ext --inplace
+	rm -f build/built-*.stamp
+	touch $@
+
+install: $(BUILT) ## virtual environment with pinned dependencies, part_fast in it, compiled
+build: $(BUILT) ## the same: compiles what changed in csrc
+
+demo: install ## train AT and PART on real images, evaluate both, show the table and the pictures
+	$(VENV)/bin/part-fast demo --out runs/demo
+
+test: install ## all tests but the slow ones, and the Triton kernels in the interpreter
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret $(PYTEST_ARGS) || test $$? -eq 5 # 5: no test has the mark
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: install ## the proofs that take minutes
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+bench: install ## benchmarks of the ops
+	$(PY) -m pytest benchmarks $(PYTEST_ARGS)
+
+lint: install ## ruff, mypy, clang-format: checks only
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+
+format: install ## rewrite the sources as `make lint` wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(SOURCES)
+
+lock: install ## rewrite constraints.txt from what is installed in VENV
+	grep '^#' constraints.txt > build/constraints.txt
+	$(PY) -m pip freeze --all --exclude-editable --exclude pip >> build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean: ## remove what was compiled; VENV and runs stay
+	rm -rf build dist part_fast.egg-info part_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
