@@ -115,7 +115,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(self.normalize(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
 
 
 def _resnet_stage(blocks: int, in_planes: int, planes: int, stride: int) -> nn.Sequential:
@@ -137,7 +138,8 @@ class _WideBlock(nn.Module):
         # Where the shape changes, the shortcut too starts after the activation.
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
         out = F.relu(self.bn2(self.conv1(out)))
-        return shortcut + self.conv2(out)
+        total: Tensor = shortcut + self.conv2(out)
+        return total
 
 
 class _WideStage(nn.Module):
@@ -147,7 +149,8 @@ class _WideStage(nn.Module):
         self.layer = nn.Sequential(first, *(_WideBlock(planes, planes, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        out: Tensor = self.layer(x)
+        return out
 
 
 class WideResNet(nn.Module):
@@ -187,7 +190,8 @@ class WideResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.block3(self.block2(self.block1(self.conv1(self.normalize(x)))))
         out = F.relu(self.bn1(out))
-        return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
 
 
 def resnet18(
