@@ -4,8 +4,11 @@ Data flows one way: images -> class activation map -> mask -> per-pixel eps map 
 step is a function that other code can use alone; see `part_fast.ops`, `part_fast.attacks`, `part_fast.losses`.
 """
 
-from part_fast import models, ops
+from part_fast import attacks, losses, models, ops
+from part_fast.attacks import PGD, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
+from part_fast.budget import CamBudget
+from part_fast.losses import mart_loss, trades_loss
 from part_fast.ops import (
     PackedEpsilon,
     cam,
@@ -21,19 +24,26 @@ from part_fast.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "PGD",
+    "CamBudget",
     "PackedEpsilon",
+    "attacks",
     "available_backends",
     "backend",
     "cam",
     "cam_mask",
     "current_backend",
     "epsilon_map",
+    "losses",
+    "mart_loss",
     "models",
     "ops",
     "packed_epsilon_map",
+    "pgd",
     "pgd_step",
     "pgd_step_",
     "project_linf",
     "set_backend",
+    "trades_loss",
     "upsample_cam",
 ]

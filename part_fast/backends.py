@@ -64,7 +64,9 @@ def why_not(name: str, device_type: str) -> str | None:
     if name == "cuda" and device_type != "cuda":
         return f"cuda takes CUDA tensors, not {device_type}"
     if name == "triton" and device_type != "cuda" and not (device_type == "cpu" and INTERPRETED):
-        return f"triton takes CUDA tensors, or CPU tensors in a process started with TRITON_INTERPRET=1, not {device_type}"
+        return (
+            f"triton takes CUDA tensors, or CPU tensors in a process started with TRITON_INTERPRET=1, not {device_type}"
+        )
     return None
 
 

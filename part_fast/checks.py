@@ -65,7 +65,9 @@ def images(name: str, value: Any) -> Tensor:
     if value.ndim != 4:
         raise ValueError(f"{name} must have shape (N,C,H,W), got {tuple(value.shape)}")
     if not (value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"{name} must be contiguous or channels_last, got strides {value.stride()} for {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} must be contiguous or channels_last, got strides {value.stride()} for {tuple(value.shape)}"
+        )
     return value
 
 
@@ -123,9 +125,7 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 
 def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None:
     """Every value is finite and in [low, high]. Reads CPU tensors; CUDA ones under PART_FAST_CHECK=1."""
-    if value.device.type != "cpu" and os.environ.get("PART_FAST_CHECK") != "1":
-        return
-    if value.numel() == 0 or torch.compiler.is_compiling():
+    if not _readable(value):
         return
     least, most = (float(bound) for bound in torch.aminmax(value.detach()))
     if not (math.isfinite(least) and math.isfinite(most) and low <= least and most <= high):
@@ -133,14 +133,38 @@ def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None
         raise ValueError(f"{name} must be {takes}, got values from {least:g} to {most:g}")
 
 
+def labels(name: str, value: Any, x: Tensor, classes: int | None = None) -> Tensor:
+    """Class indices (N,), int64, on the device of the images x; in [0, classes) where values may be read."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 tensor of class indices, got {got}")
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"{name} must have shape ({x.shape[0]},), one class per image, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+    if _readable(value):
+        least, most = (int(bound) for bound in torch.aminmax(value))
+        if least < 0 or (classes is not None and most >= classes):
+            takes = "class indices >= 0" if classes is None else f"class indices in [0, {classes})"
+            raise ValueError(f"{name} must be {takes}, got values from {least} to {most}")
+    return value
+
+
+def _readable(value: Tensor) -> bool:
+    if value.numel() == 0 or torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" or os.environ.get("PART_FAST_CHECK") == "1"
+
+
 def _unshared(name: str, value: Tensor) -> None:
     dims = sorted((s, d) for s, d in zip(value.stride(), value.shape, strict=True) if d > 1)
     span = 1
     for stride, extent in dims:
         if stride < span:
-            raise ValueError(f"{name} must not share elements (expanded?), got strides {value.stride()} for {tuple(value.shape)}")
+            raise ValueError(
+                f"{name} must not share elements (expanded?), got strides {value.stride()} for {tuple(value.shape)}"
+            )
         span = stride * (extent - 1) + span
-    return None
 
 
 def _kind(value: Any) -> str:

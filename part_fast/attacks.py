@@ -1,0 +1,196 @@
+"""Attacks with a budget per pixel: pgd, and PGD as a drop-in for attack libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from part_fast import checks
+from part_fast.eval_mode import eval_mode, uncached_autocast
+from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
+from part_fast.ops.pgd_step import pgd_step_
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+STARTS = ("uniform", "zero")
+LOSSES = ("ce", "kl", "margin")
+
+
+def pgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float = 2 / 255,
+    steps: int = 10,
+    *,
+    start: str | Tensor = "uniform",
+    loss: str | Loss = "ce",
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
+    """Projected gradient descent in the l-infinity ball of each pixel's own eps: adversarial images like x.
+
+    x: images (N,C,H,W) within clip, contiguous or channels_last. y: class indices (N,).
+    eps: image units (8/255), finite and >= 0; a float, a tensor that broadcasts to the images, or a PackedEpsilon.
+    alpha: step size, image units. steps: 0 gives the start back.
+    start: "uniform" within each pixel's own eps, then clipped; "zero", at x; or a tensor like x, used as given.
+    loss, increased: "ce", cross-entropy; "kl", the divergence from the clean softmax, computed once; "margin", largest
+        wrong logit minus the right one; or callable(logits, y), whose result is summed.
+    The model runs in eval mode and gets its mode back. Gradients are taken for the input only: no parameter's .grad
+    is touched. The random generator is used for the start alone.
+
+    Equivalent to, for "ce" and "uniform", besides modes and gradients:
+        x_adv = (x + (2 * torch.rand_like(x) - 1) * eps).clamp(*clip)
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y), x_adv)
+            x_adv = pgd_step(x_adv.detach(), grad, x, eps, alpha, clip)
+    Source: Madry et al., ICLR 2018, section 2.1; "kl" Zhang et al., ICML 2019 (TRADES), algorithm 1;
+    "margin" Carlini and Wagner, S&P 2017, f6; per-pixel eps Zhang et al., ICML 2024 (PART), algorithm 2.
+    Errors: TypeError or ValueError that names the argument.
+    """
+    check_images(x, eps, clip)
+    checks.labels("y", y, x)
+    checks.count("steps", steps)
+    with torch.inference_mode(False), torch.no_grad():
+        x, y = plain(x), plain(y)
+        x_adv = _start(x, eps, start, clip)
+        if x.shape[0] == 0:
+            return x_adv
+        clean = clean_logits(model, x) if loss == "kl" and steps > 0 else None
+        return ascend(model, x_adv, x, y, eps, alpha, steps, objective(loss, clean), clip)
+
+
+def clean_logits(model: Model, x: Tensor) -> Tensor:
+    """Eval-mode logits (N,classes) of the images, without a graph."""
+    with eval_mode(model), torch.no_grad(), uncached_autocast():
+        return model(x)
+
+
+def ascend(
+    model: Model,
+    x_adv: Tensor,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    steps: int,
+    loss: Loss,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+) -> Tensor:
+    """`steps` PGD steps from x_adv, which is overwritten and returned; what every attack here runs.
+
+    loss: callable(logits, y), increased; its result is summed, so that no image's step depends on the batch.
+    """
+    with eval_mode(model), torch.enable_grad():
+        for step in range(steps):
+            leaf = x_adv.detach().requires_grad_()
+            logits = model(leaf)
+            if step == 0:
+                checks.labels("y", y, x, _classes(logits, x))
+            (grad,) = torch.autograd.grad(loss(logits, y).sum(), leaf, allow_unused=True)
+            if grad is None:
+                raise ValueError("model must lead from its input to the loss, got a loss that does not depend on x_adv")
+            del logits, leaf  # the graph is done; x_adv may be overwritten
+            with torch.no_grad():
+                pgd_step_(x_adv, grad if _usable(grad) else grad.contiguous(), x, eps, alpha, clip)
+    return x_adv
+
+
+def objective(loss: str | Loss, clean_logits: Tensor | None = None) -> Loss:
+    """The attack loss of that name as callable(logits, y) -> (N,); "kl" is against `clean_logits` (N,classes)."""
+    if callable(loss):
+        return loss
+    if loss == "kl":
+        clean = None if clean_logits is None else clean_logits.detach().float().softmax(1)
+        return lambda logits, y: F.kl_div(logits.float().log_softmax(1), clean, reduction="none").sum(1)
+    if loss == "ce":
+        return lambda logits, y: F.cross_entropy(logits.float(), y, reduction="none")
+    if loss == "margin":
+        return margin
+    raise ValueError(f"loss must be one of {', '.join(LOSSES)} or callable(logits, y), got {loss!r}")
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Largest wrong logit minus the right one, (N,); positive where the model is wrong."""
+    right = logits.gather(1, y[:, None])
+    wrong = logits.scatter(1, y[:, None], -torch.inf)
+    return wrong.amax(1) - right[:, 0]
+
+
+class PGD:
+    """PGD as an object: `PGD(model)(images, labels)`, the way of attack libraries such as torchattacks.
+
+    eps, alpha: image units, eps in every form that `pgd` takes. random_start: uniform within eps, else at the images.
+
+    Equivalent to: `pgd(model, images, labels, eps, alpha, steps, start="uniform" if random_start else "zero")`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float | Tensor | PackedEpsilon = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+    ):
+        self.model = model
+        self.eps = eps
+        self.alpha = checks.number("alpha", alpha)
+        self.steps = checks.count("steps", steps)
+        self.random_start = random_start
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Adversarial images (N,C,H,W) for class indices (N,)."""
+        start = "uniform" if self.random_start else "zero"
+        return pgd(self.model, images, labels, self.eps, self.alpha, self.steps, start=start)
+
+    def __repr__(self) -> str:
+        eps = f"{self.eps:.4g}" if isinstance(self.eps, float) else type(self.eps).__name__
+        return f"PGD(eps={eps}, alpha={self.alpha:.4g}, steps={self.steps}, random_start={self.random_start})"
+
+
+def check_images(
+    x: Tensor, eps: float | Tensor | PackedEpsilon, clip: tuple[float, float] | None, name: str = "x"
+) -> None:
+    """Images within clip and an eps for them, values included: once, where an attack or loss is entered."""
+    checks.values(name, checks.images(name, x), *checks.clip_range(clip))
+    eps_arguments(eps, x)
+    if isinstance(eps, Tensor):
+        checks.values("eps", eps, 0)
+
+
+def _start(
+    x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | Tensor, clip: tuple[float, float] | None
+) -> Tensor:
+    """A new tensor like x to begin at."""
+    if isinstance(start, Tensor):
+        checks.alike("start", checks.images("start", start), "x", x)
+        return checks.same_format(plain(start), x).clone()
+    if start == "zero":
+        return x.clone()
+    if start != "uniform":
+        raise ValueError(f"start must be one of {', '.join(STARTS)} or a tensor, got {start!r}")
+    bound = eps.dense() if isinstance(eps, PackedEpsilon) else eps
+    noise = torch.rand_like(x, dtype=checks.compute_dtype(x)).mul_(2).sub_(1)
+    bound = bound.detach() if isinstance(bound, Tensor) else bound
+    return torch.clamp(x + noise * bound, *checks.clip_range(clip)).to(x.dtype)
+
+
+def plain(value: Tensor) -> Tensor:
+    """`value` outside any graph, and no inference tensor, which autograd could not save."""
+    return value.clone() if value.is_inference() else value.detach()
+
+
+def _usable(grad: Tensor) -> bool:
+    return grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def _classes(logits: Tensor, x: Tensor) -> int:
+    if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+        raise ValueError(f"model must give logits ({x.shape[0]}, classes), got {tuple(logits.shape)}")
+    return logits.shape[1]

@@ -1,0 +1,142 @@
+"""TRADES and MART, drop-in for the published functions; with a CamBudget they are PART-T and PART-M."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from part_fast import attacks, checks
+from part_fast.budget import CamBudget
+from part_fast.ops.packed_epsilon import PackedEpsilon
+
+Epsilon = float | Tensor | PackedEpsilon | CamBudget
+
+
+def trades_loss(
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+    step_size: float = 2 / 255,
+    epsilon: Epsilon = 8 / 255,
+    perturb_steps: int = 10,
+    beta: float = 6.0,
+    distance: str = "l_inf",
+) -> Tensor:
+    """TRADES: cross-entropy on the clean images plus beta times the divergence of the adversarial from the clean softmax.
+
+    x_natural: images (N,C,H,W) in [0,1]. y: class indices (N,). optimizer: its gradients are cleared before the
+        forward that trains, as in the published function; None clears nothing.
+    step_size, epsilon: image units. epsilon: a float, a tensor that broadcasts to the images, a PackedEpsilon, or a
+        CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway.
+    distance: "l_inf".
+    The attack starts at x + 0.001 N(0,1) and runs in eval mode. A model in eval mode is put in train mode, as
+    published; one in train mode keeps what its submodules have (frozen BatchNorm, say). The clean batch is
+    forwarded once, where the published loop does it twice: the loss and its gradient are the same, and
+    BatchNorm's running statistics see the clean batch once.
+
+    Equivalent to: `trades_objective(model(x_natural), model(x_adv), y, beta)` with
+    `x_adv = pgd(model, x_natural, y, epsilon, step_size, perturb_steps, start=x_natural + 0.001 * noise, loss="kl")`.
+    Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, eq. 5.
+    Errors: TypeError or ValueError that names the argument.
+    """
+    beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance)
+    if isinstance(epsilon, CamBudget):
+        eps, clean = epsilon.with_logits(x_natural)
+    else:
+        eps = epsilon
+        clean = attacks.clean_logits(model, x_natural.detach())
+    x_adv = _attack(model, x_natural, y, eps, step_size, perturb_steps, attacks.objective("kl", clean))
+    _begin(model, optimizer)
+    return trades_objective(model(x_natural), model(x_adv), y, beta)
+
+
+def trades_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    """TRADES's loss, a scalar, from clean and adversarial logits (N,classes); gradients flow through both.
+
+    Source: Zhang et al., ICML 2019, eq. 5.
+    """
+    logits, logits_adv = logits.float(), logits_adv.float()
+    divergence = F.kl_div(logits_adv.log_softmax(1), logits.softmax(1), reduction="batchmean")
+    return F.cross_entropy(logits, y) + beta * divergence
+
+
+def mart_loss(
+    model: nn.Module,
+    x_natural: Tensor,
+    y: Tensor,
+    optimizer: torch.optim.Optimizer | None,
+    step_size: float = 2 / 255,
+    epsilon: Epsilon = 8 / 255,
+    perturb_steps: int = 10,
+    beta: float = 6.0,
+    distance: str = "l_inf",
+) -> Tensor:
+    """MART: boosted cross-entropy on the adversarial images plus a divergence weighted by the clean error.
+
+    Arguments, modes and errors as in `trades_loss`; with a CamBudget it is PART-M. The attack increases the
+    cross-entropy, from x + 0.001 N(0,1).
+
+    Equivalent to: `mart_objective(model(x_natural), model(x_adv), y, beta)` with
+    `x_adv = pgd(model, x_natural, y, epsilon, step_size, perturb_steps, start=x_natural + 0.001 * noise)`.
+    Source: Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020, eq. 10.
+    """
+    beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance)
+    eps = epsilon(x_natural) if isinstance(epsilon, CamBudget) else epsilon
+    x_adv = _attack(model, x_natural, y, eps, step_size, perturb_steps, attacks.objective("ce"))
+    _begin(model, optimizer)
+    return mart_objective(model(x_natural), model(x_adv), y, beta)
+
+
+def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    """MART's loss, a scalar, from clean and adversarial logits (N,classes); gradients flow through both.
+
+    The small constants that keep logarithms finite are those of the authors' code.
+    Source: Wang et al., ICLR 2020, eq. 7 to 10.
+    """
+    logits, logits_adv = logits.float(), logits_adv.float()
+    probs, probs_adv = logits.softmax(1), logits_adv.softmax(1)
+    most_likely_wrong = probs_adv.detach().scatter(1, y[:, None], -1.0).argmax(1)
+    boosted = F.cross_entropy(logits_adv, y) + F.nll_loss((1.0001 - probs_adv + 1e-12).log(), most_likely_wrong)
+    divergence = F.kl_div((probs_adv + 1e-12).log(), probs, reduction="none").sum(1)
+    clean_error = 1.0000001 - probs.gather(1, y[:, None])[:, 0]
+    return boosted + beta * (divergence * clean_error).mean()
+
+
+def _check(
+    model: nn.Module, x: Tensor, y: Tensor, optimizer: object, epsilon: Epsilon, steps: int, beta: float, distance: str
+) -> float:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if optimizer is not None and not hasattr(optimizer, "zero_grad"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    if distance != "l_inf":
+        raise ValueError(f"distance must be 'l_inf', got {distance!r}")
+    attacks.check_images(x, 0.0 if isinstance(epsilon, CamBudget) else epsilon, (0.0, 1.0), name="x_natural")
+    if x.shape[0] == 0:
+        raise ValueError("x_natural must hold at least one image: the loss of an empty batch is not defined")
+    checks.labels("y", y, x)
+    checks.count("perturb_steps", steps)
+    return checks.number("beta", beta, 0)
+
+
+def _attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    step_size: float,
+    steps: int,
+    loss: attacks.Loss,
+) -> Tensor:
+    x = x.detach()
+    x_adv = x + (0.001 * torch.randn_like(x, dtype=checks.compute_dtype(x))).to(x.dtype)
+    return attacks.ascend(model, x_adv, x, y, eps, step_size, steps, loss).clamp_(0, 1)
+
+
+def _begin(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    if not model.training:
+        model.train()
+    if optimizer is not None:
+        optimizer.zero_grad()
