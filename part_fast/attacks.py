@@ -61,7 +61,7 @@ def pgd(
         x_adv = _start(x, eps, start, clip)
         if x.shape[0] == 0:
             return x_adv
-        clean = clean_logits(model, x) if loss == "kl" and steps > 0 else None
+        clean = clean_logits(model, x) if loss == "kl" else None
         return ascend(model, x_adv, x, y, eps, alpha, steps, objective(loss, clean), clip)
 
 
@@ -101,13 +101,15 @@ def ascend(
     return x_adv
 
 
-def objective(loss: str | Loss, clean_logits: Tensor | None = None) -> Loss:
-    """The attack loss of that name as callable(logits, y) -> (N,); "kl" is against `clean_logits` (N,classes)."""
+def objective(loss: str | Loss, clean: Tensor | None = None) -> Loss:
+    """The attack loss of that name as callable(logits, y) -> (N,); "kl" is against the logits `clean`."""
     if callable(loss):
         return loss
     if loss == "kl":
-        clean = None if clean_logits is None else clean_logits.detach().float().softmax(1)
-        return lambda logits, y: F.kl_div(logits.float().log_softmax(1), clean, reduction="none").sum(1)
+        if clean is None:
+            raise ValueError("clean must be the clean logits for loss 'kl', got None")
+        target = clean.detach().float().softmax(1)
+        return lambda logits, y: F.kl_div(logits.float().log_softmax(1), target, reduction="none").sum(1)
     if loss == "ce":
         return lambda logits, y: F.cross_entropy(logits.float(), y, reduction="none")
     if loss == "margin":

@@ -135,9 +135,8 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
         matches = [module for name, module in modules.items() if name.rpartition(".")[2] == layer]
         if len(matches) == 1:
             return matches[0]
-    raise ValueError(
-        f"target_layer must be given: the model has no {' or '.join(DEFAULT_LAYERS)}; candidates: {_candidates(modules)}"
-    )
+    none = f"the model has no {' or '.join(DEFAULT_LAYERS)}"
+    raise ValueError(f"target_layer must be given, {none}; candidates: {_candidates(modules)}")
 
 
 def _candidates(modules: dict[str, nn.Module]) -> str:

@@ -19,17 +19,19 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def number(name: str, value: Any, low: float = -math.inf) -> float:
     """A finite Python number, at least `low`."""
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if type(value) is not float:
+        if type(value) is bool or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {_kind(value)}")
+        value = float(value)
     if not (math.isfinite(value) and value >= low):
         takes = "finite" if low == -math.inf else f"finite and >= {low:g}"
         raise ValueError(f"{name} must be {takes}, got {value}")
-    return float(value)
+    return value
 
 
 def count(name: str, value: Any, low: int = 0) -> int:
     """A whole number, at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if type(value) is bool or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {_kind(value)}")
     if value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
@@ -65,9 +67,7 @@ def images(name: str, value: Any) -> Tensor:
     if value.ndim != 4:
         raise ValueError(f"{name} must have shape (N,C,H,W), got {tuple(value.shape)}")
     if not (value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(
-            f"{name} must be contiguous or channels_last, got strides {value.stride()} for {tuple(value.shape)}"
-        )
+        raise ValueError(f"{name} must be contiguous or channels_last, got {_strides(value)}")
     return value
 
 
@@ -101,7 +101,7 @@ def alike(name: str, value: Tensor, than: str, other: Tensor, dtype: bool = True
 
 def size_of(size: Any, cam: Tensor) -> tuple[int, int]:
     """(H, W) to enlarge `cam` (N,h,w) to."""
-    if isinstance(size, numbers.Integral) and not isinstance(size, bool):
+    if type(size) is int:
         size = (size, size)
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise TypeError(f"size must be (H, W), got {size!r}")
@@ -161,10 +161,12 @@ def _unshared(name: str, value: Tensor) -> None:
     span = 1
     for stride, extent in dims:
         if stride < span:
-            raise ValueError(
-                f"{name} must not share elements (expanded?), got strides {value.stride()} for {tuple(value.shape)}"
-            )
+            raise ValueError(f"{name} must not share elements (expanded?), got {_strides(value)}")
         span = stride * (extent - 1) + span
+
+
+def _strides(value: Tensor) -> str:
+    return f"strides {value.stride()} for shape {tuple(value.shape)}"
 
 
 def _kind(value: Any) -> str:

@@ -24,7 +24,7 @@ def trades_loss(
     beta: float = 6.0,
     distance: str = "l_inf",
 ) -> Tensor:
-    """TRADES: cross-entropy on the clean images plus beta times the divergence of the adversarial from the clean softmax.
+    """TRADES: clean cross-entropy plus beta times the divergence between the clean and the adversarial softmax.
 
     x_natural: images (N,C,H,W) in [0,1]. y: class indices (N,). optimizer: its gradients are cleared before the
         forward that trains, as in the published function; None clears nothing.
@@ -42,6 +42,7 @@ def trades_loss(
     Errors: TypeError or ValueError that names the argument.
     """
     beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance)
+    eps: float | Tensor | PackedEpsilon
     if isinstance(epsilon, CamBudget):
         eps, clean = epsilon.with_logits(x_natural)
     else:
@@ -80,7 +81,8 @@ def mart_loss(
 
     Equivalent to: `mart_objective(model(x_natural), model(x_adv), y, beta)` with
     `x_adv = pgd(model, x_natural, y, epsilon, step_size, perturb_steps, start=x_natural + 0.001 * noise)`.
-    Source: Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020, eq. 10.
+    Source: Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020,
+    eq. 10.
     """
     beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance)
     eps = epsilon(x_natural) if isinstance(epsilon, CamBudget) else epsilon

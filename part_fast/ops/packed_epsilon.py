@@ -102,7 +102,8 @@ class PackedEpsilon:
         return dataclasses.replace(self, bits=self.bits.index_select(0, index))
 
     def __repr__(self) -> str:
-        return f"PackedEpsilon(shape={tuple(self.shape)}, eps={self.eps:g}, eps_low={self.eps_low:g}, device={self.device})"
+        values = f"eps={self.eps:g}, eps_low={self.eps_low:g}"
+        return f"PackedEpsilon(shape={tuple(self.shape)}, {values}, device={self.device})"
 
 
 def eps_pair(eps: Any, eps_low: Any) -> tuple[float, float]:

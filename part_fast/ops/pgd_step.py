@@ -9,7 +9,7 @@ from torch import Tensor
 
 from part_fast import backends, checks
 from part_fast.ops.packed_epsilon import PackedEpsilon, dense_eps, eps_arguments
-from part_fast.ops.project_linf import fake_bwd, split_gradient
+from part_fast.ops.project_linf import clamped, fake_bwd, split_gradient
 
 
 def _stepped(x_adv: Tensor, grad: Tensor, alpha: float) -> Tensor:
@@ -26,7 +26,7 @@ def _reference(
     bound = dense_eps(eps, eps_high, eps_low, x_adv)
     natural = x.to(dtype)
     moved = _stepped(x_adv.to(dtype), grad, alpha) - natural
-    return torch.clamp(natural + torch.clamp(moved, -bound, bound), clip_low, clip_high).to(x_adv.dtype)
+    return torch.clamp(natural + clamped(moved, bound), clip_low, clip_high).to(x_adv.dtype)
 
 
 def _reference_(x_adv: Tensor, *args: Any) -> None:
@@ -41,7 +41,7 @@ def _reference_bwd(
     bound = dense_eps(eps, eps_high, eps_low, x_adv)
     natural = x.to(dtype)
     moved = _stepped(x_adv.to(dtype), grad, alpha) - natural
-    result = natural + torch.clamp(moved, -bound, bound)
+    result = natural + clamped(moved, bound)
     clipped = (result < clip_low) | (result > clip_high)
     zero = torch.zeros((), dtype=grad_out.dtype, device=grad_out.device)
     return split_gradient(torch.where(clipped, zero, grad_out), moved, bound, eps)

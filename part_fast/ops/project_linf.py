@@ -11,11 +11,16 @@ from part_fast import backends, checks
 from part_fast.ops.packed_epsilon import PackedEpsilon, dense_eps, eps_arguments
 
 
+def clamped(moved: Tensor, bound: Tensor | float) -> Tensor:
+    """`moved` within +-bound; NaN in either stays."""
+    return torch.clamp(moved, -bound, bound)  # type: ignore[arg-type]  # torch's stubs know no Tensor | float
+
+
 def _reference(x_adv: Tensor, x: Tensor, eps: Tensor | None, eps_high: float, eps_low: float) -> Tensor:
     dtype = checks.compute_dtype(x_adv)
     bound = dense_eps(eps, eps_high, eps_low, x_adv)
     natural = x.to(dtype)
-    return (natural + torch.clamp(x_adv.to(dtype) - natural, -bound, bound)).to(x_adv.dtype)
+    return (natural + clamped(x_adv.to(dtype) - natural, bound)).to(x_adv.dtype)
 
 
 def _reference_bwd(
