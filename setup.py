@@ -139,9 +139,9 @@ def extensions() -> tuple[list[Extension], type]:
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         **common,
     )
-    if not list(toolkit.glob("lib*/libcudart.so")):
+    versioned = next(toolkit.glob("lib*/libcudart.so.*"), None)
+    if versioned and not list(toolkit.glob("lib*/libcudart.so")):
         # The cuda-toolkit wheels ship the run-time library under its versioned name only.
-        versioned = next(toolkit.glob("lib*/libcudart.so.*"))
         cuda.libraries[cuda.libraries.index("cudart")] = f":{versioned.name}"
         cuda.library_dirs.append(str(versioned.parent))
     return [cpu, cuda], Build

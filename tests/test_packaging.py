@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import part_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -128,3 +130,8 @@ def test_every_declared_dependency_is_pinned():
 
 def test_package_is_marked_as_typed():
     assert resources.files("part_fast").joinpath("py.typed").is_file()
+
+
+def test_version_is_the_same_everywhere():
+    assert part_fast.__version__ == importlib.metadata.version("part_fast")
+    assert f"## {part_fast.__version__} " in (ROOT / "CHANGELOG.md").read_text()
