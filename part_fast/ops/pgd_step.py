@@ -127,17 +127,39 @@ def pgd_step_(
 ) -> Tensor:
     """`pgd_step` written into x_adv, which is returned. For attacks: no new memory.
 
-    Where a gradient is asked for it is recorded as for any in-place op of torch, at the price of a copy.
-    Errors: those of `pgd_step`; ValueError for an x_adv that x or grad overlaps without being the same.
+    Where a gradient is asked for it is recorded as for any in-place op of torch, at the price of two copies.
+    Errors: those of `pgd_step`; ValueError for grad, x or eps that overlaps x_adv without being the same.
     """
     tensors, scalars = _checked(x_adv, grad, x, eps, alpha, clip)
+    for name, value in zip(("grad", "x", "eps"), tensors[1:], strict=True):
+        _apart(name, value, x_adv)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return x_adv.copy_(_PGDStep.apply(*tensors, *scalars))
+        # The backward reads x_adv as it was, also where it is another argument too.
+        kept = x_adv.clone()
+        return x_adv.copy_(_PGDStep.apply(*(kept if t is x_adv else t for t in tensors), *scalars))
     _pgd_step_(*tensors, *scalars)
     if not torch.compiler.is_compiling():
         # So that autograd refuses to use a value that was saved before it was overwritten here.
         torch.autograd.graph.increment_version(x_adv)
     return x_adv
+
+
+def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
+    """`value` shares no memory with x_adv, or is the same elements: an in-place kernel reads and writes one by one."""
+    if value is None or torch.compiler.is_compiling():  # a compiled graph has no memory yet, and writes last
+        return
+    if value.untyped_storage()._cdata != x_adv.untyped_storage()._cdata or x_adv.numel() == 0:
+        return
+    spans = []
+    for t in (value, x_adv):
+        extent = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+        spans.append((t.storage_offset() * t.element_size(), (t.storage_offset() + extent) * t.element_size()))
+    (start, end), (x_adv_start, x_adv_end) = spans
+    same = start == x_adv_start and value.stride() == x_adv.stride() and value.dtype == x_adv.dtype
+    if start < x_adv_end and x_adv_start < end and not same:
+        raise ValueError(
+            f"{name} must not overlap x_adv in part, got bytes {start} to {end} and {x_adv_start} to {x_adv_end}"
+        )
 
 
 def _checked(
