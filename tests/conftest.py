@@ -1,0 +1,276 @@
+"""What the tests share: the backends, image layouts, eps forms and comparisons that every op is tested over.
+
+A test that takes the `backend` fixture runs once for each backend. `triton` on CPU tensors needs a process of
+its own, because Triton decides at import whether it interprets: `TRITON_INTERPRET=1 pytest -m interpret`.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import part_fast
+from part_fast import PackedEpsilon
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Tools that may lie beside the checkout; with this one an interpreted kernel cannot leave its tensors unseen.
+GUARD = ROOT.parent / "shared" / "tools" / "triton_guard.py"
+
+if INTERPRETED and GUARD.is_file():
+    sys.path.insert(0, str(GUARD.parent))
+    import triton_guard  # noqa: F401
+
+hypothesis.settings.register_profile(
+    "default",
+    # The interpreter takes milliseconds where a kernel takes microseconds.
+    max_examples=4 if INTERPRETED else 25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    # The fixtures that meet a property test set process state alone, the same for every example.
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.register_profile(
+    "explore", hypothesis.settings.get_profile("default"), derandomize=False, max_examples=500
+)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"part_fast: torch {torch.__version__}, CPU backends {', '.join(part_fast.available_backends())}"]
+    if INTERPRETED:
+        lines.append(f"triton_guard: {'on' if GUARD.is_file() else 'absent, accesses are not range-checked'}")
+    if not torch.cuda.is_available():
+        lines.append("no CUDA device: backend cuda, and triton on one, are not run here")
+    return lines
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    """Same random numbers in every run; fresh memory holds NaN (or the largest integer), so what is not written shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether masks are promised equal to the reference's in every value; the others may sum in float32."""
+        return self.name in ("reference", "cpp")
+
+    @property
+    def interpreted(self) -> bool:
+        return self.name == "triton" and self.device == "cpu"
+
+
+CPU_BACKENDS = [
+    pytest.param(Backend("reference", "cpu"), id="reference"),
+    pytest.param(Backend("cpp", "cpu"), id="cpp"),
+    pytest.param(Backend("triton", "cpu"), id="triton", marks=pytest.mark.interpret),
+]
+GPU_BACKENDS = [
+    pytest.param(Backend(name, "cuda"), id=f"{name}-gpu")
+    for name in ("reference", "triton", "cuda")
+    if name in part_fast.available_backends("cuda")
+]
+
+
+@pytest.fixture(params=CPU_BACKENDS + GPU_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The backend that every op of the test runs on."""
+    with part_fast.backend(request.param.name):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    return lambda name: load_file(ROOT / "tests" / "golden" / f"{name}.safetensors")
+
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def image_shapes(backend: Backend) -> list[tuple[int, int, int, int]]:
+    """(N,C,H,W) with 1, 31, 33 and 1023 elements, H or W of 1, nothing at all, and an ordinary one."""
+    if backend.interpreted:
+        return [(2, 3, 5, 7), (1, 1, 33, 31), (0, 3, 4, 4)]
+    odd = [(1, 1, 1, 1), (1, 1, 1, 31), (1, 1, 33, 1), (1, 3, 11, 1), (1, 1, 33, 31), (3, 2, 9, 1)]
+    return [(2, 3, 5, 7), (4, 3, 16, 16), *odd, (0, 3, 4, 4), (2, 3, 0, 4)]
+
+
+LAYOUTS = ("contiguous", "channels_last", "offset", "offset_channels_last")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+_PAD = 3  # elements: no 16-byte access is aligned
+
+
+def lay(value: Tensor, layout: str) -> Tensor:
+    """A copy of (N,C,H,W) in that layout; `offset` ones lie inside a longer buffer of NaN."""
+    n, c, h, w = value.shape
+    pad = _PAD if layout.startswith("offset") else 0
+    memory = torch.full((value.numel() + 2 * pad,), float("nan"), dtype=value.dtype, device=value.device)
+    inside = memory[pad : pad + value.numel()]
+    laid = inside.view(n, h, w, c).permute(0, 3, 1, 2) if layout.endswith("channels_last") else inside.view(n, c, h, w)
+    laid.copy_(value)
+    return laid
+
+
+def neighbours_untouched(laid: Tensor) -> bool:
+    """Whether the memory around a tensor from `lay` is still NaN."""
+    memory = laid.new_empty(0).set_(laid.untyped_storage())
+    start = laid.storage_offset()
+    return bool(memory[:start].isnan().all() and memory[start + laid.numel() :].isnan().all())
+
+
+def assert_format(result: Tensor, like: Tensor) -> None:
+    """`result` is laid out in memory as `like` is, element for element (an empty one has nothing to lay out)."""
+    if like.numel() == 0:
+        return
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        if like.is_contiguous(memory_format=memory_format):
+            assert result.is_contiguous(memory_format=memory_format), (result.stride(), like.stride())
+
+
+EPS = 8 / 255
+EPS_LOW = 3 / 255
+EPS_FORMS = (
+    "float",
+    "()",
+    "(N,1,1,1)",
+    "(N,1,H,W)",
+    "(N,C,H,W)",
+    "(N,C,H,W) channels_last",
+    "(1,C,1,1)",
+    "(C,1,1)",
+    "(H,W)",
+    "(N,1,H,W) strided",
+    "PackedEpsilon M=1",
+    "PackedEpsilon M=C",
+)
+TENSOR_EPS_FORMS = tuple(form for form in EPS_FORMS if form.startswith("("))
+eps_forms = pytest.mark.parametrize("eps_form", EPS_FORMS)
+
+
+def make_eps(
+    form: str, shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32
+) -> tuple[float | Tensor | PackedEpsilon, Tensor]:
+    """(an eps argument of that form, its value for each pixel as float64 (N,C,H,W)); some pixels have eps 0."""
+    n, c, h, w = shape
+    if form == "float":
+        return EPS, torch.full(shape, EPS, dtype=torch.float64, device=device)
+    if form.startswith("PackedEpsilon"):
+        mask = torch.rand(n, 1 if form.endswith("1") else c, h, w, device=device) < 0.4
+        high, low = np.float32(EPS), np.float32(EPS_LOW)
+        dense = torch.where(mask, float(high), float(low)).double()
+        return PackedEpsilon.pack(mask, EPS, EPS_LOW), dense.expand(shape)
+    sizes = {"": (), "N": n, "C": c, "H": h, "W": w, "1": 1}
+    names = form.partition(")")[0].strip("(")
+    dims = [sizes[name] for name in names.split(",")] if names else []
+    eps = (torch.rand(dims, device=device) * 2 * EPS).to(dtype)
+    eps = torch.where(torch.rand(dims, device=device) < 0.1, torch.zeros_like(eps), eps)
+    if form.endswith("channels_last"):
+        eps = eps.contiguous(memory_format=torch.channels_last)
+    elif form.endswith("strided"):
+        wide = eps.new_full((n, 2, h, 2 * w), float("nan"))
+        wide[:, 1:, :, ::2] = eps
+        eps = wide[:, 1:, :, ::2]
+    return eps, eps.double().expand(shape)
+
+
+def make_images(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, dense_eps: Tensor, grad_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_adv, grad, x): pixels inside the ball, outside it and exactly on its bound; x also exactly 0 and 1;
+    gradients also 0, -0, NaN and infinite."""
+    compute = compute_dtype(dtype)
+    x = torch.rand(shape, dtype=torch.float64, device=device)
+    corner = torch.rand(shape, device=device)
+    x = torch.where(corner < 0.1, 0.0, torch.where(corner > 0.9, 1.0, x)).to(dtype)
+    eps = dense_eps.to(compute)
+    moved = (torch.rand(shape, dtype=compute, device=device) * 3 - 1.5) * EPS
+    place = torch.rand(shape, device=device)
+    moved = torch.where(place < 0.2, eps, torch.where(place > 0.8, -eps, moved))
+    x_adv = (x.to(compute) + moved).to(dtype)
+    grad = torch.randn(shape, device=device)
+    special = torch.randint(0, 20, shape, device=device)
+    for number, value in enumerate((0.0, -0.0, float("nan"), float("inf"), -float("inf"))):
+        grad = torch.where(special == number, value, grad)
+    return x_adv, grad.to(grad_dtype or dtype), x
+
+
+def with_nan(value: Tensor, share: float = 0.15) -> Tensor:
+    """A copy with NaN in some places."""
+    nan = torch.full_like(value, float("nan"))
+    return torch.where(torch.rand(value.shape, device=value.device) < share, nan, value)
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: object = "") -> None:
+    """Equal in every value, NaN where NaN is, and in shape, dtype and device."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal bit for bit, the sign of zero included."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual.view(whole), expected.view(whole))
+
+
+def keys_matrix(size_in: int, size_out: int) -> np.ndarray:
+    """Bicubic enlarging of one axis as a float64 matrix (size_out, size_in), from Keys' kernel with a = -0.5."""
+    matrix = np.zeros((size_out, size_in))
+    for row in range(size_out):
+        centre = (row + 0.5) * size_in / size_out - 0.5
+        for column in range(size_in):
+            t = abs(column - centre)
+            if t < 1:
+                matrix[row, column] = 1.5 * t**3 - 2.5 * t**2 + 1
+            elif t < 2:
+                matrix[row, column] = -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+def upsampled(cam: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """`upsample_cam` in float64 numpy, map by map."""
+    result = []
+    for one in cam.double().cpu().numpy():
+        spread = one.max() - one.min()
+        scaled = (one - one.min()) / spread if spread > 0 else np.zeros_like(one)
+        result.append(keys_matrix(one.shape[0], size[0]) @ scaled @ keys_matrix(one.shape[1], size[1]).T)
+    return np.array(result).reshape(len(cam), *size)
+
+
+def map_sizes(backend: Backend) -> list[tuple[tuple[int, int, int], tuple[int, int]]]:
+    """((N,h,w), (H,W)): whole and broken ratios, the identity, single rows and pixels, no image at all."""
+    if backend.interpreted:
+        return [((2, 4, 4), (9, 8)), ((2, 1, 3), (1, 11)), ((1, 3, 3), (3, 3)), ((0, 4, 4), (8, 8))]
+    usual = [((4, 4, 4), (32, 32)), ((2, 8, 8), (32, 32)), ((2, 5, 7), (30, 44)), ((3, 4, 4), (28, 28))]
+    odd = [((2, 3, 3), (31, 33)), ((2, 1, 5), (1, 31)), ((2, 5, 1), (33, 1)), ((2, 1, 1), (5, 6)), ((1, 2, 9), (7, 9))]
+    return [*usual, *odd, ((2, 6, 6), (6, 6)), ((0, 4, 4), (8, 8)), ((1, 16, 16), (65, 130))]
