@@ -80,20 +80,21 @@ struct Eps {
   std::array<int64_t, 4> strides = {};  // DENSE: in elements; 0 where broadcast
   int64_t mask_bytes = 0;               // BITS: bytes of one mask
   int64_t channels = 1;                 // BITS: 1 or C
-  double high = 0, low = 0;             // SCALAR: high. BITS: where the bit is set, elsewhere
+  float set = 0, unset = 0;             // BITS: eps where the bit is set, and elsewhere
+  double value = 0;                     // SCALAR
 };
 
 inline Eps eps_of(const std::optional<Tensor>& eps, double high, double low) {
   Eps result;
-  result.high = high;
-  result.low = low;
+  result.value = high;
+  // Kept as float: g++ 12 drops the rounding of a vectorised double -> float -> double.
+  result.set = static_cast<float>(high);
+  result.unset = static_cast<float>(low);
   if (!eps) return result;
   result.data = eps->data_ptr();
   result.dtype = eps->scalar_type();
   if (result.dtype == ScalarType::Byte) {
     result.form = Eps::BITS;
-    result.high = static_cast<float>(high);
-    result.low = static_cast<float>(low);
     result.channels = eps->size(1);
     result.mask_bytes = eps->size(2);
   } else {
