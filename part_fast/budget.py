@@ -75,14 +75,15 @@ class CamBudget:
         if x.shape[0] == 0:  # layers disagree on empty batches
             return x.new_empty(0, self._channels, *x.shape[2:], dtype=torch.float32), x.new_empty(0, 0)
         devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), eval_mode(self.model):
-            activation, logits = self._forward(x)
-        if target is None:
-            target = logits.detach().argmax(1)
-        else:
-            checks.labels("target", target, x, logits.shape[1])
-        score = logits.gather(1, target[:, None]).sum()
-        (gradient,) = torch.autograd.grad(score, activation, allow_unused=True)
+        with torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(self.model):
+            activation, logits = self._forward(x.clone() if x.is_inference() else x.detach())
+            if target is None:
+                target = logits.detach().argmax(1)
+            else:
+                checks.labels("target", target, x, logits.shape[1])
+            with torch.enable_grad():
+                score = logits.gather(1, target[:, None].clone()).sum()
+            (gradient,) = torch.autograd.grad(score, activation, allow_unused=True)
         if gradient is None:
             raise ValueError("target_layer must lead to the logits, got a layer whose output they do not depend on")
         # Pooling gives gradients that share elements (expanded), which ops refuse.
@@ -108,8 +109,8 @@ class CamBudget:
 
         handle = self.target_layer.register_forward_hook(cut)
         try:
-            with torch.inference_mode(False), torch.no_grad(), uncached_autocast():
-                logits = self.model(x.clone() if x.is_inference() else x.detach())
+            with torch.no_grad(), uncached_autocast():
+                logits = self.model(x)
         finally:
             handle.remove()
         if not found:

@@ -128,6 +128,7 @@ def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None
     if not _readable(value):
         return
     least, most = (float(bound) for bound in torch.aminmax(value.detach()))
+    low, high = (float(torch.tensor(bound, dtype=value.dtype)) for bound in (low, high))  # 0.6 is more in float32
     if not (math.isfinite(least) and math.isfinite(most) and low <= least and most <= high):
         takes = f"finite and >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {takes}, got values from {least:g} to {most:g}")

@@ -1,0 +1,286 @@
+"""pgd and PGD: golden attacks, budgets obeyed, no trace left behind, starts, losses, errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_attack import EXPECTED, Failing, Net, assert_untouched, golden_net, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import part_fast
+from part_fast import PGD, PackedEpsilon, pgd
+from part_fast.attacks import margin
+
+X, Y, EPS = EXPECTED["x"], EXPECTED["y"], EXPECTED["eps"]
+START = EXPECTED["start_uniform"]
+
+
+def published_pgd(model, x, y, eps, alpha, steps, x_adv, loss):
+    """The loop as published AT code writes it: fp32, gradients of everything, clamps by min and max."""
+    for _ in range(steps):
+        x_adv = x_adv.detach().requires_grad_()
+        loss(model(x_adv), model(x), y).backward()
+        x_adv = x_adv.detach() + alpha * x_adv.grad.sign()
+        x_adv = torch.min(torch.max(x_adv, x - eps), x + eps).clamp(0, 1)
+    return x_adv
+
+
+def test_golden_ce():
+    x_adv = pgd(golden_net(), X, Y, EPS, 2 / 255, 10, start=START)
+    # The convolutions of another CPU round otherwise, and a sign may turn where a gradient is about 0.
+    assert (x_adv != EXPECTED["pgd_ce"]).float().mean() < 1e-3
+
+
+def test_golden_kl():
+    x_adv = pgd(golden_net(), X, Y, EPS, 2 / 255, 10, start=EXPECTED["start_normal"], loss="kl")
+    # As above; at this start, 0.001 from x, the divergence has gradients of rounding size: more signs turn.
+    assert (x_adv != EXPECTED["pgd_kl"]).float().mean() < 5e-3
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_equals_the_published_loop(loss):
+    losses = {
+        "ce": lambda adv, clean, y: F.cross_entropy(adv, y),
+        "kl": lambda adv, clean, y: F.kl_div(adv.log_softmax(1), clean.softmax(1), reduction="sum"),
+    }
+    expected = published_pgd(golden_net(), X, Y, EPS, 2 / 255, 5, START.clone(), losses[loss])
+    got = pgd(golden_net(), X, Y, EPS, 2 / 255, 5, start=START, loss=loss)
+    # x + clamp(x_adv - x) and clamp to x +- eps differ by a rounding; a sign may turn.
+    assert ((got - expected).abs() > 1e-6).float().mean() < 5e-3
+
+
+@pytest.mark.parametrize(
+    "eps",
+    [
+        8 / 255,
+        0.0,
+        torch.linspace(0, 0.1, 8).view(8, 1, 1, 1),
+        EPS[:, :1],
+        EPS,
+        PackedEpsilon.pack(EPS[:, :1] > 7.5 / 255, 8 / 255, 0.0),
+        PackedEpsilon.pack(EPS > 7.5 / 255, 8 / 255, 0.0),
+    ],
+    ids=["float", "zero", "per-image", "per-pixel", "dense", "packed", "packed3"],
+)
+@pytest.mark.parametrize("start", ["uniform", "zero"])
+def test_obeys_every_pixels_budget(eps, start):
+    x_adv = pgd(golden_net(), X, Y, eps, 0.03, 3, start=start)
+    bound = eps.dense() if isinstance(eps, PackedEpsilon) else torch.as_tensor(eps)
+    # One rounding of x + delta, delta <= eps.
+    assert ((x_adv - X).abs() <= bound + 1.2e-7).all()
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    if bool((bound > 0).any()):
+        assert not torch.equal(x_adv, X)
+
+
+@given(seed=st.integers(0, 1000), eps=st.floats(0, 0.3), low=st.floats(0, 0.4), high=st.floats(0.6, 1))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_uniform_start_fills_the_clipped_ball(seed, eps, low, high):
+    torch.manual_seed(seed)
+    x = torch.rand(2, 3, 8, 8).clamp(low, high)
+    start = pgd(golden_net(), x, Y[:2], eps, 0.0, 0, clip=(low, high))
+    assert (start - x).abs().max() <= eps + 1.2e-7
+    assert start.min() >= torch.tensor(low)
+    assert start.max() <= torch.tensor(high)
+    if eps > 0.01:
+        assert (start - x).abs().max() > 0.5 * eps
+
+
+def test_uniform_start_is_uniform_within_the_budget():
+    torch.manual_seed(0)
+    x = torch.full((4, 3, 64, 64), 0.5)
+    noise = (pgd(golden_net(), x, Y[:4], 0.2, steps=0) - x) / 0.2
+    # 49,152 draws: the mean of U(-1,1) has standard error 0.0026 and its variance, 1/3, 0.0013; five of each.
+    assert abs(noise.mean()) < 0.013
+    assert abs(noise.var() - 1 / 3) < 0.0067
+
+
+def test_seed_reproduces():
+    results = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        results.append(pgd(golden_net(), X, Y, 8 / 255))
+    assert torch.equal(*results)
+
+
+def test_start_tensor_is_used_as_given_and_not_overwritten():
+    outside = X + 0.5
+    kept = outside.clone()
+    assert torch.equal(pgd(golden_net(), X, Y, 0.1, steps=0, start=outside), outside)
+    pgd(golden_net(), X, Y, 0.1, steps=2, start=outside)
+    assert torch.equal(outside, kept)
+
+
+def test_images_and_eps_are_not_overwritten():
+    x, eps = X.clone(), EPS.clone()
+    pgd(golden_net(), x, Y, eps, start="zero")
+    assert torch.equal(x, X)
+    assert torch.equal(eps, EPS)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "margin", lambda logits, y: F.cross_entropy(logits, y)])
+def test_every_loss_is_increased(loss):
+    net = golden_net()
+    clean = net(X).detach()
+
+    def value(logits):
+        return {
+            "kl": lambda: F.kl_div(logits.log_softmax(1), clean.softmax(1), reduction="sum"),
+            "margin": lambda: margin(logits, Y).sum(),
+        }.get(loss, lambda: F.cross_entropy(logits, Y))()
+
+    x_adv = pgd(net, X, Y, 0.1, 0.02, 5, start=START, loss=loss)
+    assert value(net(x_adv)) > value(net(START)) + 1e-3
+
+
+def test_margin():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
+    assert margin(logits, torch.tensor([0, 1])).tolist() == [-1.0, 2.0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_no_trace(training):
+    net = Net().train(training)
+    net.bn2.eval()
+    net(X).sum().backward()
+    before = snapshot(net)
+    pgd(net, X, Y, 8 / 255, start="zero")
+    assert_untouched(before, net)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_leaves_no_trace_when_the_model_raises(loss):
+    net = Net().train()
+    net.dropout = Failing(after=2)
+    before = snapshot(net)
+    with pytest.raises(RuntimeError, match="planted failure"):
+        pgd(net, X, Y, 8 / 255, start="zero", loss=loss)
+    assert_untouched(before, net)
+
+
+def test_model_runs_in_eval_mode():
+    modes = []
+    net = Net().train()
+    net.conv1.register_forward_hook(lambda module, args, out: modes.append(module.training))
+    pgd(net, X, Y, 8 / 255, steps=3, loss="kl")
+    assert modes == [False] * 4  # the clean softmax once, then the steps
+
+
+def test_no_parameter_gradient_is_computed():
+    net = golden_net()
+    touched = []
+    net.conv2.weight.register_hook(lambda grad: touched.append(1))
+    pgd(net, X, Y, 8 / 255)
+    assert touched == []
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_each_image_is_attacked_alone():
+    """The step of one image must not depend on its batch, however confident the others are."""
+    net = golden_net()
+    whole = pgd(net, X, Y, EPS, start=START)
+    single = torch.cat([pgd(net, X[i : i + 1], Y[i : i + 1], EPS[i : i + 1], start=START[i : i + 1]) for i in range(8)])
+    assert (whole != single).float().mean() < 1e-3  # convolutions may round otherwise at another batch size
+
+
+def test_inside_no_grad_and_inference_mode():
+    expected = pgd(golden_net(), X, Y, EPS, start=START)
+    with torch.no_grad():
+        assert torch.equal(pgd(golden_net(), X, Y, EPS, start=START), expected)
+        assert not torch.is_grad_enabled()
+    net = golden_net()
+    with torch.inference_mode():
+        assert torch.equal(pgd(net, X + 0, Y + 0, EPS, start=START + 0), expected)
+
+
+def test_result_carries_no_graph():
+    x_adv = pgd(golden_net(), X.clone().requires_grad_(), Y, EPS.clone().requires_grad_())
+    assert not x_adv.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtypes_and_memory_formats_are_kept(dtype):
+    net = golden_net().to(dtype)
+    x = X.to(dtype).to(memory_format=torch.channels_last)
+    x_adv = pgd(net, x, Y, EPS)
+    assert x_adv.dtype == dtype
+    assert x_adv.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast_gives_another_gradient_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        x_adv = pgd(golden_net(), X, Y, EPS, start=START)
+    assert x_adv.dtype == torch.float32
+    assert (x_adv == EXPECTED["pgd_ce"]).float().mean() > 0.9  # bfloat16 keeps 8 bits: signs of small gradients turn
+
+
+def test_empty_batch():
+    x_adv = pgd(golden_net(), X[:0], Y[:0], 8 / 255)
+    assert x_adv.shape == (0, 3, 16, 16)
+
+
+def test_plain_function_as_model():
+    net = golden_net()
+    assert torch.equal(pgd(lambda x: net(x), X, Y, EPS, start=START), pgd(net, X, Y, EPS, start=START))
+
+
+def test_pgd_class_is_pgd():
+    net = golden_net()
+    torch.manual_seed(0)
+    expected = pgd(net, X, Y, 8 / 255, 2 / 255, 10)
+    torch.manual_seed(0)
+    assert torch.equal(PGD(net)(X, Y), expected)
+    expected = pgd(net, X, Y, EPS, 1 / 255, 3, start="zero")
+    assert torch.equal(PGD(net, EPS, 1 / 255, 3, random_start=False)(X, Y), expected)
+    assert repr(PGD(net)) == "PGD(eps=0.03137, alpha=0.007843, steps=10, random_start=True)"
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_backends_agree(backend):
+    expected = pgd(golden_net(), X, Y, EPS, start=START)
+    with part_fast.backend(backend):
+        assert torch.equal(pgd(golden_net(), X, Y, EPS, start=START), expected)
+
+
+class Headless(nn.Module):
+    def forward(self, x):
+        return torch.zeros(len(x), 10, requires_grad=True) * 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net: pgd(net, X * 255, Y, 0.1), r"x must be in \[0, 1\], got values from"),
+        (lambda net: pgd(net, X.byte(), Y, 0.1), "x must be float32, .*got torch.uint8"),
+        (lambda net: pgd(net, X[0], Y, 0.1), r"x must have shape \(N,C,H,W\)"),
+        (lambda net: pgd(net, X, Y + 10, 0.1), r"y must be class indices in \[0, 10\), got values from"),
+        (lambda net: pgd(net, X, Y - 10, 0.1), "y must be class indices >= 0"),
+        (lambda net: pgd(net, X, Y[:4], 0.1), r"y must have shape \(8,\)"),
+        (lambda net: pgd(net, X, Y.to("meta"), 0.1), "y must be on the device of x"),
+        (lambda net: pgd(net, X, Y.int(), 0.1), "y must be an int64 tensor"),
+        (lambda net: pgd(net, X, Y, -0.1), "eps must be finite and >= 0, got -0.1"),
+        (lambda net: pgd(net, X, Y, math.nan), "eps must be finite and >= 0, got nan"),
+        (lambda net: pgd(net, X, Y, -EPS), "eps must be finite and >= 0, got values from"),
+        (lambda net: pgd(net, X, Y, EPS * math.nan), "eps must be finite and >= 0, got values from nan"),
+        (lambda net: pgd(net, X, Y, EPS[:3]), "eps must broadcast to the images"),
+        (lambda net: pgd(net, X, Y, "8/255"), "eps must be a number, got str"),
+        (lambda net: pgd(net, X, Y, 0.1, math.inf), "alpha must be finite"),
+        (lambda net: pgd(net, X, Y, 0.1, steps=-1), "steps must be >= 0, got -1"),
+        (lambda net: pgd(net, X, Y, 0.1, steps=1.5), "steps must be a whole number, got float"),
+        (lambda net: pgd(net, X, Y, 0.1, start="normal"), "start must be one of uniform, zero or a tensor"),
+        (lambda net: pgd(net, X, Y, 0.1, start=X[:2]), "start must have the shape of x"),
+        (lambda net: pgd(net, X, Y, 0.1, loss="dlr"), "loss must be one of ce, kl, margin or callable"),
+        (lambda net: pgd(net, X, Y, 0.1, clip=(1, 0)), "clip must be two numbers, low <= high"),
+        (lambda net: pgd(Headless(), X, Y, 0.1), "model must lead from its input to the loss"),
+        (lambda net: pgd(nn.Conv2d(3, 3, 1), X, Y, 0.1), r"model must give logits \(8, classes\)"),
+        (lambda net: PGD(net, steps="10"), "steps must be a whole number, got str"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        call(golden_net())
+    assert "\n" not in str(error.value)

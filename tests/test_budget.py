@@ -1,0 +1,225 @@
+"""CamBudget: golden maps, no trace left behind, one forward and the tail's backward, any target layer, errors."""
+
+import pytest
+import torch
+from golden_attack import EXPECTED, Failing, Net, assert_untouched, golden_net, snapshot
+from torch import nn
+
+import part_fast
+from part_fast import CamBudget, models
+
+X, Y = EXPECTED["x"], EXPECTED["y"]
+
+
+def plain_gradcam(model, layer, x, target=None):
+    """Written apart: hooks, whole backward, one image at a time."""
+    maps = []
+    for i in range(len(x)):
+        kept = {}
+        hook = layer.register_forward_hook(lambda m, a, out, kept=kept: kept.update(out=out))
+        logits = model(x[i : i + 1])
+        hook.remove()
+        chosen = logits.argmax(1) if target is None else target[i : i + 1]
+        (gradient,) = torch.autograd.grad(logits[0, chosen[0]], kept["out"])
+        maps.append((gradient.mean((2, 3), keepdim=True) * kept["out"]).sum(1).relu().detach())
+    return torch.cat(maps)
+
+
+def test_golden_map():
+    budget = CamBudget(golden_net(), 8 / 255, 7 / 255, rule="released", target_layer="relu2")
+    assert torch.equal(budget(X), EXPECTED["eps"])
+
+
+def test_golden_cam_of_the_predicted_class():
+    net = golden_net()
+    cam = plain_gradcam(net, net.relu2, X)
+    low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
+    # Both are float32 sums of 12 channels in another order.
+    torch.testing.assert_close((cam - low) / (high - low), EXPECTED["cam"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", [None, Y])
+@pytest.mark.parametrize("rule", ["soft", "quantile:0.3"])
+def test_equals_one_image_at_a_time(rule, target):
+    net = golden_net()
+    cam = plain_gradcam(net, net.relu2, X, target)
+    expected = part_fast.epsilon_map(cam, (16, 16), 0.1, 0.02, rule)
+    got = CamBudget(net, 0.1, 0.02, rule=rule, target_layer=net.relu2)(X, target)
+    # soft: rounding of the CAM only; quantile: a pixel at the limit may change places with its neighbour.
+    assert ((got - expected).abs() > 1e-5).float().mean() <= (0 if rule == "soft" else 0.01)
+    assert (got > 0.02).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("method", ["gradcam", "xgradcam", "layercam", "hirescam"])
+def test_methods_on_resnet_match_the_formula(method):
+    torch.manual_seed(0)
+    model = models.resnet18().eval()
+    x = torch.rand(2, 3, 32, 32)
+    kept = {}
+    hook = model.layer4.register_forward_hook(lambda m, a, out: kept.update(out=out))
+    logits = model(x)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), kept["out"])
+    expected = part_fast.cam(kept["out"], gradient.contiguous(), method)
+    expected = part_fast.epsilon_map(expected, (32, 32), 0.1, 0.0, "soft")
+    got = CamBudget(model, 0.1, 0.0, method=method, rule="soft")(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)  # min-max divides rounding by the map's range
+
+
+def test_other_class_other_map():
+    budget = CamBudget(golden_net(), rule="soft", target_layer="relu2")
+    assert not torch.equal(budget(X, Y), budget(X, (Y + 1) % 10))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grads", [True, False])
+def test_leaves_no_trace(training, grads):
+    net = Net().train(training)
+    net.bn1.eval()  # a module that is frozen must stay so
+    if grads:
+        net(X).sum().backward()
+    before = snapshot(net)
+    CamBudget(net, target_layer="relu2")(X)
+    assert_untouched(before, net)
+
+
+@pytest.mark.parametrize("where", ["head", "tail"])
+def test_leaves_no_trace_after_an_exception(where):
+    net = Net().train()
+    budget = CamBudget(net, target_layer="relu2")
+    if where == "head":
+        net.relu1 = Failing()
+    else:
+        net.dropout = Failing()
+    before = snapshot(net)
+    with pytest.raises(RuntimeError, match="planted failure"):
+        budget(X)
+    assert_untouched(before, net)
+    assert torch.is_grad_enabled()
+
+
+def test_random_generator_is_as_before_even_if_the_model_draws():
+    class Noisy(Net):
+        def forward(self, x):
+            return super().forward(x + 0.01 * torch.randn_like(x))
+
+    net = Noisy()
+    before = snapshot(net)
+    CamBudget(net, target_layer="relu2")(X)
+    assert_untouched(before, net)
+
+
+def test_one_forward_and_no_graph_before_the_target_layer():
+    net = golden_net()
+    calls, graphs = [], []
+    net.conv1.register_forward_hook(lambda m, a, out: calls.append(out.requires_grad))
+    net.conv2.register_forward_hook(lambda m, a, out: graphs.append(out.requires_grad))
+    net.fc.register_forward_hook(lambda m, a, out: graphs.append(out.requires_grad))
+    eps = CamBudget(net, target_layer="relu2")(X)
+    assert calls == [False]
+    assert graphs == [False, True]
+    assert not eps.requires_grad
+
+
+def test_works_within_no_grad_and_inference_mode():
+    budget = CamBudget(golden_net(), rule="released", target_layer="relu2")
+    with torch.no_grad():
+        assert torch.equal(budget(X), EXPECTED["eps"])
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        assert torch.equal(budget(X + 0), EXPECTED["eps"])
+
+
+def test_in_place_relu_after_the_target_layer():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(body, nn.Linear(4, 10))
+    eps = CamBudget(model, 0.1, 0.0, rule="soft", target_layer="0.0")(X)
+    out = body[0](X)
+    logits = model[1](body[1:](out.clone()))
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), out)
+    cam = part_fast.cam(out, gradient.contiguous())
+    torch.testing.assert_close(eps, part_fast.epsilon_map(cam, (16, 16), 0.1, 0.0, "soft"), atol=1e-5, rtol=1e-4)
+
+
+def test_autocast_weights_are_not_cached_without_their_graph():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    with torch.autocast("cpu", torch.bfloat16):
+        CamBudget(model, target_layer="1")(X)
+        model(X).float().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_channels_last_and_bfloat16():
+    net = golden_net().to(memory_format=torch.channels_last)
+    budget = CamBudget(net, rule="released", target_layer="relu2")
+    got = budget(X.to(memory_format=torch.channels_last))
+    # Another convolution algorithm rounds otherwise; one colour step of a pixel may move.
+    assert (got != EXPECTED["eps"]).float().mean() < 0.005
+    with torch.autocast("cpu", torch.bfloat16):
+        assert budget(X).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [models.resnet18, lambda: models.wideresnet(10, 1)])
+def test_default_target_layer_under_any_prefix(make):
+    model = make()
+    layer = model.layer4 if hasattr(model, "layer4") else model.block3
+    assert CamBudget(model).target_layer is layer
+    assert CamBudget(nn.Sequential(nn.Identity(), nn.ModuleDict({"net": model}))).target_layer is layer
+
+
+@pytest.mark.parametrize(("rule", "channels"), [("zscore", 1), ("released", 3), ("soft", 1)])
+def test_empty_batch(rule, channels):
+    eps = CamBudget(golden_net(), rule=rule, target_layer="relu2")(X[:0])
+    assert eps.shape == (0, channels, 16, 16)
+    assert eps.dtype == torch.float32
+
+
+def test_with_logits_gives_the_clean_eval_logits():
+    net = golden_net()
+    expected = net(X).detach()
+    _, logits = CamBudget(net.train(), target_layer="relu2").with_logits(X)
+    assert torch.equal(logits, expected)
+
+
+class TwoHeads(Net):
+    def forward(self, x):
+        super().forward(x)
+        return self.fc(torch.zeros(len(x), 12))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: CamBudget(lambda x: x), "model must be a torch.nn.Module, got function"),
+        (lambda: CamBudget(Net()), "target_layer must be given.*candidates: conv1, conv2"),
+        (lambda: CamBudget(Net(), target_layer="conv9"), "target_layer must be one of conv1, conv2, got 'conv9'"),
+        (lambda: CamBudget(Net(), target_layer=nn.ReLU()), "target_layer must be a module of the model"),
+        (lambda: CamBudget(Net(), target_layer=3), "target_layer must be a module or its name, got int"),
+        (lambda: CamBudget(Net(), target_layer="conv1", method="cam"), "method must be one of gradcam, .*got 'cam'"),
+        (lambda: CamBudget(Net(), target_layer="conv1", rule="z"), "rule must be one of zscore, released, .*got 'z'"),
+        (lambda: CamBudget(Net(), 0.1, 0.2, target_layer="conv1"), "eps_low must be <= eps"),
+        (lambda: CamBudget(Net(), -0.1, target_layer="conv1"), "eps must be finite and >= 0, got -0.1"),
+        (lambda: CamBudget(Net(), float("nan"), target_layer="conv1"), "eps must be finite and >= 0, got nan"),
+        (lambda: CamBudget(Net(), target_layer="fc")(X), r"target_layer must give a tensor \(N,K,h,w\), got"),
+        (lambda: CamBudget(TwoHeads(), target_layer="relu2")(X), "target_layer must lead to the logits"),
+        (lambda: CamBudget(Net(), target_layer="relu2")(X * 255), r"x must be in \[0, 1\], got values from"),
+        (lambda: CamBudget(Net(), target_layer="relu2")(X * float("nan")), r"x must be in \[0, 1\], got values"),
+        (lambda: CamBudget(Net(), target_layer="relu2")(X[0]), r"x must have shape \(N,C,H,W\)"),
+        (lambda: CamBudget(Net(), target_layer="relu2")((X * 255).byte()), "x must be float32, .*got torch.uint8"),
+        (lambda: CamBudget(Net(), target_layer="relu2")(X, Y[:3]), r"target must have shape \(8,\)"),
+        (lambda: CamBudget(Net(), target_layer="relu2")(X, Y.float()), "target must be an int64 tensor"),
+        (lambda: CamBudget(Net(), target_layer="relu2")(X, Y + 10), r"target must be class indices in \[0, 10\)"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_layer_that_is_not_run():
+    net = Net()
+    net.spare = nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="target_layer must be run by the model's forward"):
+        CamBudget(net, target_layer="spare")(X)
