@@ -1,0 +1,277 @@
+"""`part-fast`: train, evaluate, masks, demo, info. Flags come from dataclasses; each command calls one function."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import linecache
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import part_fast
+from part_fast.config import PRESETS, TrainConfig, parse_number, preset, read_config
+
+
+@dataclass
+class Train:
+    """Train one model and leave a run folder: config.json, metrics.csv, model.safetensors, curves.png, ..."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    out: Path
+    """The run folder to make."""
+    resume: bool = False
+    """Go on with the run in the folder; its configuration is the default then."""
+    overwrite: bool = False
+    """Replace the run in the folder."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too."""
+
+    def run(self) -> None:
+        from part_fast.train import train
+
+        try:
+            train(self.config, self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
+        except KeyboardInterrupt:
+            print(f"stopped; go on with: part-fast train --out {self.out} --resume", file=sys.stderr)
+            raise
+        print(f"run folder: {self.out}")
+
+
+@dataclass
+class Evaluate:
+    """Accuracy on natural and attacked test images, with standard errors; evaluation.json and .csv."""
+
+    where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
+    """A run folder, or a checkpoint file together with --dataset and --model."""
+    attacks: str = "natural,pgd20"
+    """Separated by commas: natural, pgdSTEPS (pgd20, pgd100, ...)."""
+    n: int | None = None
+    """A balanced subset of so many test images; default: those of the run."""
+    out: Path | None = None
+    """The folder to write to; default: the run folder, or the checkpoint's."""
+    overwrite: bool = False
+    """Replace an evaluation with other settings."""
+    dataset: str | None = None
+    """demo, fashion-mnist or cifar10; default: the run's."""
+    model: str | None = None
+    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    root: str | None = None
+    """The only folder to look for the data set in."""
+    download: bool = False
+    """Download the data set where it is not found."""
+    eps: float | None = None
+    """How far a pixel may move; default: as in training."""
+    alpha: float | None = None
+    """Step size; default: as in training."""
+    batch_size: int = 256
+    """Images per batch."""
+    seed: int = 0
+    """Of the attack's random start."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+
+    def run(self) -> None:
+        from part_fast.evaluate import evaluate
+        from part_fast.report import table
+
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["attacks"] = [name.strip() for name in self.attacks.split(",") if name.strip()]
+        record = evaluate(**values)
+        rows = [
+            (name, f"{100 * r['accuracy']:.2f}", f"{100 * r['standard_error']:.2f}", str(r["n"]), f"{r['seconds']:.1f}")
+            for name, r in record["results"].items()
+        ]
+        print(table(("attack", "accuracy %", "standard error", "images", "seconds"), rows))
+
+
+@dataclass
+class Masks:
+    """A PNG grid of test images: image, CAM, eps map, adversarial image, its difference x8."""
+
+    where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
+    """A run folder, or a checkpoint file together with --dataset and --model."""
+    out: Path
+    """The PNG file to make; a JSON file with the titles' contents goes beside it."""
+    n: int = 8
+    """Images, from a balanced subset."""
+    rule: str | None = None
+    """zscore, released, quantile:Q or soft; default: the run's."""
+    overwrite: bool = False
+    """Replace the files."""
+    dataset: str | None = None
+    """demo, fashion-mnist or cifar10; default: the run's."""
+    model: str | None = None
+    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    root: str | None = None
+    """The only folder to look for the data set in."""
+    download: bool = False
+    """Download the data set where it is not found."""
+    seed: int = 0
+    """Of the attack's random start."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+
+    def run(self) -> None:
+        from part_fast.evaluate import masks
+
+        masks(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        print(f"grid: {self.out}")
+
+
+@dataclass
+class Demo:
+    """Train AT and PART on 6,000 real images in a few minutes on two CPU cores, and compare them."""
+
+    out: Path
+    """The folder to make: a run folder per model, results.json, results.csv, curves.png, masks.png."""
+    overwrite: bool = False
+    """Replace the demo in the folder."""
+
+    def run(self) -> None:
+        from part_fast.demo import demo
+
+        demo(self.out, overwrite=self.overwrite)
+
+
+@dataclass
+class Info:
+    """Versions, devices and threads; which backends are live, which are not and why."""
+
+    json: bool = False
+    """As JSON."""
+
+    def run(self) -> None:
+        from part_fast.report import environment, environment_text
+
+        record = environment()
+        print(json.dumps(record, indent=2) if self.json else environment_text(record))
+
+
+Command = Train | Evaluate | Masks | Demo | Info
+COMMANDS: dict[str, type[Command]] = {"train": Train, "evaluate": Evaluate, "masks": Masks, "demo": Demo, "info": Info}
+
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _fractions(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+    """Floats may be written as fractions."""
+    if info.type is not float:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER",
+        instance_from_str=lambda arguments: parse_number(arguments[0]),
+        is_instance=lambda value: isinstance(value, float | int),
+        str_from_instance=lambda value: [_as_written(value)],
+    )
+
+
+def _as_written(value: float) -> str:
+    """8/255 where that is shorter to say than 0.0313725."""
+    decimal = f"{value:.6g}"
+    return f"{round(255 * value)}/255" if len(decimal) > 7 and math.isclose(255 * value, round(255 * value)) else decimal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line, without the program's name; the exit code: 0, 2 for bad input, 130 for Ctrl-C.
+
+    What the caller did wrong is one line on stderr; a mistake of part_fast's own keeps its traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        print(part_fast.__version__)
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            _parse(arguments[0], arguments[1:]).run()
+        except KeyboardInterrupt:
+            return 130
+        except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+            if not _meant_for_the_caller(error):
+                raise
+            print(f"part-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<10} {kind.__doc__.splitlines()[0]}" for name, kind in COMMANDS.items())
+    return f"usage: part-fast COMMAND [FLAGS]\n\n{commands}\n\npart-fast COMMAND --help lists its flags."
+
+
+def _parse(command: str, arguments: list[str]) -> Command:
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
+    kind = COMMANDS[command]
+    default = Train(_starting_config(arguments), out=tyro.MISSING) if kind is Train else None
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: Command = tyro.cli(
+                kind, prog=f"part-fast {command}", args=arguments, default=default, registry=_registry
+            )
+            return parsed
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise ValueError(_one_line(said.getvalue(), command))
+
+
+def _starting_config(arguments: list[str]) -> TrainConfig:
+    """What the other flags change: the preset named; else, with --resume, the run's own; else the first preset."""
+    named = _flag(arguments, "--preset")
+    if named is not None:
+        return preset(named)
+    out = _flag(arguments, "--out")
+    if "--resume" in arguments and out is not None:
+        return read_config(Path(out))
+    return next(iter(PRESETS.values()))
+
+
+def _flag(arguments: list[str], name: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return None
+
+
+def _one_line(box: str, command: str) -> str:
+    """The first paragraph of tyro's framed message."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
+    first = [line for line in itertools.takewhile(lambda line: not line.startswith("─"), lines) if line]
+    return f"{' '.join(first)} (part-fast {command} --help)"
+
+
+def _meant_for_the_caller(error: Exception) -> bool:
+    """Whether part_fast raised it on purpose, or a file or folder did not play along."""
+    if isinstance(error, OSError):
+        return True
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    return ours and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    print(f"part-fast: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""What defines a training run: one dataclass, and the presets with the numbers of the published experiments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from part_fast import checks
+from part_fast.ops.cam import METHODS as CAM_METHODS
+from part_fast.ops.cam_mask import parse_rule
+from part_fast.ops.packed_epsilon import eps_pair
+
+# Each method, and the plain one that warms it up: the same without the pixel weights.
+METHODS = {"at": "at", "part": "at", "trades": "trades", "part-t": "trades", "mart": "mart", "part-m": "mart"}
+ATTACKS = ("pgd",)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Images are in [0,1]; eps, eps_low and alpha are in their units, so 8/255 is 8 gray levels."""
+
+    preset: str = "demo"
+    """The set of numbers to start from: demo, cifar10-resnet18, cifar10-wrn34-10 or fashion-mnist."""
+    method: str = "part"
+    """at, part, trades, part-t, mart or part-m."""
+    attack: str = "pgd"
+    """The inner attack: pgd."""
+    dataset: str = "demo"
+    """demo (in the package), fashion-mnist or cifar10."""
+    root: str | None = None
+    """The only folder to look for the data set in; default: PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's."""
+    download: bool = False
+    """Download the data set where it is not found."""
+    augment: bool = True
+    """Random crop with padding 4 and random flip."""
+    train_size: int | None = None
+    """Train on a balanced subset of so many images; default: all."""
+    test_size: int | None = None
+    """Test on a balanced subset of so many images; default: all."""
+    model: str = "resnet-small"
+    """resnet18, resnet-small or wrn-DEPTH-WIDTH."""
+    init: str | None = None
+    """A checkpoint to start from; default: random weights."""
+    epochs: int = 80
+    """Epochs in all, warm-up included."""
+    warmup_epochs: int = 20
+    """Epochs with the plain method first: at before part, trades before part-t, mart before part-m."""
+    batch_size: int = 128
+    """Images per batch."""
+    lr: float = 0.01
+    """Learning rate of SGD."""
+    lr_drops: tuple[int, ...] = (60, 90)
+    """Epochs, counted from the first of the warm-up, at which the learning rate falls to a tenth."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 2e-4
+    """Weight decay of SGD."""
+    eps: float = 8 / 255
+    """How far a pixel may move."""
+    eps_low: float = 7 / 255
+    """How far a pixel may move that matters little (part, part-t, part-m)."""
+    alpha: float = 2 / 255
+    """Step size of the attack."""
+    steps: int = 10
+    """Steps of the attack."""
+    beta: float = 6.0
+    """Weight of the robust term (trades, mart, part-t, part-m)."""
+    rule: str = "zscore"
+    """From class activation map to eps: zscore, released, quantile:Q or soft."""
+    cam: str = "gradcam"
+    """Class activation map: gradcam, xgradcam, layercam or hirescam."""
+    pgd_test_size: int = 500
+    """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
+    seed: int = 0
+    """Of everything random: weights, order, augmentation, attack."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+
+    def check(self) -> None:
+        """Refuse what no run can use; data set, model and device are checked by those who load them.
+
+        Raises:
+            TypeError, ValueError: names the field, what it got and what it takes.
+        """
+        _known("preset", self.preset, PRESETS)
+        _known("method", self.method, METHODS)
+        _known("attack", self.attack, ATTACKS)
+        _known("cam", self.cam, CAM_METHODS)
+        parse_rule(self.rule, 1, 1, soft=True)
+        eps_pair(self.eps, self.eps_low)
+        for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
+            checks.number(name, getattr(self, name), 0)
+        for name in ("epochs", "batch_size"):
+            checks.count(name, getattr(self, name), 1)
+        for name in ("warmup_epochs", "steps", "pgd_test_size", "seed"):
+            checks.count(name, getattr(self, name))
+        for name in ("train_size", "test_size"):
+            if getattr(self, name) is not None:
+                checks.count(name, getattr(self, name), 1)
+        for epoch in self.lr_drops:
+            checks.count("lr_drops", epoch)
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs must be <= epochs, {self.epochs}, got {self.warmup_epochs}")
+
+    def method_at(self, epoch: int) -> str:
+        """The method that trains epoch `epoch`, counted from 0."""
+        return METHODS[self.method] if epoch < self.warmup_epochs else self.method
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of epoch `epoch`, counted from 0."""
+        return self.lr * 0.1 ** sum(epoch >= drop for drop in self.lr_drops)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them."""
+        return dataclasses.asdict(self) | {"lr_drops": list(self.lr_drops)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], source: str) -> TrainConfig:
+        """From what `to_json` gave.
+
+        Raises:
+            ValueError: a field is unknown; `source` says where it stands.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{source} is not a training configuration of this version: unknown {', '.join(unknown)}")
+        return cls(**{**values, "lr_drops": tuple(values.get("lr_drops", cls.lr_drops))})
+
+
+# Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes.
+PRESETS = {
+    "demo": TrainConfig(augment=False, epochs=8, warmup_epochs=3, lr=0.05, lr_drops=(7,), steps=7, pgd_test_size=0),
+    "fashion-mnist": TrainConfig(preset="fashion-mnist", dataset="fashion-mnist"),
+    "cifar10-resnet18": TrainConfig(preset="cifar10-resnet18", dataset="cifar10", model="resnet18"),
+    "cifar10-wrn34-10": TrainConfig(preset="cifar10-wrn34-10", dataset="cifar10", model="wrn-34-10"),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """The preset called `name`. Raises ValueError for an unknown one, listing the known."""
+    return PRESETS[_known("preset", name, PRESETS)]
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the run in `folder`.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: its config.json cannot be read.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no run: there is no config.json")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a training configuration: it holds a {type(values).__name__}")
+    return TrainConfig.from_json(values, str(path))
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device takes auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def parse_number(text: str) -> float:
+    """A number as written on a command line: 0.03, 3e-2 or a fraction such as 8/255.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"takes a number such as 0.03 or 8/255, got {text!r}") from None
+
+
+def _known(name: str, value: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value

@@ -1,0 +1,233 @@
+"""What runs leave behind: the environment they ran in, JSON and CSV files, tables, curves and grids of masks."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import part_fast
+from part_fast import backends
+
+# Okabe and Ito's palette: tells apart for every kind of colour vision.
+BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write that then takes the place of `path` at once: no reader ever meets half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """`values`, indented."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row per mapping, columns in the first one's order; None is an empty cell."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, backends (and why the others are not live), and part_fast's git commit, if it has one."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "part_fast": part_fast.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": {device: backends.available_backends(device) for device in devices},
+        "not_available": {
+            device: {name: reason for name in backends.BACKENDS if (reason := backends.why_not(name, device))}
+            for device in devices
+        },
+    }
+
+
+def environment_text(record: Mapping[str, Any]) -> str:
+    """The lines that `part-fast info` prints of `environment()`."""
+    lines = [
+        f"part_fast {record['part_fast']}" + (f" (commit {record['commit']})" if record["commit"] else ""),
+        f"torch     {record['torch']}, CUDA {record['cuda'] or 'none'}, Python {record['python']}",
+        f"system    {record['system']}",
+        f"CPU       {record['cpu']}, {record['cpu_capability']}, {record['threads']} threads",
+        f"GPU       {', '.join(record['gpus']) or 'none'}",
+        "",
+    ]
+    for device, names in record["backends"].items():
+        lines.append(f"backends for {device} tensors, the first one is used: {', '.join(names)}")
+        lines += [f"  not {name}: {reason}" for name, reason in record["not_available"][device].items()]
+    return "\n".join(lines)
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package lies in, "+changes" where tracked files differ; None outside one."""
+    package = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's checkout, which does not track it.
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text columns, the first one left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Loss and accuracies over the epochs of one run: the rows of its metrics.csv, as numbers."""
+    epochs = [row["epoch"] for row in rows]
+    series = (
+        ("test_natural", "test, natural", BLUE, "o", "-"),
+        ("test_pgd20", "test, PGD-20", VERMILION, "s", "-"),
+        ("train_robust", "training, under attack", ORANGE, "^", "--"),
+    )
+    with _figure(path, 1, 2, (9.5, 3.6)) as (figure, (left, right)):
+        figure.suptitle(title)
+        left.plot(epochs, [row["train_loss"] for row in rows], color=GREEN, marker="o", markersize=3)
+        left.set(xlabel="epoch", ylabel="training loss (nats)")
+        for key, label, color, marker, line in series:
+            if any(row[key] is not None for row in rows):
+                values = [float("nan") if row[key] is None else 100 * row[key] for row in rows]
+                right.plot(epochs, values, color=color, marker=marker, markersize=3, linestyle=line, label=label)
+        right.set(xlabel="epoch", ylabel="accuracy (%)")
+        methods = [row["method"] for row in rows]
+        changes = [i for i in range(1, len(rows)) if methods[i] != methods[i - 1]]
+        for axes in (left, right):
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            for i in changes:
+                label = f"{methods[i]} from here" if axes is right else None
+                axes.axvline((epochs[i - 1] + epochs[i]) / 2, color=GRAY, linestyle=":", label=label)
+        right.legend()
+
+
+def draw_comparison(path: Path, curves: Mapping[str, Mapping[int, Sequence[float]]], results: Mapping[str, Any]) -> None:
+    """Left: natural test accuracy over epochs, mean and range over seeds. Right: where each seed's run ends.
+
+    curves: method -> epoch -> accuracy of each seed; results: method -> {"natural": per seed, "pgd20": per seed}.
+    """
+    style = {"AT": (BLUE, "o"), "PART": (VERMILION, "s")}
+    with _figure(path, 1, 2, (10, 4)) as (_, (left, right)):
+        for method, epochs in curves.items():
+            color, marker = style.get(method, (GRAY, "^"))
+            at = sorted(epochs)
+            mean = [100 * sum(epochs[e]) / len(epochs[e]) for e in at]
+            left.plot(at, mean, color=color, marker=marker, markersize=4, label=method)
+            if any(len(epochs[e]) > 1 for e in at):
+                low, high = ([100 * end(epochs[e]) for e in at] for end in (min, max))
+                left.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+        left.set(xlabel="epoch", ylabel="natural test accuracy (%)", title="training (line: mean, band: range of seeds)")
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.legend()
+        for method, values in results.items():
+            color, marker = style.get(method, (GRAY, "^"))
+            natural, robust = ([100 * v for v in values[key]] for key in ("natural", "pgd20"))
+            right.scatter(natural, robust, color=color, marker=marker, alpha=0.6, label=f"{method}, one seed")
+            mean = sum(natural) / len(natural), sum(robust) / len(robust)
+            right.scatter(*mean, color=color, marker="*", s=220, edgecolor="black", label=f"{method}, mean", zorder=3)
+        right.set(xlabel="natural test accuracy (%)", ylabel="PGD-20 test accuracy (%)", title="after the last epoch")
+        right.legend()
+
+
+def draw_masks(
+    path: Path, x: Tensor, cams: Tensor, eps: Tensor, x_adv: Tensor, titles: Sequence[tuple[str, str]], caption: str
+) -> None:
+    """A PNG grid with a row per image: image, CAM over it, eps map, adversarial image, difference x8.
+
+    x, x_adv: (N,C,H,W) in [0,1], C 1 or 3; cams: (N,H,W) in [0,1]; eps: (N,M,H,W), the mean over M is drawn; titles:
+    for each image one above it and one above its adversarial image; caption: one line at the top.
+    """
+    from matplotlib.colors import Normalize
+
+    n = len(x)
+    images, adversarial = (t.detach().float().cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3) for t in (x, x_adv))
+    gray = images.mean(3)
+    levels = 255 * eps.detach().float().cpu().mean(1)
+    low, high = float(levels.min()), float(levels.max())
+    scale = Normalize(low, high if high > low else low + 1)
+    heads = ("image", "CAM", "eps map", "adversarial image", "difference, x8")
+    # A title line needs the same height whatever the grid's; the header and the colour bar too.
+    height = 1.55 * n + 1.5
+    with _figure(path, n, 5, (8.4, height)) as (figure, grid):
+        figure.suptitle(caption, fontsize=9)
+        rows = [grid] if n == 1 else grid
+        for i, row in enumerate(rows):
+            row[0].imshow(images[i], vmin=0, vmax=1)
+            row[1].imshow(gray[i], cmap="gray", vmin=0, vmax=1)
+            heat = row[1].imshow(cams[i].detach().float().cpu(), cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+            shades = row[2].imshow(levels[i], cmap="cividis", norm=scale, interpolation="nearest")
+            row[3].imshow(adversarial[i], vmin=0, vmax=1)
+            row[4].imshow((0.5 + 8 * (adversarial[i] - images[i])).clamp(0, 1))
+            above = (titles[i][0], "", "", titles[i][1], "")
+            for axes, head, title in zip(row, heads, above):
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.set_title("\n".join(part for part in (head if i == 0 else "", title) if part), fontsize=8)
+        bars = ((heat, 1, "CAM (0 to 1)", None), (shades, 2, "eps (1/255)", sorted({low, high})))
+        for mappable, column, label, ticks in bars:
+            bar = figure.colorbar(mappable, ax=[row[column] for row in rows], location="bottom", shrink=0.9, ticks=ticks)
+            bar.set_label(label, fontsize=8)
+            bar.ax.tick_params(labelsize=7)
+
+
+@contextlib.contextmanager
+def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """(figure, axes) that is saved to `path` (PNG) when the block ends; no global state of pyplot is touched."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns)
+    for each in axes.flat:
+        each.grid(alpha=0.3)
+        each.set_axisbelow(True)
+    yield figure, axes
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -1,0 +1,265 @@
+"""Adversarial training, to be read top to bottom: data, model; for each batch: eps map, attack, loss, update."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from part_fast import report
+from part_fast.attacks import pgd
+from part_fast.budget import CamBudget
+from part_fast.config import TrainConfig, find_device, read_config
+from part_fast.data import augment, load, to_float
+from part_fast.evaluate import AttackSettings, correct, evaluation_data
+from part_fast.losses import mart_loss, trades_loss
+from part_fast.models import build_model, load_weights
+
+STATE = "training_state.pt"
+RUN_FILES = ("config.json", "metrics.csv", "model.safetensors", STATE, "environment.json", "curves.png")
+# What others make of a run, stale once it is overwritten.
+DERIVED = ("evaluation.json", "evaluation.csv", "evaluation_images.safetensors", "events.out.tfevents.*")
+# A resumed run may be longer, and may go on elsewhere.
+MAY_CHANGE = ("epochs", "device", "root", "download")
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    log: Callable[[str], None] = tqdm.write,
+) -> list[dict[str, Any]]:
+    """Train one model, with a checkpoint after every epoch, and leave a run folder behind.
+
+    `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png and
+    training_state.pt, from which `resume` goes on exactly as if it had never stopped. Nothing is written before
+    everything that can be checked is; `overwrite` replaces a run that is already there.
+
+    Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
+
+    Raises:
+        FileNotFoundError: the data set or checkpoint is missing, or there is nothing to resume.
+        TypeError, ValueError: a field of config is wrong, does not fit the run to resume; or `out` holds a run already.
+        RuntimeError: the loss is no longer finite.
+    """
+    config.check()
+    check_folder(config, out, resume, overwrite)
+    device = find_device(config.device)
+    torch.manual_seed(config.seed)
+
+    data = load(config.dataset, "train", config.root, config.download)
+    data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
+    test = evaluation_data(config).to(device)
+    attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
+
+    model = build_model(config.model, data.num_classes)
+    if config.init is not None and not resume:
+        load_weights(model, config.init)
+    model.to(device)
+    optimizer = torch.optim.SGD(
+        model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    budget = CamBudget(model, config.eps, config.eps_low, method=config.cam, rule=config.rule)
+
+    rows = load_state(out / STATE, model, optimizer) if resume else []
+    if len(rows) > config.epochs:
+        raise ValueError(f"epochs must be at least the {len(rows)} that the run in {out} has done, got {config.epochs}")
+    prepare_folder(config, out, resume, overwrite)
+    if rows:
+        export(out, model, rows)  # the run may have been stopped between its state and these
+    with (
+        tqdm(total=config.epochs * len(data), initial=len(rows) * len(data), unit="img", disable=None) as bar,
+        adversarial_logits(model) as seen,
+        _tensorboard(out) if tensorboard else contextlib.nullcontext() as writer,
+    ):
+        for epoch in range(len(rows), config.epochs):
+            method = config.method_at(epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(epoch)
+            # Sums stay on the device: reading them every batch would make a GPU wait.
+            loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+            begin = time.perf_counter()
+            model.train()
+            for batch in data.batches(config.batch_size, shuffle=True):
+                x = augment(batch.images) if config.augment else to_float(batch.images)
+                optimizer.zero_grad()
+                loss = batch_loss(method, model, x, batch.labels, budget, optimizer, config)
+                loss.backward()
+                optimizer.step()
+                loss_sum += loss.detach() * len(x)
+                hits += (seen[-1].argmax(1) == batch.labels).sum()
+                bar.update(len(x))
+            train_loss = float(loss_sum) / len(data)
+            seconds = time.perf_counter() - begin
+            if not math.isfinite(train_loss):
+                raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; try a smaller lr")
+
+            test_attack = AttackSettings(config.eps, config.alpha, config.seed)
+            pgd20 = None if attacked_test is None else correct(model, attacked_test, "pgd20", test_attack)
+            rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "method": method,
+                    "lr": config.lr_at(epoch),
+                    "train_loss": train_loss,
+                    "train_robust": int(hits) / len(data),
+                    "test_natural": float(correct(model, test, "natural", test_attack).float().mean()),
+                    "test_pgd20": None if pgd20 is None else float(pgd20.float().mean()),
+                    "seconds": seconds,
+                    "images_per_second": len(data) / seconds,
+                }
+            )
+            save_state(out, model, optimizer, rows)
+            if writer is not None:
+                _log_scalars(writer, rows[-1])
+            log(_line(rows[-1], config.epochs))
+    title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
+    report.draw_curves(out / "curves.png", rows, title)
+    return rows
+
+
+def batch_loss(
+    method: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    budget: CamBudget,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+) -> Tensor:
+    """The training loss, a scalar, of images x (N,C,H,W) in [0,1] with labels y (N,); the model is left in train mode."""
+    weighted = method in ("part", "part-t", "part-m")
+    if method in ("at", "part"):
+        eps = budget(x) if weighted else config.eps
+        x_adv = pgd(model, x, y, eps, config.alpha, config.steps)
+        return F.cross_entropy(model(x_adv), y)
+    robust_loss = trades_loss if method in ("trades", "part-t") else mart_loss
+    epsilon = budget if weighted else config.eps
+    return robust_loss(model, x, y, optimizer, config.alpha, epsilon, config.steps, config.beta)
+
+
+@contextlib.contextmanager
+def adversarial_logits(model: nn.Module) -> Iterator[list[Tensor]]:
+    """`with adversarial_logits(model) as seen`: seen[-1] is the output of the latest train-mode forward.
+
+    Every method's loss ends with the forward of its adversarial images, so this serves all six alike.
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, logits: Tensor) -> None:
+        if module.training:
+            seen[:] = [logits.detach()]
+
+    handle = model.register_forward_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that this run must not write to, before anything is written."""
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out takes a folder, {out} is a file")
+    present = [name for name in RUN_FILES if (out / name).exists()]
+    if present and not (resume or overwrite):
+        raise ValueError(f"{out} already holds a run ({', '.join(present)}): --resume continues it, --overwrite replaces it")
+    if resume:
+        before, now = read_config(out).to_json(), config.to_json()
+        different = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
+        if different:
+            pairs = "; ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in different)
+            raise ValueError(f"the run in {out} has another configuration: {pairs}")
+
+
+def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
+    """Make the folder, without what an overwritten run left in it, and say there what runs and on what."""
+    out.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for pattern in RUN_FILES + DERIVED:
+            for path in out.glob(pattern):
+                path.unlink()
+    environment = report.environment()
+    if resume:
+        first = json.loads((out / "environment.json").read_text())
+        environment = {**first, "resumed": [*first.get("resumed", []), environment]}
+    report.write_json(out / "environment.json", environment)
+    report.write_json(out / "config.json", config.to_json())
+
+
+def save_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
+    """After an epoch: everything that resuming needs, in one file, and then `export`."""
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rows": rows,
+        "cpu_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    with report.replacing(out / STATE) as temporary:
+        torch.save(state, temporary)
+    export(out, model, rows)
+
+
+def export(out: Path, model: nn.Module, rows: list[dict[str, Any]]) -> None:
+    """model.safetensors and metrics.csv, for everybody else."""
+    from safetensors.torch import save_file
+
+    with report.replacing(out / "model.safetensors") as temporary:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
+    report.write_csv(out / "metrics.csv", rows)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Put model, optimizer and random generators where `save_state` left them; the rows so far, none without a file."""
+    if not path.is_file():
+        return []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file can raise nearly anything; the first line says what happened.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["cpu_rng"])
+    # Runs may go on on a machine with other devices; there the random numbers are others anyway.
+    if len(state["cuda_rng"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    rows: list[dict[str, Any]] = state["rows"]
+    return rows
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    pgd20 = "" if row["test_pgd20"] is None else f", PGD-20 {100 * row['test_pgd20']:.1f}%"
+    return (
+        f"epoch {row['epoch']}/{epochs} {row['method']}: lr {row['lr']:g}, loss {row['train_loss']:.4f}, "
+        f"train robust {100 * row['train_robust']:.1f}%, test natural {100 * row['test_natural']:.1f}%{pgd20}, "
+        f"{row['images_per_second']:.0f} img/s"
+    )
+
+
+def _tensorboard(out: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out))
+
+
+def _log_scalars(writer: Any, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if isinstance(value, float):
+            writer.add_scalar(name, value, row["epoch"])
