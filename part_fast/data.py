@@ -390,7 +390,7 @@ def _not_found(name: str, wanted: str, places: Sequence[Path], install: str) -> 
     looked = ", ".join(str(place) for place in places)
     return FileNotFoundError(
         f"{name} not found: looked for {wanted} in {looked}; "
-        f"{install}set PART_FAST_DATA or root to the folder that holds it, or download it with download=True (--download)"
+        f"{install}set PART_FAST_DATA or root to the folder that holds it, or fetch it with download=True (--download)"
     )
 
 

@@ -219,7 +219,7 @@ def resnet_small(
     Images (N,3,H,W) in [0,1] -> logits (N,num_classes); the map at `layer4` is H/4 x W/4, so 8x8 for 32x32 images.
     Arguments, key names and errors are those of `resnet18`.
     """
-    return ResNet((1, 1, 1, 1), (16, 16, 32, 64), (1, 1, 2, 1), num_classes, stem_stride=2, mean=mean, std=std)
+    return ResNet((1, 1, 1, 1), (16, 32, 32, 64), (1, 2, 1, 1), num_classes, stem_stride=2, mean=mean, std=std)
 
 
 def wideresnet(

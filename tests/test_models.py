@@ -74,7 +74,7 @@ MODELS = {
     "resnet18": (resnet18, resnet_forward),
     "resnet_small": (
         resnet_small,
-        lambda state, x: resnet_forward(state, x, stem_stride=2, strides=(1, 1, 2, 1)),
+        lambda state, x: resnet_forward(state, x, stem_stride=2, strides=(1, 2, 1, 1)),
     ),
     "wrn-10-2": (lambda **kw: wideresnet(10, 2, **kw), wideresnet_forward),
     "wrn-16-1": (lambda **kw: wideresnet(16, 1, **kw), wideresnet_forward),
