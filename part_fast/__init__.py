@@ -5,7 +5,7 @@ step is a function that other code can use alone; see `part_fast.ops`, `part_fas
 """
 
 from part_fast import attacks, losses, models, ops
-from part_fast.attacks import PGD, pgd
+from part_fast.attacks import PGD, mma, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
 from part_fast.budget import CamBudget
 from part_fast.losses import mart_loss, trades_loss
@@ -36,6 +36,7 @@ __all__ = [
     "epsilon_map",
     "losses",
     "mart_loss",
+    "mma",
     "models",
     "ops",
     "packed_epsilon_map",

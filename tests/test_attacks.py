@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import part_fast
-from part_fast import PGD, PackedEpsilon, pgd
+from part_fast import PGD, PackedEpsilon, mma, pgd
 from part_fast.attacks import margin
 
 X, Y, EPS = EXPECTED["x"], EXPECTED["y"], EXPECTED["eps"]
@@ -226,6 +226,43 @@ def test_empty_batch():
 def test_plain_function_as_model():
     net = golden_net()
     assert torch.equal(pgd(lambda x: net(x), X, Y, EPS, start=START), pgd(net, X, Y, EPS, start=START))
+
+
+def test_golden_mma():
+    x_adv = mma(golden_net(), X, Y, EPS, 2 / 255, 5, k=3, start=START.clamp(0, 1))
+    # As for the cross-entropy above.
+    assert (x_adv != EXPECTED["mma"]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("eps", [0.05, EPS, EPS[:, :1], PackedEpsilon.pack(EPS > 7.5 / 255, 8 / 255, 0.0)])
+def test_mma_equals_one_attack_per_class(eps):
+    net = golden_net()
+    start = START.clamp(0, 1)
+    wrong = net(X).detach().scatter(1, Y[:, None], -math.inf).topk(4).indices
+    best, expected = torch.full((8,), -math.inf), X.clone()
+    for c in wrong.T:
+
+        def towards(logits, y, c=c):
+            return -(logits.gather(1, y[:, None]) - logits.gather(1, c[:, None]) + 50).clamp(min=0)
+
+        x_adv = pgd(net, X, Y, eps, 2 / 255, 4, start=start, loss=towards)
+        logits = net(x_adv).detach()
+        gain = (logits.gather(1, c[:, None]) - logits.gather(1, Y[:, None]))[:, 0]
+        expected = torch.where((gain > best)[:, None, None, None], x_adv, expected)
+        best = torch.maximum(best, gain)
+    got = mma(net, X, Y, eps, 2 / 255, 4, k=4, start=start)
+    assert (got != expected).float().mean() < 1e-3  # convolutions may round otherwise at another batch size
+
+
+def test_mma_takes_every_wrong_class_where_there_are_fewer_than_k():
+    net = golden_net()
+    few = torch.nn.Sequential(net, torch.nn.Linear(10, 2))
+    assert mma(few, X, Y % 2, 0.05, 0.01, 2, k=3).shape == X.shape
+    assert mma(few, X[:0], Y[:0], 0.05, 0.01, 2).shape == (0, 3, 16, 16)
+    with pytest.raises(ValueError, match="k must be >= 1, got 0"):
+        mma(net, X, Y, 0.05, 0.01, 2, k=0)
+    with pytest.raises(ValueError, match=r"y must be class indices in \[0, 2\)"):
+        mma(few, X, Y % 2 + 1, 0.05, 0.01, 2)
 
 
 def test_pgd_class_is_pgd():
