@@ -131,7 +131,7 @@ class Masks:
 
 @dataclass
 class Demo:
-    """Train AT and PART on 6,000 real images in a few minutes on two CPU cores, and compare them."""
+    """Train AT and PART on 6,000 real images in some minutes on two CPU cores, and compare them."""
 
     out: Path
     """The folder to make: a run folder per model, results.json, results.csv, curves.png, masks.png."""
@@ -180,8 +180,8 @@ def _fractions(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
 
 def _as_written(value: float) -> str:
     """8/255 where that is shorter to say than 0.0313725."""
-    decimal = f"{value:.6g}"
-    return f"{round(255 * value)}/255" if len(decimal) > 7 and math.isclose(255 * value, round(255 * value)) else decimal
+    decimal, levels = f"{value:.6g}", round(255 * value)
+    return f"{levels}/255" if len(decimal) > 7 and math.isclose(255 * value, levels) else decimal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(part_fast.__version__)
         return 0
     with warnings.catch_warnings():
-        warnings.showwarning = _warn
+        warnings.showwarning = _warn  # type: ignore[assignment]
         try:
             _parse(arguments[0], arguments[1:]).run()
         except KeyboardInterrupt:
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<10} {kind.__doc__.splitlines()[0]}" for name, kind in COMMANDS.items())
+    commands = "\n".join(f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items())
     return f"usage: part-fast COMMAND [FLAGS]\n\n{commands}\n\npart-fast COMMAND --help lists its flags."
 
 
@@ -223,10 +223,8 @@ def _parse(command: str, arguments: list[str]) -> Command:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed: Command = tyro.cli(
-                kind, prog=f"part-fast {command}", args=arguments, default=default, registry=_registry
-            )
-            return parsed
+            prog = f"part-fast {command}"
+            return tyro.cli(kind, prog=prog, args=arguments, default=default, registry=_registry)  # type: ignore[return-value]
     except SystemExit as stop:
         if not stop.code:
             raise

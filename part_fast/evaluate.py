@@ -82,7 +82,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Accuracies, with standard errors, of a run folder's model or of a checkpoint; written to evaluation.json and .csv.
+    """Accuracies, with standard errors, of a run folder's model or of a checkpoint, into evaluation.json and .csv.
 
     where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, with `dataset`
         and `model` named. attacks: see `correct`. n: a balanced subset of the test images; default: those of the run.
@@ -215,10 +215,10 @@ def masks(
         "steps": config.steps,
         "images": rows,
     }
-    titles = [(f"{r['label']}\n-> {r['predicted']}", f"-> {r['predicted_under_attack']}") for r in rows]
+    titles = [(f"{r['label']} -> {r['predicted']}", f"-> {r['predicted_under_attack']}") for r in rows]
     caption = (
-        f"label -> prediction; {config.cam}, rule {config.rule}, "
-        f"eps {255 * config.eps:g}/255 and {255 * config.eps_low:g}/255, PGD-{config.steps}"
+        f"{config.cam}, rule {config.rule}, eps {255 * config.eps:g}/255 and {255 * config.eps_low:g}/255, "
+        f"PGD-{config.steps} within the eps map"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     report.draw_masks(out, x, cams, eps, x_adv, titles, caption)
@@ -259,7 +259,7 @@ def load_trained(
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     elif where.is_file():
         if dataset is None or model is None:
-            raise ValueError(f"{where} is a checkpoint without a run folder's configuration: name --dataset and --model")
+            raise ValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
         config, weights = TrainConfig(dataset=dataset, model=model), where
     else:
         raise FileNotFoundError(f"there is no run folder or checkpoint at {where}")
@@ -291,4 +291,3 @@ def _attacked(
     noise = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
     start = (x + noise * attack.eps).clamp(0, 1)
     return pgd(model, x, y, attack.eps, attack.alpha, _pgd_steps(name) or 0, start=start)
-

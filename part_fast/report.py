@@ -10,7 +10,7 @@ import platform
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        cells = [f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)]
         return "  ".join(cells).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
@@ -128,7 +128,8 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> No
         ("test_pgd20", "test, PGD-20", VERMILION, "s", "-"),
         ("train_robust", "training, under attack", ORANGE, "^", "--"),
     )
-    with _figure(path, 1, 2, (9.5, 3.6)) as (figure, (left, right)):
+    with _figure(path, (9.5, 4), "constrained") as figure:
+        left, right = _two_panels(figure)
         figure.suptitle(title)
         left.plot(epochs, [row["train_loss"] for row in rows], color=GREEN, marker="o", markersize=3)
         left.set(xlabel="epoch", ylabel="training loss (nats)")
@@ -142,37 +143,46 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> No
         for axes in (left, right):
             axes.xaxis.get_major_locator().set_params(integer=True)
             for i in changes:
-                label = f"{methods[i]} from here" if axes is right else None
-                axes.axvline((epochs[i - 1] + epochs[i]) / 2, color=GRAY, linestyle=":", label=label)
-        right.legend()
+                said = f"{methods[i]} from here" if axes is right else None
+                axes.axvline((epochs[i - 1] + epochs[i]) / 2, color=GRAY, linestyle=":", label=said)
+        figure.legend(loc="outside lower center", ncols=5)
 
 
-def draw_comparison(path: Path, curves: Mapping[str, Mapping[int, Sequence[float]]], results: Mapping[str, Any]) -> None:
+def draw_comparison(
+    path: Path, curves: Mapping[str, Mapping[int, Sequence[float]]], results: Mapping[str, Any]
+) -> None:
     """Left: natural test accuracy over epochs, mean and range over seeds. Right: where each seed's run ends.
 
-    curves: method -> epoch -> accuracy of each seed; results: method -> {"natural": per seed, "pgd20": per seed}.
+    curves: method -> epoch -> accuracy of each seed; results: method -> {"natural": per seed, "pgd20": per seed}, in
+    which dotted lines join the runs of one seed.
     """
     style = {"AT": (BLUE, "o"), "PART": (VERMILION, "s")}
-    with _figure(path, 1, 2, (10, 4)) as (_, (left, right)):
+    with _figure(path, (10, 4), "constrained") as figure:
+        left, right = _two_panels(figure)
         for method, epochs in curves.items():
             color, marker = style.get(method, (GRAY, "^"))
             at = sorted(epochs)
             mean = [100 * sum(epochs[e]) / len(epochs[e]) for e in at]
             left.plot(at, mean, color=color, marker=marker, markersize=4, label=method)
             if any(len(epochs[e]) > 1 for e in at):
-                low, high = ([100 * end(epochs[e]) for e in at] for end in (min, max))
-                left.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
-        left.set(xlabel="epoch", ylabel="natural test accuracy (%)", title="training (line: mean, band: range of seeds)")
+                ends = ([100 * end(epochs[e]) for e in at] for end in (min, max))
+                left.fill_between(at, *ends, color=color, alpha=0.2, linewidth=0)
+        left.set(xlabel="epoch", ylabel="natural test accuracy (%)", title="line: mean, band: range of seeds")
         left.xaxis.get_major_locator().set_params(integer=True)
-        left.legend()
+        left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
+        pairs: list[tuple[float, float]] = []
         for method, values in results.items():
             color, marker = style.get(method, (GRAY, "^"))
             natural, robust = ([100 * v for v in values[key]] for key in ("natural", "pgd20"))
             right.scatter(natural, robust, color=color, marker=marker, alpha=0.6, label=f"{method}, one seed")
-            mean = sum(natural) / len(natural), sum(robust) / len(robust)
-            right.scatter(*mean, color=color, marker="*", s=220, edgecolor="black", label=f"{method}, mean", zorder=3)
+            if pairs:
+                for one, other in zip(pairs, zip(natural, robust, strict=True), strict=True):
+                    right.plot(*zip(one, other, strict=True), color=GRAY, linewidth=0.8, linestyle=":", zorder=1)
+            pairs = list(zip(natural, robust, strict=True))
+            middle = sum(natural) / len(natural), sum(robust) / len(robust)
+            right.scatter(*middle, color=color, marker="*", s=220, edgecolor="black", label=f"{method}, mean", zorder=3)
         right.set(xlabel="natural test accuracy (%)", ylabel="PGD-20 test accuracy (%)", title="after the last epoch")
-        right.legend()
+        right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=8, columnspacing=1)
 
 
 def draw_masks(
@@ -187,47 +197,66 @@ def draw_masks(
 
     n = len(x)
     images, adversarial = (t.detach().float().cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3) for t in (x, x_adv))
-    gray = images.mean(3)
+    heat = cams.detach().float().cpu()
     levels = 255 * eps.detach().float().cpu().mean(1)
     low, high = float(levels.min()), float(levels.max())
     scale = Normalize(low, high if high > low else low + 1)
-    heads = ("image", "CAM", "eps map", "adversarial image", "difference, x8")
-    # A title line needs the same height whatever the grid's; the header and the colour bar too.
-    height = 1.55 * n + 1.5
-    with _figure(path, n, 5, (8.4, height)) as (figure, grid):
-        figure.suptitle(caption, fontsize=9)
-        rows = [grid] if n == 1 else grid
-        for i, row in enumerate(rows):
-            row[0].imshow(images[i], vmin=0, vmax=1)
-            row[1].imshow(gray[i], cmap="gray", vmin=0, vmax=1)
-            heat = row[1].imshow(cams[i].detach().float().cpu(), cmap="inferno", vmin=0, vmax=1, alpha=0.6)
-            shades = row[2].imshow(levels[i], cmap="cividis", norm=scale, interpolation="nearest")
-            row[3].imshow(adversarial[i], vmin=0, vmax=1)
-            row[4].imshow((0.5 + 8 * (adversarial[i] - images[i])).clamp(0, 1))
-            above = (titles[i][0], "", "", titles[i][1], "")
-            for axes, head, title in zip(row, heads, above):
-                axes.set_xticks([])
-                axes.set_yticks([])
-                axes.set_title("\n".join(part for part in (head if i == 0 else "", title) if part), fontsize=8)
-        bars = ((heat, 1, "CAM (0 to 1)", None), (shades, 2, "eps (1/255)", sorted({low, high})))
+    heads = ("image\nlabel -> prediction", "CAM", "eps map", "adversarial image\n-> prediction", "difference, x8")
+    side, gap, top, bottom = 1.6, 0.22, 0.75, 0.65  # inches
+    width, height = 5 * side + 0.3, n * (side + gap) + top + bottom
+    with _figure(path, (width, height)) as figure:
+        figure.text(0.5, 1 - 0.12 / height, caption, ha="center", va="top", fontsize=9)
+
+        def place(column: int, up: float, tall: float, wide: float = side - 0.08) -> Any:
+            left = 0.15 + column * side + (side - wide) / 2
+            return figure.add_axes((left / width, up / height, wide / width, tall / height))
+
+        for i in range(n):
+            up = height - top - (i + 1) * (side + gap) + 0.04
+            image, cam, shades, attacked, difference = (place(column, up, side - 0.08) for column in range(5))
+            image.imshow(images[i], vmin=0, vmax=1)
+            cam.imshow(images[i].mean(2), cmap="gray", vmin=0, vmax=1)
+            warmth = cam.imshow(heat[i], cmap="inferno", vmin=0, vmax=1, alpha=0.6)
+            shade = shades.imshow(levels[i], cmap="cividis", norm=scale, interpolation="nearest")
+            attacked.imshow(adversarial[i], vmin=0, vmax=1)
+            difference.imshow((0.5 + 8 * (adversarial[i] - images[i])).clamp(0, 1))
+            for axes, title in ((image, titles[i][0]), (attacked, titles[i][1])):
+                axes.set_title(title, fontsize=7.5, pad=3)
+            for column, axes in enumerate((image, cam, shades, attacked, difference)):
+                axes.set(xticks=[], yticks=[])
+                if i == 0:
+                    head = 1 - (top + 0.02) / height
+                    figure.text(*(_middle(axes), head), heads[column], ha="center", va="bottom", fontsize=9)
+        bars = ((warmth, 1, "CAM, 0 to 1", (0, 0.5, 1)), (shade, 2, "eps, 1/255", sorted({low, high})))
         for mappable, column, label, ticks in bars:
-            bar = figure.colorbar(mappable, ax=[row[column] for row in rows], location="bottom", shrink=0.9, ticks=ticks)
-            bar.set_label(label, fontsize=8)
+            box = place(column, 0.45, 0.1, wide=1.2)
+            bar = figure.colorbar(mappable, cax=box, orientation="horizontal", ticks=ticks)
+            bar.ax.set_xticklabels([f"{tick:.3g}" for tick in ticks])
+            bar.set_label(label, fontsize=8, labelpad=1)
             bar.ax.tick_params(labelsize=7)
 
 
+def _middle(axes: Any) -> float:
+    box = axes.get_position()
+    return (box.x0 + box.x1) / 2
+
+
 @contextlib.contextmanager
-def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    """(figure, axes) that is saved to `path` (PNG) when the block ends; no global state of pyplot is touched."""
+def _figure(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = None) -> Iterator[Any]:
+    """A figure that is saved to `path` (PNG) when the block ends; no global state of pyplot is touched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    figure = Figure(figsize=size, layout=layout, dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns)
-    for each in axes.flat:
-        each.grid(alpha=0.3)
-        each.set_axisbelow(True)
-    yield figure, axes
+    yield figure
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def _two_panels(figure: Any) -> Any:
+    panels = figure.subplots(1, 2)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    return panels

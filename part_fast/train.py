@@ -104,7 +104,7 @@ def train(
             train_loss = float(loss_sum) / len(data)
             seconds = time.perf_counter() - begin
             if not math.isfinite(train_loss):
-                raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; try a smaller lr")
+                raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
 
             test_attack = AttackSettings(config.eps, config.alpha, config.seed)
             pgd20 = None if attacked_test is None else correct(model, attacked_test, "pgd20", test_attack)
@@ -139,7 +139,7 @@ def batch_loss(
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
 ) -> Tensor:
-    """The training loss, a scalar, of images x (N,C,H,W) in [0,1] with labels y (N,); the model is left in train mode."""
+    """The training loss, a scalar, of images x (N,C,H,W) in [0,1], labels y (N,); the model is left in train mode."""
     weighted = method in ("part", "part-t", "part-m")
     if method in ("at", "part"):
         eps = budget(x) if weighted else config.eps
@@ -177,7 +177,8 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
         raise ValueError(f"out takes a folder, {out} is a file")
     present = [name for name in RUN_FILES if (out / name).exists()]
     if present and not (resume or overwrite):
-        raise ValueError(f"{out} already holds a run ({', '.join(present)}): --resume continues it, --overwrite replaces it")
+        holds = ", ".join(present)
+        raise ValueError(f"{out} already holds a run ({holds}): --resume continues it, --overwrite replaces it")
     if resume:
         before, now = read_config(out).to_json(), config.to_json()
         different = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
