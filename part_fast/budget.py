@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import checks
+from part_fast.controls import check_control, control_map
 from part_fast.eval_mode import eval_mode, uncached_autocast
 from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
-from part_fast.ops.epsilon_map import epsilon_map
-from part_fast.ops.packed_epsilon import eps_pair
+from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map
+from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
 
 # Where ResNets and WideResNets have their last feature map.
 DEFAULT_LAYERS = ("layer4", "block3")
@@ -24,6 +25,8 @@ class CamBudget:
     rule: "zscore", "released", "quantile:q" or "soft", see `part_fast.epsilon_map`.
     target_layer: the module, or its name in `model.named_modules()`, whose output (N,K,h,w) is explained;
         default: the module called `layer4`, else `block3`, under any prefix.
+    control: "none", "permuted", "random", "inverted" or "uniform": what is done to the map afterwards, to tell
+        whether the CAM matters; see `part_fast.controls`. "permuted" and "random" draw from torch's generators.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
     before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
@@ -45,16 +48,18 @@ class CamBudget:
         method: str = "gradcam",
         rule: str = "zscore",
         target_layer: nn.Module | str | None = None,
+        control: str = "none",
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         self.eps, self.eps_low = eps_pair(eps, eps_low)
-        self._channels = parse_rule(rule, 1, 1, soft=True)[2]
+        self.channels = parse_rule(rule, 1, 1, soft=True)[2]
         self.model = model
         self.method = method
         self.rule = rule
+        self.control = check_control(control)
         self.target_layer = _find_layer(model, target_layer)
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
@@ -69,11 +74,22 @@ class CamBudget:
 
         For losses that need the clean logits anyway, such as TRADES.
         """
+        evidence, logits = self.evidence(x, target)
+        eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
+        return control_map(eps, self.control, self.eps, self.eps_low), logits
+
+    def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
+        """The eps map as one bit per value, before any control; every rule but "soft"."""
+        evidence, _ = self.evidence(x, target)
+        return packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
+
+    def evidence(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""
         checks.values("x", checks.images("x", x), 0, 1)
         if target is not None:
             checks.labels("target", target, x)
         if x.shape[0] == 0:  # layers disagree on empty batches
-            return x.new_empty(0, self._channels, *x.shape[2:], dtype=torch.float32), x.new_empty(0, 0)
+            return x.new_empty(0, 1, 1, dtype=torch.float32), x.new_empty(0, 0)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(self.model):
             activation, logits = self._forward(x.clone() if x.is_inference() else x.detach())
@@ -88,9 +104,7 @@ class CamBudget:
             raise ValueError("target_layer must lead to the logits, got a layer whose output they do not depend on")
         # Pooling gives gradients that share elements (expanded), which ops refuse.
         gradient = checks.same_format(gradient.to(activation.dtype), activation)
-        evidence = cam(activation, gradient, self.method)
-        eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
-        return eps.float(), logits.detach()
+        return cam(activation, gradient, self.method), logits.detach()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Target layer's output, a leaf of the graph that leads from it to the logits, and the logits."""
