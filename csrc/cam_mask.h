@@ -10,7 +10,7 @@ namespace part_fast {
 enum Rule { ZSCORE = 0, RELEASED = 1, QUANTILE = 2, SOFT = 3 };
 
 // Channels M of the mask.
-PF_HD constexpr int channels_of(int rule) { return rule == RELEASED ? 3 : 1; }
+PF_HD constexpr int channels_of(int64_t rule) { return rule == RELEASED ? 3 : 1; }
 
 // Sums over a map run in float64 over eight interleaved lanes (value p goes to lane p % 8, in turn); then the lanes
 // are added in turn. Where this order is kept, no mask differs, however close a pixel lies to its threshold.
