@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from part_fast import checks
 from part_fast.controls import check_control, control_map
 from part_fast.eval_mode import eval_mode, uncached_autocast
+from part_fast.external_cam import Explain, external_cam
 from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map
@@ -21,7 +22,8 @@ class CamBudget:
     """Per-pixel eps from class activation maps of `model`: `budget(x) -> (N,M,H,W)`, float32.
 
     eps, eps_low: image units, 0 <= eps_low <= eps: for the pixels that matter, and for the rest.
-    method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`.
+    method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; or, at whatever they cost, a class
+        of the `grad-cam` package, or callable(model, x, target) -> (N,h,w), run in eval mode.
     rule: "zscore", "released", "quantile:q" or "soft", see `part_fast.epsilon_map`.
     target_layer: the module, or its name in `model.named_modules()`, whose output (N,K,h,w) is explained;
         default: the module called `layer4`, else `block3`, under any prefix.
@@ -45,15 +47,16 @@ class CamBudget:
         eps: float = 8 / 255,
         eps_low: float = 7 / 255,
         *,
-        method: str = "gradcam",
+        method: str | type | Explain = "gradcam",
         rule: str = "zscore",
         target_layer: nn.Module | str | None = None,
         control: str = "none",
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if method not in METHODS and (isinstance(method, str) or not callable(method)):
+            known = f"{', '.join(METHODS)}, a class of grad-cam or a callable"
+            raise ValueError(f"method must be one of {known}, got {method!r}")
         self.eps, self.eps_low = eps_pair(eps, eps_low)
         self.channels = parse_rule(rule, 1, 1, soft=True)[2]
         self.model = model
@@ -92,11 +95,14 @@ class CamBudget:
             return x.new_empty(0, 1, 1, dtype=torch.float32), x.new_empty(0, 0)
         devices = [x.device] if x.device.type == "cuda" else []
         with torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(self.model):
-            activation, logits = self._forward(x.clone() if x.is_inference() else x.detach())
+            x = x.clone() if x.is_inference() else x.detach()
+            activation, logits = self._forward(x)
             if target is None:
                 target = logits.detach().argmax(1)
             else:
                 checks.labels("target", target, x, logits.shape[1])
+            if callable(self.method):
+                return external_cam(self.method, self.model, self.target_layer, x, target.clone()), logits.detach()
             with torch.enable_grad():
                 score = logits.gather(1, target[:, None].clone()).sum()
             (gradient,) = torch.autograd.grad(score, activation, allow_unused=True)

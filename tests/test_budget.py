@@ -66,6 +66,55 @@ def test_methods_on_resnet_match_the_formula(method):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)  # min-max divides rounding by the map's range
 
 
+@pytest.mark.parametrize("name", ["GradCAM", "GradCAMPlusPlus", "EigenCAM", "LayerCAM", "ScoreCAM"])
+def test_grad_cam_classes_give_their_own_output(name):
+    grad_cam = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
+    net = Net().train()
+    net(X).sum().backward()
+    before = snapshot(net)
+    got = CamBudget(net, 0.1, 0.0, method=getattr(grad_cam, name), rule="soft", target_layer="relu2")(X)
+    assert_untouched(before, net)
+    with getattr(grad_cam, name)(model=net.eval(), target_layers=[net.relu2]) as explain:
+        own = torch.from_numpy(
+            explain(input_tensor=X, targets=None)
+        )  # explains the prediction by default, as CamBudget does
+    torch.testing.assert_close(got, part_fast.epsilon_map(own, (16, 16), 0.1, 0.0, "soft"))
+
+
+def test_native_gradcam_ranks_as_the_grad_cam_package():
+    grad_cam = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
+    net = golden_net()
+    native = CamBudget(net, 1.0, 0.0, rule="soft", target_layer="relu2")(X)
+    theirs = CamBudget(net, 1.0, 0.0, method=grad_cam.GradCAM, rule="soft", target_layer="relu2")(X)
+    # The same low-resolution map; the package enlarges it linearly, PART bicubically.
+    for ours, other in zip(native.flatten(1), theirs.flatten(1), strict=True):
+        assert torch.corrcoef(torch.stack([ours, other]))[0, 1] > 0.95
+
+
+def test_callable_method():
+    seen = {}
+
+    def explain(model, x, target):
+        seen.update(training=model.training, target=target)
+        model(x.requires_grad_()).sum().backward()
+        return x.grad.abs().sum(1)
+
+    net = Net().train()
+    before = snapshot(net)
+    got = CamBudget(net, 0.1, 0.0, method=explain, rule="soft", target_layer="relu2")(X, Y)
+    assert_untouched(before, net)
+    assert not seen["training"]
+    assert torch.equal(seen["target"], Y)
+    x = X.clone().requires_grad_()
+    net.eval()(x).sum().backward()
+    torch.testing.assert_close(got, part_fast.epsilon_map(x.grad.abs().sum(1), (16, 16), 0.1, 0.0, "soft"))
+
+
+def test_callable_that_gives_no_map():
+    with pytest.raises(ValueError, match=r"method must give maps \(8,h,w\), got \(8, 10\)"):
+        CamBudget(Net(), method=lambda model, x, target: model(x), target_layer="relu2")(X)
+
+
 def test_other_class_other_map():
     budget = CamBudget(golden_net(), rule="soft", target_layer="relu2")
     assert not torch.equal(budget(X, Y), budget(X, (Y + 1) % 10))
