@@ -1,0 +1,121 @@
+"""TrainConfig: presets, what it refuses, schedule, its JSON; devices and numbers as written on a command line."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from part_fast.config import METHODS, PRESETS, TrainConfig, find_device, parse_number, preset, read_config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_whole_and_named(name):
+    config = preset(name)
+    config.check()
+    assert config.preset == name
+
+
+@pytest.mark.parametrize("name", ["cifar10-resnet18", "cifar10-wrn34-10", "fashion-mnist"])
+def test_published_numbers(name):
+    config = preset(name)
+    assert (config.epochs, config.warmup_epochs, config.batch_size, config.lr, config.lr_drops) == (80, 20, 128, 0.01, (60, 90))
+    assert (config.momentum, config.weight_decay, config.beta, config.steps) == (0.9, 2e-4, 6.0, 10)
+    assert (config.eps, config.eps_low, config.alpha) == (8 / 255, 7 / 255, 2 / 255)
+    assert config.augment
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("preset", "cifar", "cifar10-resnet18"),
+        ("method", "free", "at, part, trades"),
+        ("attack", "fgsm", "one of pgd"),
+        ("cam", "gradcam++", "gradcam, xgradcam"),
+        ("rule", "otsu", "zscore, released"),
+        ("rule", "quantile:2", "quantile:q with 0 < q < 1"),
+        ("eps", -0.1, ">= 0"),
+        ("eps", math.nan, "finite"),
+        ("eps_low", 9 / 255, "eps_low must be <= eps"),
+        ("alpha", math.inf, "alpha"),
+        ("lr", math.nan, "lr"),
+        ("beta", -1.0, "beta"),
+        ("momentum", -0.5, "momentum"),
+        ("weight_decay", -1e-4, "weight_decay"),
+        ("epochs", 0, "epochs"),
+        ("batch_size", 0, "batch_size"),
+        ("steps", -1, "steps"),
+        ("seed", -1, "seed"),
+        ("train_size", 0, "train_size"),
+        ("test_size", -5, "test_size"),
+        ("pgd_test_size", -1, "pgd_test_size"),
+        ("lr_drops", (5, -1), "lr_drops"),
+        ("warmup_epochs", 81, "warmup_epochs must be <= epochs, 80"),
+    ],
+)
+def test_refused_in_one_line_that_names_the_field(field, value, says):
+    config = dataclasses.replace(preset("cifar10-resnet18"), **{field: value})
+    with pytest.raises(ValueError, match=field) as error:
+        config.check()
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_text_where_a_number_belongs_is_a_type_error():
+    with pytest.raises(TypeError, match="lr must be a number, got str"):
+        TrainConfig(lr="fast").check()
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="one of demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10, got 'x'"):
+        preset("x")
+
+
+def test_learning_rate_counts_every_epoch():
+    config = TrainConfig(lr=0.01, lr_drops=(60, 90), epochs=100)
+    expected = {0: 1e-2, 59: 1e-2, 60: 1e-3, 89: 1e-3, 90: 1e-4, 99: 1e-4}
+    assert {epoch: pytest.approx(config.lr_at(epoch)) for epoch in expected} == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_warm_up_is_the_same_method_without_pixel_weights(method):
+    config = TrainConfig(method=method, epochs=4, warmup_epochs=2)
+    plain = {"at": "at", "part": "at", "trades": "trades", "part-t": "trades", "mart": "mart", "part-m": "mart"}
+    assert [config.method_at(epoch) for epoch in range(4)] == [plain[method]] * 2 + [method] * 2
+
+
+def test_json_round_trip(tmp_path):
+    config = TrainConfig(eps=0.1, lr_drops=(3, 4), train_size=5)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    assert read_config(tmp_path) == config
+
+
+def test_unreadable_configurations(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        read_config(tmp_path)
+    for text, says in (("{", "not JSON"), ("[]", "holds a list"), ('{"epsilon": 1}', "unknown epsilon")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("3e-2", 0.03), ("-1", -1.0), ("1.5/3", 0.5), ("1e0/4", 0.25)]
+)
+def test_numbers_as_written(text, value):
+    assert parse_number(text) == value
+
+
+@pytest.mark.parametrize("text", ["8/0", "8/", "/255", "eight", "1/2/3", ""])
+def test_no_numbers(text):
+    with pytest.raises(ValueError, match=r"such as 0.03 or 8/255, got"):
+        parse_number(text)
+
+
+def test_devices():
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, says in (("gpu", "takes auto, cpu"), ("meta", "takes auto, cpu"), ("cuda:99", "is not there")):
+        with pytest.raises(ValueError, match=says):
+            find_device(name)

@@ -1,0 +1,297 @@
+"""train: what a run folder holds, that training trains, that a resumed run is the same run, what is refused."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import part_fast.evaluate as evaluating
+import part_fast.train as training
+from part_fast import report
+from part_fast.config import METHODS, TrainConfig
+from part_fast.data import load, to_float
+from part_fast.models import build_model
+from part_fast.train import DERIVED, RUN_FILES, STATE, adversarial_logits, batch_loss, train
+
+TINY = TrainConfig(
+    method="part", epochs=2, warmup_epochs=1, batch_size=32, train_size=64, test_size=20, steps=1, lr=0.05, pgd_test_size=0
+)
+CACHED = functools.lru_cache(load)
+
+
+def tiny(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Most of a tiny run's time is unpacking the demo set and drawing: once is enough (`finished` draws)."""
+    monkeypatch.setattr(training, "load", CACHED)
+    monkeypatch.setattr(evaluating, "load", CACHED)
+    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, rows) of a run with everything on."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, train(tiny(pgd_test_size=10), folder, tensorboard=True, log=lambda line: None)
+
+
+def test_run_folder_holds_what_it_should(finished):
+    folder, rows = finished
+    names = {path.name for path in folder.iterdir()}
+    assert set(RUN_FILES) <= names
+    assert [name for name in names if name.startswith("events.out.tfevents")]
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert json.loads((folder / "config.json").read_text()) == tiny(pgd_test_size=10).to_json()
+    record = json.loads((folder / "environment.json").read_text())
+    assert record["torch"] == torch.__version__
+    assert record["backends"]["cpu"][-1] == "reference"
+    build_model("resnet-small", 10).load_state_dict(weights(folder))
+
+    with (folder / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == ["at", "part"]
+    for said, row in zip(table, rows, strict=True):
+        assert {key: str(value) for key, value in row.items()} == said
+        assert 0 <= row["train_robust"] <= 1
+        assert 0 <= row["test_natural"] <= 1
+        assert row["test_pgd20"] * 10 == pytest.approx(round(row["test_pgd20"] * 10))  # of ten images
+        assert row["images_per_second"] == pytest.approx(64 / row["seconds"])
+
+
+def test_folder_is_the_same_but_for_times_when_run_again(finished, tmp_path):
+    folder, rows = finished
+    again = train(tiny(pgd_test_size=10), tmp_path / "run", log=lambda line: None)
+    times = {"seconds": 0, "images_per_second": 0}
+    assert [{**row, **times} for row in again] == [{**row, **times} for row in rows]
+    assert_same_weights(weights(folder), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loss_falls_on_real_images(method, tmp_path):
+    config = tiny(method=method, epochs=6, warmup_epochs=0, augment=False, batch_size=16, beta=1.0)
+    rows = train(config, tmp_path / "run", log=lambda line: None)
+    # Ten classes: chance is ln 10 = 2.3 nats for the cross-entropy methods; MART adds its boosting term.
+    assert rows[-1]["train_loss"] < 0.85 * rows[0]["train_loss"]
+    assert rows[-1]["train_robust"] > rows[0]["train_robust"]
+    assert all(row["method"] == method for row in rows)
+
+
+def test_seeds_and_methods_differ(finished, tmp_path):
+    folder, _ = finished
+    for i, change in enumerate(({"seed": 1}, {"method": "at"}, {"augment": False})):
+        train(tiny(pgd_test_size=10, **change), tmp_path / str(i), log=lambda line: None)
+        assert any(not torch.equal(v, weights(folder)[k]) for k, v in weights(tmp_path / str(i)).items()), change
+
+
+@pytest.mark.parametrize("method", ["part", "part-t"])
+def test_one_epoch_and_one_resumed_are_two_epochs(method, tmp_path):
+    config = tiny(method=method)
+    whole = train(config, tmp_path / "whole", log=lambda line: None)
+    train(dataclasses.replace(config, epochs=1), tmp_path / "parts", log=lambda line: None)
+    torch.manual_seed(12345)  # what happened to the global generator in between must not matter
+    parts = train(config, tmp_path / "parts", resume=True, log=lambda line: None)
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert [row["train_loss"] for row in whole] == [row["train_loss"] for row in parts]
+    states = [torch.load(tmp_path / name / STATE, weights_only=True) for name in ("whole", "parts")]
+    buffers = [[entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in states]
+    assert all(torch.equal(one, other) for one, other in zip(*buffers, strict=True))
+    assert json.loads((tmp_path / "parts" / "config.json").read_text())["epochs"] == 2
+    assert len(json.loads((tmp_path / "parts" / "environment.json").read_text())["resumed"]) == 1
+
+
+def test_interrupted_in_the_second_epoch_resumes_exactly(tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    train(TINY, whole, log=lambda line: None)
+    real, calls = batch_loss, []
+
+    def stop_at_the_fourth(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "batch_loss", stop_at_the_fourth)
+        train(TINY, tmp_path / "cut", log=lambda line: None)
+    rows = train(TINY, tmp_path / "cut", resume=True, log=lambda line: None)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert_same_weights(weights(whole), weights(tmp_path / "cut"))
+
+
+def test_interrupted_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "batch_loss", stop)
+        train(TINY, tmp_path / "run", log=lambda line: None)
+    assert len(train(TINY, tmp_path / "run", resume=True, log=lambda line: None)) == 2
+
+
+def test_killed_between_state_and_weights_is_mended_on_resume(tmp_path):
+    run = tmp_path / "run"
+    train(TINY, run, log=lambda line: None)
+    before = contents(run)
+    (run / "model.safetensors").write_bytes(b"old")
+    (run / "metrics.csv").unlink()
+    train(TINY, run, resume=True, log=lambda line: None)
+    after = contents(run)
+    assert after["model.safetensors"] == before["model.safetensors"]
+    assert after["metrics.csv"] == before["metrics.csv"]
+
+
+def test_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="full"), report.replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError("disk full")
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "how", "says"),
+    [
+        ({}, {}, "already holds a run"),
+        ({}, {"resume": True, "overwrite": True}, "exclude each other"),
+        ({"lr": 0.5}, {"resume": True}, r"another configuration: lr 0\.05 there, 0\.5 here"),
+        ({"seed": 3, "method": "at"}, {"resume": True}, "method 'part' there, 'at' here; seed 0 there, 3 here"),
+        ({"epochs": 1}, {"resume": True}, "epochs must be at least the 2"),
+        ({"eps_low": 1.0}, {"overwrite": True}, "eps_low must be <= eps"),
+        ({"model": "vgg"}, {"overwrite": True}, "model takes one of resnet18"),
+        ({"dataset": "mnist"}, {"overwrite": True}, "data set takes one of demo"),
+        ({"train_size": 60_000}, {"overwrite": True}, "n takes an integer from 1 to 6000"),
+        ({"device": "tpu"}, {"overwrite": True}, "device takes auto"),
+    ],
+)
+def test_refusals_write_nothing(finished, changes, how, says):
+    folder, _ = finished
+    before = contents(folder)
+    with pytest.raises(ValueError, match=says):
+        train(tiny(pgd_test_size=10, **changes), folder, **how)
+    assert contents(folder) == before
+
+
+def test_refusals_make_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        train(TINY, tmp_path / "run", resume=True)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint file at .*absent\.pt"):
+        train(tiny(init=str(tmp_path / "absent.pt")), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="cifar10 not found: looked for"):
+        train(tiny(dataset="cifar10", root=str(tmp_path)), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        train(TINY, tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_damaged_state_is_one_line(tmp_path):
+    train(tiny(epochs=1), tmp_path / "run", log=lambda line: None)
+    (tmp_path / "run" / STATE).write_bytes(b"nothing that torch wrote")
+    with pytest.raises(ValueError, match=f"{STATE} cannot be read") as error:
+        train(TINY, tmp_path / "run", resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_overwrite_replaces_the_run_and_what_was_made_of_it_alone(tmp_path):
+    run = tmp_path / "run"
+    train(TINY, run, log=lambda line: None)
+    stale = ["evaluation.json", "events.out.tfevents.1"]
+    for name in [*stale, "notes.txt"]:
+        (run / name).write_text("kept?")
+    train(tiny(epochs=1, seed=1), run, overwrite=True, log=lambda line: None)
+    names = {path.name for path in run.iterdir()}
+    assert names == {*RUN_FILES, "notes.txt"}
+    assert len(DERIVED) == 4
+    assert len((run / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_diverging_training_stops_with_one_line(tmp_path):
+    with pytest.raises(RuntimeError, match="training diverged in epoch 1: the loss is"):
+        train(tiny(lr=1e30, warmup_epochs=0), tmp_path / "run", log=lambda line: None)
+    assert not (tmp_path / "run" / STATE).exists()
+
+
+def test_init_starts_from_a_checkpoint(finished, tmp_path):
+    folder, _ = finished
+    init = str(folder / "model.safetensors")
+    train(tiny(init=init, lr=0.0, epochs=1), tmp_path / "run", log=lambda line: None)
+    own, start = weights(tmp_path / "run"), weights(folder)
+    for name in own:
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(own[name], start[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_perturbation_obeys_its_map(method, monkeypatch):
+    """The images of the last train-mode forward lie within each pixel's eps of the natural ones, some on the bound."""
+    data = CACHED("demo", "train").subset(16)
+    x, y = to_float(data.images), data.labels
+    model = build_model("resnet-small", 10).train()
+    config = tiny(steps=10)
+    maps, inputs = [], []
+    real = training.CamBudget.with_logits
+
+    def keep_map(budget, *arguments):
+        maps.append(real(budget, *arguments))
+        return maps[-1]
+
+    def keep_input(module, arguments):
+        if module.training:
+            inputs.append(arguments[0].detach().clone())
+
+    monkeypatch.setattr(training.CamBudget, "with_logits", keep_map)
+    model.register_forward_pre_hook(keep_input)
+    budget = training.CamBudget(model, config.eps, config.eps_low)
+    batch_loss(method, model, x, y, budget, torch.optim.SGD(model.parameters(), 0.1), config)
+    assert model.training
+    change = (inputs[-1] - x).abs()
+    rounding = 1e-7  # of x + eps near 1 in float32
+    assert bool((change > config.eps - rounding).any())
+    if not method.startswith("part"):
+        assert not maps
+        assert bool((change <= config.eps + rounding).all())
+        return
+    ((eps, _),) = maps
+    assert sorted(eps.unique().tolist()) == pytest.approx([config.eps_low, config.eps])
+    assert bool((change <= eps + rounding).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_robust_accuracy_is_that_of_the_adversarial_forward(method):
+    data = CACHED("demo", "train").subset(8)
+    x, y = to_float(data.images), data.labels
+    model = build_model("resnet-small", 10)
+    inputs = []
+    model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].detach().clone()))
+    with adversarial_logits(model) as seen:
+        budget = training.CamBudget(model)
+        batch_loss(method, model, x, y, budget, torch.optim.SGD(model.parameters(), 0.1), tiny(steps=2))
+        logits = seen[-1].clone()
+    assert not torch.equal(inputs[-1], x)
+    model.train()
+    assert torch.allclose(model(inputs[-1]), logits, atol=1e-5)  # one batch, the same batch statistics
+    assert math.isfinite(float(logits.sum()))
