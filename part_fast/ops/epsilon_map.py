@@ -20,7 +20,8 @@ def _reference(cam: Tensor, height: int, width: int, rule: int, k: int, eps: flo
     if RULES[rule] == "soft":
         weight = upsample_reference(cam, height, width).clamp(0, 1)[:, None]
         return eps_low + (eps - eps_low) * weight
-    return torch.where(mask_reference(cam, height, width, rule, k), eps, eps_low).to(dtype)
+    high, low = (torch.full((), value, dtype=dtype, device=cam.device) for value in (eps, eps_low))
+    return torch.where(mask_reference(cam, height, width, rule, k), high, low)
 
 
 _epsilon_map = backends.define(
@@ -89,8 +90,8 @@ def epsilon_map(
     if not learned:
         return result
     if RULES[number] == "soft":
-        return (eps_low + (eps - eps_low) * result).to(result.dtype)
-    return torch.where(result > 0, eps, eps_low).to(result.dtype)
+        return eps_low + (eps - eps_low) * result
+    return torch.where(result > 0, eps, eps_low)
 
 
 def packed_epsilon_map(
@@ -117,4 +118,4 @@ def _budget(name: str, value: Any, shape: tuple[int, ...], cam: Tensor) -> Tenso
     dims = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > 4 or any(d not in (1, full) for d, full in dims):
         raise ValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")
-    return value
+    return value.to(checks.compute_dtype(cam))
