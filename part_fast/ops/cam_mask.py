@@ -74,9 +74,9 @@ def reference(cam: Tensor, height: int, width: int, rule: int, k: int) -> Tensor
     if n == 0:
         return torch.zeros(n, 3 if RULES[rule] == "released" else 1, height, width, dtype=torch.bool, device=cam.device)
     u = upsample_reference(cam, height, width).view(n, pixels)
-    low, high = cam.amin((1, 2))[:, None], cam.amax((1, 2))[:, None]
+    low, high = cam.amin((1, 2))[:, None].to(u.dtype), cam.amax((1, 2))[:, None].to(u.dtype)
     # Nothing can be said from a flat map, nor from one with NaN or infinities.
-    evidence = (high > low) & torch.isfinite((high - low).to(u.dtype))
+    evidence = (high > low) & torch.isfinite(high - low)
     u = torch.where(evidence, u, torch.zeros_like(u))
     if RULES[rule] == "released":
         return _released(u, evidence).view(n, height, width, 3).permute(0, 3, 1, 2).contiguous()
