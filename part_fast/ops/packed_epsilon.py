@@ -91,7 +91,8 @@ class PackedEpsilon:
                 raise IndexError(f"index must be in [{-len(self)}, {len(self)}), got {index}")
             index = slice(index % len(self), index % len(self) + 1)
         elif not isinstance(index, (slice, list, Tensor)) or (isinstance(index, Tensor) and index.ndim != 1):
-            raise TypeError(f"index must choose samples: an int, slice, list or 1-D tensor, got {index!r}")
+            got = f"a tensor of shape {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
+            raise TypeError(f"index must choose samples: an int, slice, list or 1-D tensor, got {got}")
         return dataclasses.replace(self, bits=self.bits[index])
 
     def index_select(self, *dim_and_index: Any) -> PackedEpsilon:
