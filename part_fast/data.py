@@ -1,25 +1,48 @@
-"""Image data sets that live in memory as uint8 tensors, and crop/flip as one gather over a whole batch."""
+"""The named image data sets: where each may lie, in which files, and what it holds.
+
+`load` reads one whole into memory; what is done with the images there is in `data_memory`, the files are read by
+`data_files`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import gzip
 import hashlib
 import io
 import lzma
 import os
-import pickle
+import re
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from part_fast.data_files import (
+    IMAGE_SUFFIXES,
+    first_line,
+    image_size,
+    read_cifar_binary,
+    read_cifar_pickle,
+    read_idx,
+    read_images,
+    read_lines,
+    read_mat,
+)
+from part_fast.data_memory import (
+    Augmentation,
+    Batch,
+    Dataset,
+    augment,
+    balanced_indices,
+    draw_augmentation,
+    to_float,
+)
 
 __all__ = [
     "DATASETS",
@@ -46,208 +69,21 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_FINE_CLASSES = (
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+    "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+    "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard "
+    "lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear "
+    "pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal "
+    "shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank "
+    "telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+)
+CIFAR100_CLASSES = tuple(_FINE_CLASSES.split())
+SVHN_CLASSES = tuple("0123456789")
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DEMO_FILE = Path(__file__).parent / "assets" / "fashion-mnist-demo.npz.xz"
 DEMO_SHA256 = "e4fdb7f30402130a263384057821a6b51670d184434067a217b37f6c0856fb22"
-
-
-class Batch(NamedTuple):
-    """Images (B,C,H,W) uint8, labels (B,) int64 and their positions (B,) int64 in the data set."""
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A whole data set in memory.
-
-    Attributes:
-        images: uint8 (N,C,H,W).
-        labels: int64 (N,), each in [0, num_classes).
-        class_names: one per class.
-        name, split: what `load` was asked for.
-        source: the file or folder it came from.
-
-    Raises:
-        ValueError: the tensors do not fit together, or a label is out of range.
-    """
-
-    images: Tensor
-    labels: Tensor
-    num_classes: int
-    class_names: tuple[str, ...]
-    name: str
-    split: str
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        where = self.source or self.name
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise ValueError(
-                f"images takes a uint8 tensor (N,C,H,W), got {self.images.dtype} {tuple(self.images.shape)} ({where})"
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels takes an int64 tensor ({len(self.images)},), one per image, "
-                f"got {self.labels.dtype} {tuple(self.labels.shape)} ({where})"
-            )
-        if len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names takes {self.num_classes} names, got {len(self.class_names)} ({where})")
-        if len(self.labels):
-            low, high = int(self.labels.min()), int(self.labels.max())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"labels takes values from 0 to {self.num_classes - 1}, got {low if low < 0 else high} ({where})"
-                )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str) -> Dataset:
-        """The same data set with images and labels on `device`."""
-        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
-
-    def subset(self, n: int, seed: int = 0) -> Dataset:
-        """n images at random, classes as equal in number as the data allows, in their original order.
-
-        With one seed a smaller subset is part of a larger one.
-
-        Raises:
-            ValueError: n is not from 1 to len(self).
-        """
-        indices = balanced_indices(self.labels, n, seed)
-        return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
-
-    def batches(
-        self,
-        batch_size: int,
-        shuffle: bool = False,
-        generator: torch.Generator | None = None,
-        drop_last: bool = False,
-    ) -> Iterator[Batch]:
-        """One pass over the data set; the order is drawn when this is called. Images stay uint8.
-
-        With drop_last a last batch smaller than batch_size is left out.
-
-        Raises:
-            ValueError: batch_size < 1.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size takes an integer >= 1, got {batch_size!r}")
-        if shuffle:
-            device = generator.device if generator is not None else None
-            order = torch.randperm(len(self), generator=generator, device=device).to(self.images.device)
-        else:
-            order = torch.arange(len(self), device=self.images.device)
-        end = len(self) // batch_size * batch_size if drop_last else len(self)
-        chunks = (order[start : start + batch_size] for start in range(0, end, batch_size))
-        return (Batch(self.images[indices], self.labels[indices], indices) for indices in chunks)
-
-
-def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
-    """Positions (n,) int64, ascending, of n random samples with classes as equal in number as `labels` (N,) allows.
-
-    Raises:
-        ValueError: n is not from 1 to N.
-    """
-    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(labels):
-        raise ValueError(f"n takes an integer from 1 to {len(labels)}, the number of images, got {n!r}")
-    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    drawn = labels.cpu()[shuffled]
-    by_class = torch.argsort(drawn, stable=True)
-    counts = torch.bincount(drawn)
-    first = torch.cumsum(counts, 0) - counts
-    rank = torch.empty_like(by_class)
-    rank[by_class] = torch.arange(len(labels)) - first[drawn[by_class]]
-    # Everybody's first sample, then everybody's second, and so on: any prefix is as balanced as it can be.
-    chosen = shuffled[torch.argsort(rank, stable=True)[:n]]
-    return chosen.sort().values.to(labels.device)
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0,1]. Equivalent to: `images.float() / 255`."""
-    return images.to(torch.float32).div_(255)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """A drawn crop and flip for each sample, to be applied to images and, the same way, to their masks.
-
-    Attributes:
-        dy, dx: int64 (N,), the shift: row y of the result is row y + dy of the source, columns alike.
-        flip: bool (N,), whether the cropped sample is mirrored left to right.
-    """
-
-    dy: Tensor
-    dx: Tensor
-    flip: Tensor
-
-    def apply(self, images: Tensor, fill: float = 0.0) -> Tensor:
-        """Crop and flip (N,C,H,W); uint8 becomes float32 in [0,1], any other dtype is kept (masks, eps maps).
-
-        `fill`, in units of the result, is what lies outside the source. The result is new and contiguous.
-        Equivalent to, for each sample: pad with `fill`, crop at the drawn place, `flip(-1)` where drawn.
-
-        Raises:
-            ValueError: images is not (N,C,H,W) with the N that was drawn for.
-        """
-        if images.dim() != 4 or len(images) != len(self.dy):
-            raise ValueError(f"images takes ({len(self.dy)},C,H,W), as many as were drawn, got {tuple(images.shape)}")
-        n, channels, height, width = images.shape
-        device = images.device
-        dy, dx, flip = (t.to(device).unsqueeze(1) for t in (self.dy, self.dx, self.flip))
-        columns = torch.arange(width, device=device)
-        rows = torch.arange(height, device=device) + dy
-        columns = torch.where(flip, width - 1 - columns, columns) + dx
-        outside = ((rows < 0) | (rows >= height)).unsqueeze(2) | ((columns < 0) | (columns >= width)).unsqueeze(1)
-        source = rows.clamp(0, height - 1).unsqueeze(2) * width + columns.clamp(0, width - 1).unsqueeze(1)
-        index = source.view(n, 1, height * width).expand(n, channels, height * width)
-        out = images.flatten(2).gather(2, index).view(images.shape)
-        if out.dtype == torch.uint8:
-            out = to_float(out)
-        return out.masked_fill_(outside.unsqueeze(1), fill)
-
-
-def draw_augmentation(
-    n: int,
-    *,
-    crop_padding: int = 4,
-    flip: bool = True,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Augmentation:
-    """Shifts uniform in -crop_padding..crop_padding and fair flips for n samples, on `device`.
-
-    Drawn from `generator`, else from the default generator of `device`; `flip=False` flips none.
-
-    Raises:
-        ValueError: crop_padding < 0.
-    """
-    if isinstance(crop_padding, bool) or not isinstance(crop_padding, int) or crop_padding < 0:
-        raise ValueError(f"crop_padding takes an integer >= 0, got {crop_padding!r}")
-    drawn_on = generator.device if generator is not None else device
-    shifts = torch.randint(-crop_padding, crop_padding + 1, (2, n), generator=generator, device=drawn_on).to(device)
-    if flip:
-        flips = torch.randint(0, 2, (n,), generator=generator, device=drawn_on).to(device).bool()
-    else:
-        flips = torch.zeros(n, dtype=torch.bool, device=shifts.device)
-    return Augmentation(shifts[0], shifts[1], flips)
-
-
-def augment(
-    images: Tensor, crop_padding: int = 4, flip: bool = True, generator: torch.Generator | None = None
-) -> Tensor:
-    """Random crop with zero padding and random flip of (N,C,H,W); uint8 comes back as float32 in [0,1].
-
-    Equivalent to: `draw_augmentation(len(images), ...).apply(images)`; draw first where a mask must follow.
-    """
-    drawn = draw_augmentation(
-        len(images), crop_padding=crop_padding, flip=flip, generator=generator, device=images.device
-    )
-    return drawn.apply(images)
 
 
 def load(name: str, split: str, root: str | os.PathLike[str] | None = None, download: bool = False) -> Dataset:
@@ -255,28 +91,38 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
 
     demo: 6,000 training and 1,000 test images of Fashion-MNIST that come with the package; needs no root.
     fashion-mnist: idx files, packed or not, in root/FashionMNIST/raw, root, or Debian's dataset-fashion-mnist.
-    cifar10: root/cifar-10-batches-py, read without running what is pickled in it, or root/cifar-10-batches-bin, or
-        either of them as root.
+    cifar10, cifar100: root/cifar-10-batches-py, root/cifar-100-python, read without running what is pickled in them, or
+        root/cifar-10-batches-bin, root/cifar-100-binary, or any of these as root; cifar100 has its 100 fine classes.
+    svhn: train_32x32.mat and test_32x32.mat in root/svhn or root; class i is the digit i.
+    tinyimagenet: root/tiny-imagenet-200 or root, as unzipped: wnids.txt, train/WNID/images, and for the test split
+        val/images with val/val_annotations.txt (the published test images have no labels). Classes are the sorted
+        wnids, named by words.txt.
+    folder:PATH: PATH/train and PATH/test (or PATH/val) with a folder of images per class, at any depth; a relative PATH
+        starts at root. Classes are the sorted folders of train, or of the split itself where there is no train. All
+        images share one size; folder:PATH@64 crops them at the centre and scales them (bicubic) to 64x64.
 
-    Gray images become three equal channels and 28x28 is padded with zeros to 32x32. A folder in the right layout
-    with fewer images than the published set loads too, with a warning that says how many there are.
+    Gray images become three equal channels, Fashion-MNIST's 28x28 is padded with zeros to 32x32. A folder in the right
+    layout with fewer images than the published set loads too, with a warning that says how many there are.
 
     Args:
-        name: a key of `DATASETS`.
+        name: one of `DATASETS`, or folder:PATH.
         split: "train" or "test".
         root: the only folder to look in; without it $PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's path.
         download: fetch with torchvision, into root (or $PART_FAST_DATA, or ~/.cache/part_fast), what is nowhere.
+            There is no such download of tinyimagenet.
 
     Raises:
         FileNotFoundError: the data set is nowhere; names every place looked and how to get it.
         ValueError: unknown name or split, or a damaged file.
         OSError: the download failed.
     """
-    if name not in DATASETS:
-        raise ValueError(f"data set takes one of {', '.join(DATASETS)}, got {name!r}")
+    folder = name.removeprefix("folder:")
+    if name not in DATASETS and (folder == name or not folder):
+        raise ValueError(f"data set takes one of {', '.join(DATASETS)}, folder:PATH, got {name!r}")
     if split not in ("train", "test"):
         raise ValueError(f"split takes 'train' or 'test', got {split!r}")
-    return DATASETS[name](split, None if root is None else Path(root).expanduser(), download)
+    read = DATASETS[name] if name in DATASETS else partial(_load_folder, folder)
+    return read(split, None if root is None else Path(root).expanduser(), download)
 
 
 def _load_demo(split: str, root: Path | None, download: bool) -> Dataset:
@@ -306,14 +152,14 @@ def _load_fashion_mnist(split: str, root: Path | None, download: bool) -> Datase
         places.append(DEBIAN_FASHION_MNIST)
     files = _first(places, find)
     if files is None and download:
-        target = _download("FashionMNIST", root)
+        target = _download_class("FashionMNIST", root)
         places = [target / "FashionMNIST" / "raw"]
         files = _first(places, find)
     if files is None:
         raise _not_found(
             "fashion-mnist", f"{names[0]}[.gz] with {names[1]}[.gz]", places, "install Debian's dataset-fashion-mnist, "
         )
-    images, labels = _read_idx(files[0], 3), _read_idx(files[1], 1)
+    images, labels = read_idx(files[0], 3), read_idx(files[1], 1)
     if images.shape[1:] != (28, 28):
         raise ValueError(f"{files[0]} holds images of {images.shape[1]}x{images.shape[2]}, Fashion-MNIST has 28x28")
     if len(images) != len(labels):
@@ -322,36 +168,222 @@ def _load_fashion_mnist(split: str, root: Path | None, download: bool) -> Datase
     return _dataset("fashion-mnist", split, _pad_gray(images), labels, FASHION_MNIST_CLASSES, files[0].parent)
 
 
-def _load_cifar10(split: str, root: Path | None, download: bool) -> Dataset:
-    stems = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+@dataclass(frozen=True)
+class _Cifar:
+    """What tells CIFAR-10 and CIFAR-100 apart."""
+
+    name: str
+    title: str
+    layouts: tuple[str, str]
+    stems: dict[str, tuple[str, ...]]
+    field: str
+    label_bytes: int
+    classes: tuple[str, ...]
+
+
+_CIFAR10 = _Cifar(
+    "cifar10",
+    "CIFAR-10",
+    ("cifar-10-batches-py", "cifar-10-batches-bin"),
+    {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)},
+    "labels",
+    1,
+    CIFAR10_CLASSES,
+)
+_CIFAR100 = _Cifar(
+    "cifar100",
+    "CIFAR-100",
+    ("cifar-100-python", "cifar-100-binary"),
+    {"train": ("train",), "test": ("test",)},
+    "fine_labels",
+    2,
+    CIFAR100_CLASSES,
+)
+
+
+def _load_cifar(cifar: _Cifar, split: str, root: Path | None, download: bool) -> Dataset:
+    stems = cifar.stems[split]
 
     def find(folder: Path) -> list[Path] | None:
-        suffix = ".bin" if folder.name.endswith("-bin") else ""
-        return [path for stem in stems if (path := folder / f"{stem}{suffix}").is_file()] or None
+        layouts = (
+            [path for stem in stems if (path := folder / f"{stem}{suffix}").is_file()] for suffix in ("", ".bin")
+        )
+        return next((files for files in layouts if files), None)
 
-    layouts = ("cifar-10-batches-py", "cifar-10-batches-bin")
-    places = [place for base in _roots(root) for place in (base / layouts[0], base / layouts[1], base)]
+    places = [place for base in _roots(root) for place in (*(base / layout for layout in cifar.layouts), base)]
     files = _first(places, find)
     if files is None and download:
-        target = _download("CIFAR10", root)
-        places = [target / layouts[0]]
+        places = [_download_class(cifar.title.replace("-", ""), root) / cifar.layouts[0]]
         files = _first(places, find)
     if files is None:
-        wanted = "data_batch_1 to data_batch_5" if split == "train" else "test_batch"
-        raise _not_found("cifar10", f"{wanted} (.bin in -bin)", places, "")
-    parts = [(_read_cifar_binary if path.suffix == ".bin" else _read_cifar_pickle)(path) for path in files]
+        wanted = " to ".join(dict.fromkeys((stems[0], stems[-1])))
+        raise _not_found(cifar.name, f"{wanted} (or .bin)", places, "")
+    parts = [
+        read_cifar_binary(path, cifar.title, cifar.label_bytes)
+        if path.suffix == ".bin"
+        else read_cifar_pickle(path, cifar.title, cifar.field, len(cifar.classes))
+        for path in files
+    ]
     pixels = np.concatenate([part[0] for part in parts])
     labels = np.concatenate([part[1] for part in parts])
     folder = files[0].parent
-    _say_if_partial("cifar10", split, len(labels), 50_000 if split == "train" else 10_000, folder)
+    _say_if_partial(cifar.name, split, len(labels), 50_000 if split == "train" else 10_000, folder)
     images = torch.from_numpy(pixels.reshape(-1, 3, 32, 32))
-    return _dataset("cifar10", split, images, labels, CIFAR10_CLASSES, folder)
+    return _dataset(cifar.name, split, images, labels, cifar.classes, folder)
+
+
+def _load_svhn(split: str, root: Path | None, download: bool) -> Dataset:
+    file = f"{split}_32x32.mat"
+
+    def find(folder: Path) -> list[Path] | None:
+        return [folder / file] if (folder / file).is_file() else None
+
+    def fetch(datasets: Any, target: Path) -> None:
+        # torchvision's class would read what it has fetched, which needs scipy.
+        url, name, md5 = datasets.SVHN.split_list[split]
+        datasets.utils.download_url(url, str(target), name, md5)
+
+    places = [place for base in _roots(root) for place in (base / "svhn", base)]
+    files = _first(places, find)
+    if files is None and download:
+        places = [_download("SVHN", root, fetch)]
+        files = _first(places, find)
+    if files is None:
+        raise _not_found("svhn", file, places, "")
+    arrays = read_mat(files[0], "X", "y")
+    pixels, digits = arrays["X"], arrays["y"].ravel()
+    # MATLAB drops the last dimension of a single image.
+    pixels = pixels[..., np.newaxis] if pixels.ndim == 3 else pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
+        raise ValueError(f"{files[0]}: X takes uint8 (32,32,3,N), got {pixels.dtype} {arrays['X'].shape}")
+    if pixels.shape[3] != len(digits):
+        raise ValueError(f"{files[0]} holds {pixels.shape[3]} images but {len(digits)} labels")
+    wrong = digits[~np.isin(digits, np.arange(1, 11))]
+    if len(wrong):
+        raise ValueError(f"{files[0]}: y takes integers from 1 to 10 (the digit 0), got {wrong[0]}")
+    _say_if_partial("svhn", split, len(digits), 73_257 if split == "train" else 26_032, files[0].parent)
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
+    return _dataset("svhn", split, images, digits % 10, SVHN_CLASSES, files[0])
+
+
+def _load_tinyimagenet(split: str, root: Path | None, download: bool) -> Dataset:
+    def find(folder: Path) -> list[Path] | None:
+        return [folder] if (folder / "wnids.txt").is_file() else None
+
+    places = [place for base in _roots(root) for place in (base / "tiny-imagenet-200", base)]
+    found = _first(places, find)
+    if found is None:
+        raise FileNotFoundError(
+            f"tinyimagenet not found: looked for wnids.txt, train and val in {_listed(places)}; unzip "
+            f"tiny-imagenet-200.zip in one of these or set PART_FAST_DATA or root to the folder that holds it "
+            f"(torchvision has no download of it)"
+        )
+    folder = found[0]
+    wnids = sorted({line.strip() for line in read_lines(folder / "wnids.txt")})
+    of = {wnid: label for label, wnid in enumerate(wnids)}
+    if split == "train":
+        _no_others(folder / "train", wnids, "wnids.txt")
+        files = [(path, of[wnid]) for wnid in wnids for path in _images_in(folder / "train" / wnid / "images")]
+    else:
+        annotated = _val_annotations(folder / "val" / "val_annotations.txt", of)
+        files = []
+        for path in _images_in(folder / "val" / "images"):
+            if path.name not in annotated:
+                raise ValueError(f"{path} has no line in val_annotations.txt")
+            files.append((path, annotated[path.name]))
+    if not files:
+        raise ValueError(f"{folder} holds no {split} images")
+    _say_if_partial("tinyimagenet", split, len(files), 100_000 if split == "train" else 10_000, folder)
+    size = image_size(files[0][0])
+    images = read_images([path for path, _ in files], size, hint=f" as {files[0][0].name}: all images share one size")
+    labels = np.array([label for _, label in files])
+    return _dataset("tinyimagenet", split, images, labels, _words(folder / "words.txt", wnids), folder)
+
+
+def _val_annotations(path: Path, of: dict[str, int]) -> dict[str, int]:
+    if not path.is_file():
+        raise FileNotFoundError(f"tinyimagenet takes its test images' labels from {path}, which is missing")
+    annotated: dict[str, int] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        name, *rest = line.split("\t")
+        wnid = rest[0].strip() if rest else ""
+        if wnid not in of:
+            raise ValueError(f"{path}, line {number}: takes a file and a wnid of wnids.txt, got {line[:80]!r}")
+        if annotated.setdefault(name, of[wnid]) != of[wnid]:
+            raise ValueError(f"{path}, line {number}: a second label for {name!r}")
+    return annotated
+
+
+def _words(path: Path, wnids: Sequence[str]) -> list[str]:
+    """The first of each wnid's names; the wnid itself where words.txt has none."""
+    lines = read_lines(path) if path.is_file() else []
+    names = {wnid: names.split(",")[0].strip() for wnid, _, names in (line.partition("\t") for line in lines)}
+    return [names.get(wnid) or wnid for wnid in wnids]
+
+
+def _load_folder(path: str, split: str, root: Path | None, download: bool) -> Dataset:
+    name = f"folder:{path}"
+    sized = re.fullmatch(r"(.+)@(\d+)", path)
+    plain, size = sized.groups() if sized else (path, "")
+    if sized and not int(size):
+        raise ValueError(f"{name}: a size takes an integer >= 1, got {size}")
+    base = Path(plain).expanduser()
+    base = base if root is None else root / base
+    places = [base / "train"] if split == "train" else [base / "test", base / "val"]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{name} not found: looked for a folder of images per class in {_listed(places)}; "
+            f"give the folder that holds train and test (or val), nothing is downloaded"
+        )
+    of_train = base / "train" if (base / "train").is_dir() else folder
+    classes = _subfolders(of_train)
+    _no_others(folder, classes, str(of_train))
+    files = [(image, i) for i, c in enumerate(classes) for image in _images_in(folder / c, deep=True)]
+    if not files:
+        raise ValueError(f"{folder} holds no {split} images: takes a folder of images per class")
+    if sized:
+        side = (int(size), int(size))
+        images = read_images([image for image, _ in files], side, fit=True)
+    else:
+        first = next((image for c in classes for image in _images_in(of_train / c, deep=True)), files[0][0])
+        side = image_size(first)
+        hint = f" as {first}: all images share one size, {name}@{min(side)} crops and scales them"
+        images = read_images([image for image, _ in files], side, hint=hint)
+    return _dataset(name, split, images, np.array([label for _, label in files]), classes, folder)
+
+
+def _subfolders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _no_others(folder: Path, classes: Sequence[str], where: str) -> None:
+    others = [name for name in _subfolders(folder) if name not in classes]
+    if others:
+        raise ValueError(f"{folder / others[0]} is a class that is not in {where}")
+
+
+def _images_in(folder: Path, deep: bool = False) -> list[Path]:
+    """The image files of `folder`, and with `deep` of the folders in it, sorted; hidden ones are left out."""
+    found = [
+        Path(parent) / file
+        for parent, folders, files in os.walk(folder, followlinks=True)
+        if deep or Path(parent) == folder
+        for file in files
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+    ]
+    return sorted(found)
 
 
 DATASETS: dict[str, Callable[[str, Path | None, bool], Dataset]] = {
     "demo": _load_demo,
     "fashion-mnist": _load_fashion_mnist,
-    "cifar10": _load_cifar10,
+    "cifar10": partial(_load_cifar, _CIFAR10),
+    "cifar100": partial(_load_cifar, _CIFAR100),
+    "svhn": _load_svhn,
+    "tinyimagenet": _load_tinyimagenet,
 }
 
 
@@ -387,9 +419,8 @@ def _first(places: Sequence[Path], find: Callable[[Path], list[Path] | None]) ->
 
 
 def _not_found(name: str, wanted: str, places: Sequence[Path], install: str) -> FileNotFoundError:
-    looked = ", ".join(str(place) for place in places)
     return FileNotFoundError(
-        f"{name} not found: looked for {wanted} in {looked}; "
+        f"{name} not found: looked for {wanted} in {_listed(places)}; "
         f"{install}set PART_FAST_DATA or root to the folder that holds it, or fetch it with download=True (--download)"
     )
 
@@ -399,137 +430,25 @@ def _say_if_partial(name: str, split: str, count: int, published: int, source: P
         warnings.warn(f"{name} {split} in {source} has {count} images, the published set {published}", stacklevel=4)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _listed(places: Sequence[Path]) -> str:
+    return ", ".join(str(place) for place in places)
 
 
-def _download(torchvision_name: str, root: Path | None) -> Path:
+def _download_class(torchvision_name: str, root: Path | None) -> Path:
+    # Both splits lie in the files that one call fetches.
+    return _download(
+        torchvision_name, root, lambda datasets, target: getattr(datasets, torchvision_name)(str(target), download=True)
+    )
+
+
+def _download(title: str, root: Path | None, fetch: Callable[[Any, Path], object]) -> Path:
     target = root if root is not None else _cache()
     try:
         from torchvision import datasets
     except ImportError as error:
         raise ImportError(f"download=True needs torchvision (pip install torchvision): {error}") from error
     try:
-        # Both splits lie in the files that one call fetches.
-        getattr(datasets, torchvision_name)(str(target), download=True)
+        fetch(datasets, target)
     except (OSError, RuntimeError) as error:
-        raise OSError(f"download of {torchvision_name} to {target} failed: {_first_line(error)}") from error
+        raise OSError(f"download of {title} to {target} failed: {first_line(error)}") from error
     return target
-
-
-def _read_idx(path: Path, dims: int) -> npt.NDArray[np.uint8]:
-    """The idx format: two zero bytes, type 8 (uint8), the number of dimensions, their big-endian sizes, the values."""
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
-    header = 4 + 4 * dims
-    if len(content) < header or content[:4] != bytes((0, 0, 8, dims)):
-        start = content[:4].hex(" ")
-        raise ValueError(f"{path} is not an idx file of uint8 with {dims} dimensions: it starts {start}")
-    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
-    expected = header + int(np.prod(shape, dtype=object))
-    if len(content) != expected:
-        raise ValueError(f"{path} has {len(content)} bytes, its header {shape} says {expected}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
-
-
-def _read_cifar_binary(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    content = path.read_bytes()
-    if not content or len(content) % 3073:
-        raise ValueError(f"{path} has {len(content)} bytes, CIFAR-10's binary files hold images of 3073 bytes each")
-    records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-    return records[:, 1:].copy(), records[:, 0].astype(np.int64)
-
-
-class _PickledDtype:
-    """Stands in for numpy.dtype: takes what a pickle says and accepts uint8 alone."""
-
-    def __init__(self, name: str | bytes, *_: object) -> None:
-        text = name.decode("ascii") if isinstance(name, bytes) else name
-        if text not in ("u1", "|u1", "uint8"):
-            raise pickle.UnpicklingError(f"an array of {text!r}, expected uint8")
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: nothing to know of uint8."""
-
-
-class _PickledArray:
-    """Stands in for numpy.ndarray: keeps shape and bytes, to be checked before an array is made of them."""
-
-    def __init__(self) -> None:
-        self.shape: tuple[int, ...] = ()
-        self.content = b""
-
-    def __setstate__(self, state: tuple[object, ...]) -> None:
-        _, shape, dtype, fortran, content = state
-        self._take(content, dtype, shape, "F" if fortran else "C")
-
-    def _take(self, content: object, dtype: object, shape: object, order: object) -> None:
-        if not isinstance(dtype, _PickledDtype) or not isinstance(shape, tuple) or order != "C":
-            raise pickle.UnpicklingError("an array that is not uint8 in C order")
-        if not isinstance(content, bytes | bytearray):
-            raise pickle.UnpicklingError("an array without its bytes")
-        self.shape, self.content = shape, bytes(content)
-
-
-def _reconstruct(*_: object) -> _PickledArray:
-    return _PickledArray()
-
-
-def _from_buffer(content: object, dtype: object, shape: object, order: object) -> _PickledArray:
-    array = _PickledArray()
-    array._take(content, dtype, shape, order)
-    return array
-
-
-def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
-    return text.encode("latin1")
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, strings and uint8 arrays; every global it meets is one of ours or an error.
-
-    Even numpy's own constructors are not called: what a file names is only looked up in this table.
-    """
-
-    _STAND_INS: ClassVar[dict[str, Any]] = {
-        "numpy.ndarray": _PickledArray,
-        "numpy.dtype": _PickledDtype,
-        "numpy.core.multiarray._reconstruct": _reconstruct,
-        "numpy._core.multiarray._reconstruct": _reconstruct,
-        "numpy.core.numeric._frombuffer": _from_buffer,
-        "numpy._core.numeric._frombuffer": _from_buffer,
-        "_codecs.encode": _encode_latin1,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._STAND_INS[f"{module}.{name}"]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not a part of an image batch") from None
-
-
-def _read_cifar_pickle(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    try:
-        # The published files are Python 2 pickles: their strings are bytes.
-        batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    # A damaged pickle can raise nearly any exception, none of which ran anything but the stand-ins above.
-    except Exception as error:
-        raise ValueError(f"{path} is not a CIFAR-10 batch: {_first_line(error)}") from error
-    items = batch.items() if isinstance(batch, dict) else ()
-    fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in items}
-    data, labels = fields.get("data"), fields.get("labels")
-    if not isinstance(data, _PickledArray) or not isinstance(labels, list):
-        raise ValueError(f"{path} is not a CIFAR-10 batch: it takes an array 'data' and a list 'labels'")
-    if data.shape != (len(labels), 3072) or len(data.content) != 3072 * len(labels):
-        raise ValueError(
-            f"{path} is not a CIFAR-10 batch: {len(labels)} labels, data {data.shape} in {len(data.content)} bytes"
-        )
-    if not all(type(label) is int and 0 <= label < 10 for label in labels):
-        raise ValueError(f"{path} is not a CIFAR-10 batch: labels takes integers from 0 to 9")
-    return np.frombuffer(data.content, np.uint8).reshape(data.shape), np.array(labels, dtype=np.int64)

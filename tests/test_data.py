@@ -566,7 +566,9 @@ def test_download_goes_through_torchvision_and_only_when_needed(nowhere, monkeyp
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(ValueError, match=r"^data set takes one of demo, fashion-mnist, cifar10, got 'mnist'$"):
-        load("mnist", "train")
+    known = "demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet, folder:PATH"
+    for name in ("mnist", "folder:", "folder"):
+        with pytest.raises(ValueError, match=f"^data set takes one of {known}, got '{name}'$"):
+            load(name, "train")
     with pytest.raises(ValueError, match=r"^split takes 'train' or 'test', got 'val'$"):
         load("demo", "val")
