@@ -53,7 +53,7 @@ class _SoftWeight(torch.autograd.Function):
         (cam,) = ctx.saved_tensors
         wide = cam.to(checks.compute_dtype(cam))
         u = _upsample_cam(wide, ctx.height, ctx.width)
-        # As torch differentiates clamp: the bounds themselves belong to the inside.
+        # On a bound the gradient passes, as in project_linf; torch's own clamp differs between its forms.
         grad = torch.where((u >= 0) & (u <= 1), grad_out[:, 0] * ctx.spread, torch.zeros_like(u))
         return _upsample_cam_bwd(grad.contiguous(), wide).to(cam.dtype), None, None, None, None
 
