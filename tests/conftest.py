@@ -56,7 +56,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
-    """Same random numbers in every run; fresh memory holds NaN (or the largest integer), so what is not written shows."""
+    """The same random numbers in every run; fresh memory holds NaN or the largest integer, so the unwritten shows."""
     torch.manual_seed(0)
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -243,11 +243,100 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual.view(whole), expected.view(whole))
 
 
+def packed(n: int = 2, m: int = 1, size: tuple[int, int] = (4, 4), device: str = "cpu") -> PackedEpsilon:
+    return PackedEpsilon.pack(torch.ones(n, m, *size, dtype=torch.bool, device=device), EPS, 0.0)
+
+
+# Rows of (value, error, what the message says it got) for an argument of a call on images (2,3,4,4).
+BAD_IMAGES = [
+    (None, TypeError, "NoneType"),
+    (np.zeros((2, 3, 4, 4), np.float32), TypeError, "ndarray"),
+    (torch.zeros(2, 3, 4, 4).to_sparse(), TypeError, "torch.sparse_coo"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.int64), TypeError, "torch.int64"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), TypeError, "torch.uint8"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.bool), TypeError, "torch.bool"),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.complex64), TypeError, "torch.complex64"),
+    (torch.zeros(3, 4, 4), ValueError, "(3, 4, 4)"),
+    (torch.zeros(2, 1, 3, 4, 4), ValueError, "(2, 1, 3, 4, 4)"),
+    (torch.zeros(2, 3, 4, 8)[..., ::2], ValueError, "strides (96, 32, 8, 2)"),
+    (torch.zeros(2, 1, 4, 4).expand(2, 3, 4, 4), ValueError, "strides (16, 0, 4, 1)"),
+    (torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4), ValueError, "strides (0, 16, 4, 1)"),
+]
+UNLIKE_IMAGES = [
+    (torch.zeros(1, 3, 4, 4), ValueError, "(1, 3, 4, 4)"),
+    (torch.zeros(2, 3, 4, 5), ValueError, "(2, 3, 4, 5)"),
+    (torch.zeros(2, 3, 4, 4, device="meta"), ValueError, "meta"),
+]
+BAD_EPS = [
+    (None, TypeError, "NoneType"),
+    ("8/255", TypeError, "str"),
+    (True, TypeError, "bool"),
+    (-1e-9, ValueError, "-1e-09"),
+    (float("nan"), ValueError, "nan"),
+    (float("inf"), ValueError, "inf"),
+    (torch.ones(2, 3, 4, 4, dtype=torch.uint8), TypeError, "torch.uint8"),
+    (torch.ones(2, 3, 4, 4, dtype=torch.int32), TypeError, "torch.int32"),
+    (torch.ones(2), ValueError, "(2,)"),
+    (torch.ones(3, 1, 4, 4), ValueError, "(3, 1, 4, 4)"),
+    (torch.ones(2, 2, 4, 4), ValueError, "(2, 2, 4, 4)"),
+    (torch.ones(1, 2, 3, 4, 4), ValueError, "(1, 2, 3, 4, 4)"),
+    (torch.ones(2, 3, 4, 4, device="meta"), ValueError, "meta"),
+    (torch.ones(4, 4).to_sparse(), TypeError, "torch.sparse_coo"),
+    (packed(n=3), ValueError, "(3, 1, 4, 4)"),
+    (packed(m=2), ValueError, "(2, 2, 4, 4)"),
+    (packed(size=(2, 8)), ValueError, "(2, 1, 2, 8)"),
+    (packed(device="meta"), ValueError, "meta"),
+]
+# The same for maps (2,3,4).
+BAD_MAPS = [
+    (None, TypeError, "NoneType"),
+    ([[0.0]], TypeError, "list"),
+    (torch.zeros(2, 3, 4).to_sparse(), TypeError, "torch.sparse_coo"),
+    (torch.zeros(2, 3, 4, dtype=torch.int64), TypeError, "torch.int64"),
+    (torch.zeros(2, 3, 4, dtype=torch.bool), TypeError, "torch.bool"),
+    (torch.zeros(3, 4), ValueError, "(3, 4)"),
+    (torch.zeros(2, 1, 3, 4), ValueError, "(2, 1, 3, 4)"),
+    (torch.zeros(2, 0, 4), ValueError, "(2, 0, 4)"),
+    (torch.zeros(2, 3, 0), ValueError, "(2, 3, 0)"),
+    (torch.zeros(1, 3, 4).expand(2, 3, 4), ValueError, "strides (0, 4, 1)"),
+    (torch.zeros(2, 3, 1).expand(2, 3, 4), ValueError, "strides (3, 1, 0)"),
+]
+BAD_SIZES = [
+    (None, TypeError, "None"),
+    ("32", TypeError, "'32'"),
+    ((32,), TypeError, "(32,)"),
+    ((3, 32, 32), TypeError, "(3, 32, 32)"),
+    ((32.0, 32), TypeError, "float"),
+    ((True, 32), TypeError, "bool"),
+    ((-1, 32), ValueError, "-1"),
+    ((2, 32), ValueError, "(2, 32)"),
+    ((32, 3), ValueError, "(32, 3)"),
+    (3, ValueError, "(3, 3)"),
+]
+
+
+def on_device(value: object, device: str) -> object:
+    """A bad argument moved to where the good ones are, unless its device is what is bad."""
+    movable = isinstance(value, (Tensor, PackedEpsilon)) and value.device.type == "cpu" and device != "cpu"
+    return value.to(device) if movable else value  # type: ignore[attr-defined]
+
+
+def assert_error(call: Callable[[], object], argument: str, error: type[Exception], got: str) -> None:
+    """Just that error, in one line that begins with the argument's name and says what it got."""
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert message.startswith(f"{argument} must ")
+    assert got in message
+    assert "\n" not in message
+
+
 def keys_matrix(size_in: int, size_out: int) -> np.ndarray:
     """Bicubic enlarging of one axis as a float64 matrix (size_out, size_in), from Keys' kernel with a = -0.5."""
     matrix = np.zeros((size_out, size_in))
     for row in range(size_out):
-        centre = (row + 0.5) * size_in / size_out - 0.5
+        centre = ((2 * row + 1) * size_in - size_out) / (2 * size_out)  # exact where it is a whole number
         for column in range(size_in):
             t = abs(column - centre)
             if t < 1:
