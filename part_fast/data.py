@@ -99,7 +99,7 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
         wnids, named by words.txt.
     folder:PATH: PATH/train and PATH/test (or PATH/val) with a folder of images per class, at any depth; a relative PATH
         starts at root. Classes are the sorted folders of train, or of the split itself where there is no train. All
-        images share one size; folder:PATH@64 crops them at the centre and scales them (bicubic) to 64x64.
+        images share one size; folder:PATH@64 scales them (bicubic) to cover 64x64 and crops them at the centre.
 
     Gray images become three equal channels, Fashion-MNIST's 28x28 is padded with zeros to 32x32. A folder in the right
     layout with fewer images than the published set loads too, with a warning that says how many there are.
@@ -348,7 +348,7 @@ def _load_folder(path: str, split: str, root: Path | None, download: bool) -> Da
     else:
         first = next((image for c in classes for image in _images_in(of_train / c, deep=True)), files[0][0])
         side = image_size(first)
-        hint = f" as {first}: all images share one size, {name}@{min(side)} crops and scales them"
+        hint = f" as {first}: all images share one size, {name}@{min(side)} scales and crops them"
         images = read_images([image for image, _ in files], side, hint=hint)
     return _dataset(name, split, images, np.array([label for _, label in files]), classes, folder)
 

@@ -247,8 +247,8 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_images(paths: Sequence[Path], size: tuple[int, int], *, fit: bool = False, hint: str = "") -> Tensor:
     """The images as one uint8 tensor (N,3,H,W) with (H,W) = `size`; gray ones get three equal channels.
 
-    With `fit` an image of another size is cropped at its centre to the ratio of `size`, then scaled to it (bicubic);
-    without, it is refused, and `hint` ends the message. A progress bar appears where this takes more than a second.
+    With `fit` an image of another size is scaled (bicubic) to cover `size` and cropped at its centre; without, it is
+    refused, and `hint` ends the message. A progress bar appears where this takes more than a second.
     """
     from tqdm import tqdm
 
