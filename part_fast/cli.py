@@ -252,10 +252,12 @@ def _flag(arguments: list[str], name: str) -> str | None:
 
 
 def _one_line(box: str, command: str) -> str:
-    """The first paragraph of tyro's framed message."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines() if line.startswith("│")]
-    first = [line for line in itertools.takewhile(lambda line: not line.startswith("─"), lines) if line]
-    return f"{' '.join(first)} (part-fast {command} --help)"
+    """The first paragraph of tyro's message: a title, lines, rules between paragraphs, framed where UTF-8 is spoken."""
+    lines = [line.strip(" │") for line in box.splitlines()[1:]]
+    blank = [not line.strip("-─╭╮╰╯") for line in lines]
+    paragraphs = itertools.groupby(zip(blank, lines, strict=True), key=lambda pair: pair[0])
+    first = next((" ".join(line for _, line in group) for is_rule, group in paragraphs if not is_rule), "bad arguments")
+    return f"{first} (part-fast {command} --help)"
 
 
 def _meant_for_the_caller(error: Exception) -> bool:

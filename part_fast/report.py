@@ -196,9 +196,12 @@ def draw_masks(
     from matplotlib.colors import Normalize
 
     n = len(x)
-    images, adversarial = (t.detach().float().cpu().permute(0, 2, 3, 1).expand(-1, -1, -1, 3) for t in (x, x_adv))
-    heat = cams.detach().float().cpu()
-    levels = 255 * eps.detach().float().cpu().mean(1)
+
+    def pixels(value: Tensor) -> Any:
+        return value.detach().float().cpu().numpy()
+
+    images, adversarial = (pixels(value.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)) for value in (x, x_adv))
+    heat, levels = pixels(cams), 255 * pixels(eps.mean(1))
     low, high = float(levels.min()), float(levels.max())
     scale = Normalize(low, high if high > low else low + 1)
     heads = ("image\nlabel -> prediction", "CAM", "eps map", "adversarial image\n-> prediction", "difference, x8")
@@ -219,7 +222,7 @@ def draw_masks(
             warmth = cam.imshow(heat[i], cmap="inferno", vmin=0, vmax=1, alpha=0.6)
             shade = shades.imshow(levels[i], cmap="cividis", norm=scale, interpolation="nearest")
             attacked.imshow(adversarial[i], vmin=0, vmax=1)
-            difference.imshow((0.5 + 8 * (adversarial[i] - images[i])).clamp(0, 1))
+            difference.imshow((0.5 + 8 * (adversarial[i] - images[i])).clip(0, 1))
             for axes, title in ((image, titles[i][0]), (attacked, titles[i][1])):
                 axes.set_title(title, fontsize=7.5, pad=3)
             for column, axes in enumerate((image, cam, shades, attacked, difference)):

@@ -19,7 +19,15 @@ from part_fast.models import build_model
 from part_fast.train import DERIVED, RUN_FILES, STATE, adversarial_logits, batch_loss, train
 
 TINY = TrainConfig(
-    method="part", epochs=2, warmup_epochs=1, batch_size=32, train_size=64, test_size=20, steps=1, lr=0.05, pgd_test_size=0
+    method="part",
+    epochs=2,
+    warmup_epochs=1,
+    batch_size=32,
+    train_size=64,
+    test_size=20,
+    steps=1,
+    lr=0.05,
+    pgd_test_size=0,
 )
 CACHED = functools.lru_cache(load)
 
@@ -132,9 +140,10 @@ def test_interrupted_in_the_second_epoch_resumes_exactly(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(training, "batch_loss", stop_at_the_fourth)
-        train(TINY, tmp_path / "cut", log=lambda line: None)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, tmp_path / "cut", log=lambda line: None)
     rows = train(TINY, tmp_path / "cut", resume=True, log=lambda line: None)
     assert [row["epoch"] for row in rows] == [1, 2]
     assert_same_weights(weights(whole), weights(tmp_path / "cut"))
@@ -144,9 +153,10 @@ def test_interrupted_before_the_first_checkpoint_starts_again(tmp_path, monkeypa
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(training, "batch_loss", stop)
-        train(TINY, tmp_path / "run", log=lambda line: None)
+        with pytest.raises(KeyboardInterrupt):
+            train(TINY, tmp_path / "run", log=lambda line: None)
     assert len(train(TINY, tmp_path / "run", resume=True, log=lambda line: None)) == 2
 
 
@@ -165,9 +175,14 @@ def test_killed_between_state_and_weights_is_mended_on_resume(tmp_path):
 def test_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="full"), report.replacing(path) as temporary:
-        temporary.write_text("half of the n")
-        raise RuntimeError("disk full")
+
+    def fill_the_disk():
+        with report.replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="full"):
+        fill_the_disk()
     assert contents(tmp_path) == {"file": b"old"}
 
 

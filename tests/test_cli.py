@@ -1,0 +1,271 @@
+"""The command line: one process end to end, the rest through main(): flags, presets, one-line errors, exit codes."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import part_fast
+import part_fast.evaluate as evaluating
+import part_fast.train as training
+from part_fast import cli, report
+from part_fast.cli import main
+from part_fast.config import PRESETS, preset, read_config
+from part_fast.data import load
+
+CACHED = functools.lru_cache(load)
+SMALL = {
+    "train-size": 32,
+    "test-size": 20,
+    "steps": 1,
+    "batch-size": 32,
+    "epochs": 1,
+    "warmup-epochs": 0,
+    "pgd-test-size": 0,
+}
+TINY = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Unpack the demo set once, and draw no curves."""
+    monkeypatch.setattr(training, "load", CACHED)
+    monkeypatch.setattr(evaluating, "load", CACHED)
+    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What train() would have been called with."""
+    calls = []
+    monkeypatch.setattr(training, "train", lambda config, out, **how: calls.append((config, out, how)))
+    return calls
+
+
+def error_of(capsys, *arguments):
+    """The one line on stderr of a command that must fail."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("part-fast: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def process(*arguments, **environment):
+    command = [sys.executable, "-m", "part_fast", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    )
+
+
+def test_train_evaluate_and_masks_end_to_end(tmp_path, capsys):
+    run = tmp_path / "run"
+    done = process("train", "--out", run, *TINY, "--eps", "4/255", "--eps-low", "2/255")
+    assert done.returncode == 0, done.stderr
+    assert f"run folder: {run}" in done.stdout
+    assert "epoch 1/1 part" in done.stdout
+    assert read_config(run).eps == 4 / 255
+    assert main(["evaluate", str(run), "--n", "10", "--attacks", "natural, pgd2"]) == 0
+    said = capsys.readouterr().out
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    for name in ("natural", "pgd2"):
+        assert f"{100 * results[name]['accuracy']:.2f}" in said
+    assert main(["masks", str(run), "--out", str(tmp_path / "grid.png"), "--n", "2"]) == 0
+    assert (tmp_path / "grid.png").stat().st_size > 10_000
+
+
+def test_bad_input_in_a_process_is_one_line_and_code_2(tmp_path):
+    done = process("train", "--out", tmp_path / "run", "--preset", "imagenet")
+    assert (done.returncode, done.stdout) == (2, "")
+    known = "demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10"
+    assert done.stderr == f"part-fast: error: preset must be one of {known}, got 'imagenet'\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_info(capsys):
+    assert main(["info", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["backends"]["cpu"] == part_fast.available_backends("cpu")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"part_fast {part_fast.__version__}" in text
+    assert torch.__version__ in text
+    for name, reason in record["not_available"]["cpu"].items():
+        assert f"not {name}: {reason}" in text
+
+
+def test_help_and_version(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == text
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in text
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"part-fast {command}" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{part_fast.__version__}\n"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_flags_change_the_preset(name, trained, tmp_path):
+    flags = ["--lr", "1/50", "--method", "trades", "--no-download", "--lr-drops", "3", "5", "--train-size", "10"]
+    assert main(["train", "--out", str(tmp_path), *flags, "--preset", name]) == 0
+    ((config, out, how),) = trained
+    assert config == dataclasses.replace(preset(name), lr=0.02, method="trades", lr_drops=(3, 5), train_size=10)
+    assert out == tmp_path
+    assert how == {"resume": False, "overwrite": False, "tensorboard": False}
+
+
+def test_every_number_takes_a_fraction(trained, tmp_path):
+    floats = [field.name for field in dataclasses.fields(preset("demo")) if field.type == "float"]
+    assert len(floats) == 7
+    flags = [part for name in floats for part in (f"--{name.replace('_', '-')}", "3/255")]
+    assert main(["train", f"--out={tmp_path}", "--preset=demo", *flags]) == 0
+    assert [getattr(trained[0][0], name) for name in floats] == [3 / 255] * 7
+
+
+def test_evaluate_takes_fractions(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(evaluating, "evaluate", lambda **values: calls.append(values) or {"results": {}})
+    assert main(["evaluate", str(tmp_path), "--eps", "12/255", "--alpha", "3e-3"]) == 0
+    assert (calls[0]["eps"], calls[0]["alpha"], calls[0]["n"]) == (12 / 255, 3e-3, None)
+
+
+def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
+    config = dataclasses.replace(preset("cifar10-resnet18"), lr=0.3, seed=5)
+    report.write_json(tmp_path / "config.json", config.to_json())
+    assert main(["train", "--out", str(tmp_path), "--resume", "--epochs", "90"]) == 0
+    assert trained[0][0] == dataclasses.replace(config, epochs=90)
+    assert trained[0][2]["resume"]
+    assert main(["train", "--out", str(tmp_path), "--resume", "--preset", "demo"]) == 0
+    assert trained[1][0] == preset("demo")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--method free", "method must be one of at, part, trades, part-t, mart, part-m, got 'free'"),
+        ("--attack fgsm", "attack must be one of pgd, got 'fgsm'"),
+        ("--rule otsu", "rule must be one of zscore, released, quantile:q with 0 < q < 1, soft, got 'otsu'"),
+        ("--cam eigencam", "cam must be one of gradcam, xgradcam, layercam, hirescam"),
+        ("--model vgg", "model takes one of resnet18, resnet-small"),
+        ("--dataset mnist", "data set takes one of demo, fashion-mnist, cifar10"),
+        ("--eps -1/255", "eps must be finite and >= 0"),
+        ("--eps nan", "eps must be finite and >= 0, got nan"),
+        ("--eps-low 9/255", "eps_low must be <= eps"),
+        ("--eps 8/0", "--eps: takes a number such as 0.03 or 8/255, got '8/0'"),
+        ("--epochs many", "--epochs"),
+        ("--epochs 0", "epochs must be >= 1"),
+        ("--epsilon 3", "Unrecognized options: --epsilon"),
+        ("--device cuda:42", "device 'cuda:42' is not there"),
+        ("--resume", "holds no run"),
+        ("--init absent.pt", "no checkpoint file at absent.pt"),
+        ("--train-size 7000", "n takes an integer from 1 to 6000"),
+    ],
+)
+def test_bad_flags_of_train(flags, says, capsys, tmp_path):
+    out = tmp_path / "run"
+    assert says in error_of(capsys, "train", "--out", out, *flags.split())
+    assert not out.exists()
+
+
+def test_missing_data_set_names_every_place_and_the_cure(capsys, tmp_path):
+    message = error_of(capsys, "train", "--out", tmp_path / "run", "--preset", "cifar10-resnet18", "--root", tmp_path)
+    assert str(tmp_path / "cifar-10-batches-py") in message
+    assert "--download" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_commands(capsys, tmp_path):
+    assert "known: train, evaluate, masks, demo, info" in error_of(capsys, "trian")
+    assert "--out" in error_of(capsys, "train")
+    assert "no run folder or checkpoint at" in error_of(capsys, "evaluate", tmp_path / "absent")
+    assert "holds no run" in error_of(capsys, "masks", tmp_path, "--out", tmp_path / "grid.png")
+    assert "out takes a .png file" in error_of(capsys, "masks", tmp_path, "--out", tmp_path / "grid")
+    (tmp_path / "warmup").mkdir()
+    assert "already holds a demo" in error_of(capsys, "demo", "--out", tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in error_of(capsys, "train", "--out", tmp_path / "file", "--overwrite")
+    # A path that the system refuses.
+    assert "part-fast: error: " in error_of(capsys, "train", "--out", tmp_path / "file" / "run", *TINY)
+
+
+def test_second_run_in_a_folder_is_refused_and_changes_nothing(capsys, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", "--out", str(run), *TINY]) == 0
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert "--resume continues it, --overwrite replaces it" in error_of(capsys, "train", "--out", run, *TINY)
+    assert "attacks must be of natural, pgdSTEPS" in error_of(capsys, "evaluate", run, "--attacks", "natural,mystery")
+    assert "another configuration: steps 1 there, 9 here" in error_of(
+        capsys, "train", "--out", run, "--resume", "--steps", "9"
+    )
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert main(["train", "--out", str(run), *TINY, "--overwrite", "--seed", "1"]) == 0
+    assert read_config(run).seed == 1
+
+
+def test_interruption_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batch_loss", stop)
+        assert main(["train", "--out", str(tmp_path / "run"), *TINY]) == 130
+    assert capsys.readouterr().err == f"stopped; go on with: part-fast train --out {tmp_path / 'run'} --resume\n"
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
+    def broken(*arguments, **how):
+        return torch.zeros(2) + torch.zeros(3)
+
+    monkeypatch.setattr(training, "train", broken)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        main(["train", "--out", str(tmp_path / "run")])
+    # Raised inside the package, but by no `raise` of ours.
+    monkeypatch.setattr(report, "environment", lambda: report.environment_text(None))
+    with pytest.raises(TypeError, match="subscriptable"):
+        main(["info"])
+
+
+FRAMED = """\
+╭─ Unrecognized options ──╮
+│ Unrecognized options:   │
+│ --x, 3                  │
+│ ─────────────────────── │
+│ For full helptext, ...  │
+╰─────────────────────────╯
+"""
+PLAIN = """\
+ Unrecognized options
+ -------------------------
+  Unrecognized options:
+  --x, 3
+  ------------------------
+  For full helptext, ...
+"""
+
+
+@pytest.mark.parametrize("box", [FRAMED, PLAIN])
+def test_parser_message_becomes_one_line(box):
+    assert cli._one_line(box, "info") == "Unrecognized options: --x, 3 (part-fast info --help)"
+
+
+def test_warnings_are_one_line(capsys):
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = cli._warn
+        warnings.warn("only 7 images", stacklevel=1)
+    assert capsys.readouterr().err == "part-fast: warning: only 7 images\n"

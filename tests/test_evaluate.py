@@ -1,0 +1,283 @@
+"""evaluate and masks: accuracies against plain PyTorch, what they write, that they repeat, what they refuse."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import part_fast.evaluate as evaluating
+from part_fast import report
+from part_fast.attacks import pgd
+from part_fast.config import TrainConfig
+from part_fast.data import load, to_float
+from part_fast.evaluate import AttackSettings, accuracy, correct, evaluate, load_trained, masks
+from part_fast.models import build_model
+
+CACHED = functools.lru_cache(load)
+CONFIG = TrainConfig(method="part", test_size=30, steps=3)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Unpack the demo set once."""
+    monkeypatch.setattr(evaluating, "load", CACHED)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """resnet-small after four passes over 500 real images: right on most test images, so that attacks matter."""
+    torch.manual_seed(0)
+    net = build_model("resnet-small", 10)
+    data = CACHED("demo", "train").subset(500)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for _ in range(4):
+        for batch in data.batches(25, shuffle=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(to_float(batch.images)), batch.labels).backward()
+            optimizer.step()
+    return net.eval()
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """A run folder as train leaves it, as far as evaluation reads it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    report.write_json(folder / "config.json", CONFIG.to_json())
+    return folder
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_natural_accuracy_is_that_of_a_plain_forward(model, run):
+    data = CACHED("demo", "test").subset(30)
+    with torch.no_grad():
+        expected = model(to_float(data.images)).argmax(1) == data.labels
+    record = evaluate(run, ("natural",))
+    right = load_file(run / "evaluation_images.safetensors")
+    assert torch.equal(right["natural"], expected)
+    assert torch.equal(right["labels"], data.labels)
+    said = record["results"]["natural"]
+    p = float(expected.float().mean())
+    assert 0.4 < p < 1
+    assert (said["correct"], said["n"]) == (int(expected.sum()), 30)
+    assert said["accuracy"] == pytest.approx(p)
+    assert said["standard_error"] == pytest.approx(math.sqrt(p * (1 - p) / 30))
+
+
+def test_pgd_is_twenty_steps_of_the_plain_attack(model):
+    """The start drawn from the seed on the CPU, then `pgd`, batch by batch."""
+    data = CACHED("demo", "test").subset(30)
+    settings = AttackSettings(eps=4 / 255, alpha=1 / 255, seed=3)
+    got = correct(model, data, "pgd20", settings, batch_size=20)
+    generator = torch.Generator().manual_seed(3)
+    expected = []
+    for part in (slice(0, 20), slice(20, 30)):
+        x, y = to_float(data.images[part]), data.labels[part]
+        start = (x + (torch.rand(x.shape, generator=generator) * 2 - 1) * settings.eps).clamp(0, 1)
+        x_adv = pgd(model, x, y, settings.eps, settings.alpha, 20, start=start)
+        expected.append(model(x_adv).argmax(1) == y)
+    assert torch.equal(got, torch.cat(expected))
+    assert int(got.sum()) < int(correct(model, data, "natural", settings).sum())
+
+
+def test_stronger_attacks_fool_more(model):
+    data = CACHED("demo", "test").subset(60)
+    hits = [int(correct(model, data, "pgd5", AttackSettings(eps=eps)).sum()) for eps in (0.0, 6 / 255, 32 / 255)]
+    assert hits[0] == int(correct(model, data, "natural", AttackSettings()).sum())
+    assert hits[0] > hits[1] > hits[2]
+
+
+def test_repeats_with_its_seed_and_leaves_the_global_generator_alone(run, tmp_path):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    one = evaluate(run, out=tmp_path / "one")
+    torch.manual_seed(8)
+    two = evaluate(run, out=tmp_path / "two")
+    torch.manual_seed(7)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name in ("evaluation_images.safetensors",):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    for result in (one, two):
+        for row in result["results"].values():
+            del row["seconds"]
+    assert one["results"] == two["results"]
+
+
+def test_files_agree_with_the_result(run):
+    record = evaluate(run, ("natural", "pgd2"), n=20)
+    assert json.loads((run / "evaluation.json").read_text()) == record
+    with (run / "evaluation.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["attack"] for row in rows] == ["natural", "pgd2"]
+    right = load_file(run / "evaluation_images.safetensors")
+    for row in rows:
+        assert float(row["accuracy"]) == record["results"][row["attack"]]["accuracy"]
+        assert int(row["correct"]) == int(right[row["attack"]].sum())
+    assert record["eps"] == CONFIG.eps
+    assert record["alpha"] == CONFIG.alpha
+    assert record["n"] == 20
+
+
+def test_another_attack_joins_and_other_settings_are_refused(run):
+    evaluate(run, ("natural",))
+    record = evaluate(run, ("pgd1",))
+    assert list(record["results"]) == ["natural", "pgd1"]
+    before = contents(run)
+    for changes, says in (({"n": 10}, "other n"), ({"eps": 0.1, "seed": 2}, "other eps, seed")):
+        with pytest.raises(ValueError, match=f"{says}: choose another --out or --overwrite"):
+            evaluate(run, ("natural",), **changes)
+        assert contents(run) == before
+    record = evaluate(run, ("natural",), n=10, overwrite=True)
+    assert list(record["results"]) == ["natural"]
+    assert record["results"]["natural"]["n"] == 10
+
+
+def test_checkpoint_alone(model, run, tmp_path):
+    file = tmp_path / "elsewhere" / "net.pt"
+    file.parent.mkdir()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, file)
+    record = evaluate(file, ("natural",), n=30, dataset="demo", model="resnet-small")
+    expected = evaluate(run, ("natural",))
+    assert record["results"]["natural"]["correct"] == expected["results"]["natural"]["correct"]
+    assert (file.parent / "evaluation.json").is_file()
+    with pytest.raises(ValueError, match="name --dataset and --model"):
+        evaluate(file)
+    with pytest.raises(ValueError, match="does not fit ResNet"):
+        load_trained(file, dataset="demo", model="resnet18")
+
+
+def test_loaded_model_is_in_eval_mode_and_mode_is_given_back(model, run):
+    net = load_trained(run).model
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
+    model.train()
+    statistics = {key: value.clone() for key, value in model.state_dict().items()}
+    correct(model, CACHED("demo", "test").subset(10), "pgd1", AttackSettings())
+    assert model.training
+    assert all(torch.equal(value, statistics[key]) for key, value in model.state_dict().items())
+    model.eval()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"attacks": ("natural", "apgd")}, r"attacks must be of natural, pgdSTEPS \(pgd20, pgd100, ...\), got 'apgd'"),
+        ({"attacks": ("pgd0",)}, "attacks must be of natural"),
+        ({"attacks": ()}, "at least one of"),
+        ({"attacks": ("pgd2", "pgd2")}, "each once"),
+        ({"n": 0}, "n takes an integer from 1 to 1000"),
+        ({"n": 1001}, "n takes an integer from 1 to 1000"),
+        ({"eps": -0.1}, "eps must be finite and >= 0"),
+        ({"eps": math.nan}, "eps must be finite"),
+        ({"alpha": -1.0}, "alpha"),
+        ({"batch_size": 0}, "batch_size must be >= 1"),
+        ({"seed": -1}, "seed must be >= 0"),
+        ({"dataset": "mnist"}, "data set takes one of demo"),
+        ({"model": "vgg"}, "model takes one of"),
+        ({"device": "tpu"}, "device takes"),
+    ],
+)
+def test_refusals_write_nothing(run, arguments, says):
+    before = contents(run)
+    with pytest.raises(ValueError, match=says):
+        evaluate(run, **arguments)
+    assert contents(run) == before
+
+
+def test_missing_things(tmp_path, run):
+    with pytest.raises(FileNotFoundError, match="no run folder or checkpoint at"):
+        evaluate(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        evaluate(tmp_path)
+    (run / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no epoch of it is finished"):
+        evaluate(run)
+
+
+def test_standard_error():
+    assert accuracy(torch.tensor([True, True, True, False])) == {
+        "accuracy": 0.75, "standard_error": pytest.approx(math.sqrt(0.75 * 0.25 / 4)), "correct": 3, "n": 4,
+    }  # fmt: skip
+
+
+def test_mask_grid_has_a_row_per_image_and_says_what_it_shows(run, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    record = masks(run, out, n=3)
+    assert json.loads(out.with_suffix(".json").read_text()) == record
+    assert [row["label"] for row in record["images"]] == [
+        CACHED("demo", "test").class_names[i] for i in CACHED("demo", "test").subset(3).labels
+    ]
+    for row in record["images"]:
+        assert 0 < row["share_of_full_eps"] < 0.5  # the pixels more than one deviation above the mean
+    pixels = np.asarray(Image.open(out).convert("RGB")).astype(float)
+    taller = tmp_path / "five.png"
+    masks(run, taller, n=5)
+    heights = pixels.shape[0], Image.open(taller).height
+    assert heights[1] - heights[0] == pytest.approx(2 * 150 * 1.82, abs=2)  # two rows more at 150 dots an inch
+    # Five pictures side by side in each of the three rows: columns between them are white, those in them are not.
+    ink = (pixels < 250).any(2)
+    assert 0.3 < ink.mean() < 0.95
+    row = ink[int(0.75 * 150 + 0.6 * 150) :][: int(0.6 * 150)].mean(0) > 0.5
+    starts = np.flatnonzero(row[1:] & ~row[:-1])
+    assert len(starts) == 5
+
+
+def test_mask_grid_repeats_and_follows_the_rule(run, tmp_path):
+    one, two = masks(run, tmp_path / "1.png", n=2), masks(run, tmp_path / "2.png", n=2)
+    assert one == two
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+    half = masks(run, tmp_path / "3.png", n=2, rule="quantile:0.5")
+    assert [row["share_of_full_eps"] for row in half["images"]] == [0.5, 0.5]
+    masks(run, tmp_path / "4.png", n=1, rule="released")
+    masks(run, tmp_path / "5.png", n=1, rule="soft")
+    assert (tmp_path / "4.png").read_bytes() != (tmp_path / "5.png").read_bytes()
+
+
+def test_grid_shows_the_attack_within_the_eps_map(run, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "draw_masks", lambda path, x, cams, eps, x_adv, titles, caption: drawn.update(locals()))
+    masks(run, tmp_path / "grid.png", n=4)
+    change = (drawn["x_adv"] - drawn["x"]).abs()
+    assert bool((change <= drawn["eps"] + 1e-7).all())  # rounding of x + eps near 1
+    assert float(change.max()) > CONFIG.eps_low + 1e-6
+    cams = drawn["cams"]
+    assert cams.shape == (4, 32, 32)
+    assert float(cams.amin()) >= 0
+    # The pixels with the full eps are the highest of the CAM.
+    for cam, eps in zip(cams, drawn["eps"][:, 0], strict=True):
+        full = eps > (CONFIG.eps + CONFIG.eps_low) / 2
+        assert float(cam[full].min()) >= float(cam[~full].max()) - 1e-6
+
+
+def test_mask_grid_refusals(run, tmp_path):
+    out = tmp_path / "grid.png"
+    out.write_text("mine")
+    with pytest.raises(ValueError, match="exists: choose another --out or --overwrite"):
+        masks(run, out)
+    assert out.read_text() == "mine"
+    with pytest.raises(ValueError, match=r"out takes a \.png file"):
+        masks(run, tmp_path / "grid.pdf")
+    with pytest.raises(ValueError, match="rule must be one of"):
+        masks(run, tmp_path / "other.png", rule="otsu")
+    with pytest.raises(ValueError, match="n takes"):
+        masks(run, tmp_path / "other.png", n=0)
+    assert not (tmp_path / "other.png").exists()
+    masks(run, out, n=1, overwrite=True)
+    assert Image.open(out).format == "PNG"
+
+
+def test_a_class_of_the_run_is_read_from_its_configuration(run):
+    report.write_json(run / "config.json", dataclasses.replace(CONFIG, model="resnet18").to_json())
+    with pytest.raises(ValueError, match="does not fit ResNet"):
+        load_trained(run)

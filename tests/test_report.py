@@ -1,0 +1,198 @@
+"""report and demo: files, the environment record, tables, pictures that show something, the demo's verdict."""
+
+import csv
+import dataclasses
+import functools
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import part_fast
+import part_fast.evaluate as evaluating
+import part_fast.train as training
+from part_fast import demo as demonstrating
+from part_fast import report
+from part_fast.config import PRESETS
+from part_fast.data import load
+from part_fast.demo import demo, difference, mean_and_spread
+
+
+def picture(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def near(pixels, color, tolerance=12):
+    """How many pixels have a colour given as #RRGGBB."""
+    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return int((np.abs(pixels - rgb).max(2) <= tolerance).sum())
+
+
+ROWS = [
+    {"epoch": e, "method": "at" if e < 3 else "part", "train_loss": 2.0 / e, "train_robust": 0.1 * e,
+     "test_natural": 0.12 * e, "test_pgd20": None}
+    for e in range(1, 6)
+]  # fmt: skip
+
+
+def test_csv_and_json(tmp_path):
+    rows = [{"a": 1, "b": None}, {"a": 0.1, "b": "x,y"}]
+    report.write_csv(tmp_path / "t.csv", rows)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}, {"a": "0.1", "b": "x,y"}]
+    report.write_json(tmp_path / "t.json", {"a": [1, None]})
+    assert json.loads((tmp_path / "t.json").read_text()) == {"a": [1, None]}
+
+
+def test_environment_is_complete_and_plain(tmp_path):
+    record = report.environment()
+    assert json.loads(json.dumps(record)) == record
+    assert record["part_fast"] == part_fast.__version__
+    assert record["torch"] == torch.__version__
+    assert record["threads"] == torch.get_num_threads()
+    assert record["backends"]["cpu"] == part_fast.available_backends("cpu")
+    assert set(record["backends"]["cpu"]) | set(record["not_available"]["cpu"]) == set(part_fast.backends.BACKENDS)
+    assert not set(record["backends"]["cpu"]) & set(record["not_available"]["cpu"])
+    assert record["cpu"]
+    text = report.environment_text(record)
+    for name, reason in record["not_available"]["cpu"].items():
+        assert f"not {name}: {reason}" in text
+
+
+def test_commit_is_that_of_the_checkout_or_none():
+    commit = report.environment()["commit"]
+    command = ["git", "-C", str(report.Path(report.__file__).parent), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if commit is None:
+        pytest.skip("part_fast does not lie in a git checkout")
+    assert commit.removesuffix("+changes") == head
+
+
+def test_pictures_and_data_sets_are_not_imported_with_report():
+    code = "import sys, part_fast.report; print([m for m in ('matplotlib', 'torchvision', 'tyro') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_table():
+    text = report.table(("attack", "%"), [("natural", "81.20"), ("pgd20", "5.00")])
+    assert text == "attack       %\n-------  -----\nnatural  81.20\npgd20     5.00"
+
+
+def test_curves_show_each_series_that_there_is(tmp_path):
+    report.draw_curves(tmp_path / "a.png", ROWS, "title")
+    pixels = picture(tmp_path / "a.png")
+    assert near(pixels, report.GREEN) > 300
+    assert near(pixels, report.BLUE) > 300
+    assert near(pixels, report.ORANGE) > 200
+    assert near(pixels, report.VERMILION) == 0
+    report.draw_curves(tmp_path / "b.png", [{**row, "test_pgd20": 0.3} for row in ROWS], "title")
+    assert near(picture(tmp_path / "b.png"), report.VERMILION) > 300
+
+
+def test_comparison_shows_both_methods(tmp_path):
+    curves = {"warm-up (AT)": {1: [0.5], 2: [0.6]}, "AT": {2: [0.6], 3: [0.6, 0.7]}, "PART": {2: [0.6], 3: [0.7, 0.8]}}
+    results = {"AT": {"natural": [0.6, 0.7], "pgd20": [0.4, 0.5]}, "PART": {"natural": [0.7, 0.8], "pgd20": [0.4, 0.5]}}
+    report.draw_comparison(tmp_path / "c.png", curves, results)
+    pixels = picture(tmp_path / "c.png")
+    for color in (report.BLUE, report.VERMILION, report.GRAY):
+        assert near(pixels, color) > 200
+
+
+def test_masks_with_one_channel_and_a_flat_eps_map(tmp_path):
+    x = torch.rand(1, 1, 8, 8)
+    report.draw_masks(tmp_path / "m.png", x, torch.zeros(1, 8, 8), torch.full((1, 1, 8, 8), 0.03), x, [("a", "b")], "c")
+    pixels = picture(tmp_path / "m.png")
+    assert pixels.std() > 20
+    # Nothing changed: the picture of the difference is gray of 0.5.
+    assert near(pixels, "#808080", 1) > 150**2
+
+
+def test_difference_of_accuracies_is_paired_and_judged():
+    before = [torch.tensor([True, False] * 50) for _ in range(3)]
+    same = difference(before, before)
+    assert (same["mean"], same["spread"], same["standard_error"], same["significant"]) == (0.0, 0.0, 0.0, False)
+
+    better = []
+    for seed, right in enumerate(before):
+        after = right.clone()
+        after[1 : 41 + 2 * seed : 2] = True  # 20, 21, 22 of 100 images more
+        better.append(after)
+    clear = difference(before, better)
+    assert clear["mean"] == pytest.approx(0.21)
+    assert clear["spread"] == pytest.approx(0.01)
+    changes = torch.stack(better).double().mean(0) - torch.stack(before).double().mean(0)
+    assert clear["standard_error"] == pytest.approx(float(changes.std()) / math.sqrt(100))
+    assert clear["significant"]
+
+    one_image = [right.clone() for right in before]
+    for right in one_image:
+        right[1] = True
+    assert difference(before, one_image)["spread"] == 0
+    assert not difference(before, one_image)["significant"]  # one test image more is chance
+    assert not difference(before[:1], better[:1])["significant"]  # one seed has no spread
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "spread": 1.0}
+    assert mean_and_spread([5.0]) == {"mean": 5.0, "spread": 0.0}
+
+
+def test_demo_in_miniature(tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        PRESETS["demo"], train_size=64, test_size=20, epochs=2, warmup_epochs=1, steps=1, batch_size=32
+    )
+    cached = functools.lru_cache(load)
+    for module in (training, evaluating):
+        monkeypatch.setattr(module, "load", cached)
+    drawn = []
+    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: drawn.append(path))  # tested above, and slow
+    said = []
+    record = demo(tmp_path / "demo", config=config, seeds=(0, 1), log=said.append)
+    out = tmp_path / "demo"
+    assert len(drawn) == 5
+    assert {path.name for path in out.iterdir()} == {
+        *demonstrating.FILES, "warmup", "at-seed0", "part-seed0", "at-seed1", "part-seed1",
+    }  # fmt: skip
+    assert json.loads((out / "results.json").read_text()) == record
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"]) for row in rows] == [("AT", "0"), ("PART", "0"), ("AT", "1"), ("PART", "1")]
+    for row in rows:
+        folder = out / f"{row['method'].lower()}-seed{row['seed']}"
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert float(row["pgd20"]) == evaluation["results"]["pgd20"]["accuracy"]
+        settings = json.loads((folder / "config.json").read_text())
+        assert (settings["method"], settings["epochs"], settings["warmup_epochs"]) == (row["method"].lower(), 1, 0)
+        assert settings["init"] == str(out / "warmup" / "model.safetensors")
+    natural = [float(row["natural"]) for row in rows if row["method"] == "PART"]
+    assert record["table"]["PART"]["natural"]["mean"] == pytest.approx(sum(natural) / 2)
+    assert record["text"] in said
+    assert "PART - AT, natural" in record["text"]
+    for name in ("curves.png", "masks.png"):
+        assert picture(out / name).std() > 10
+
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="already holds a demo"):
+        demo(out, config=config)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    again = demo(out, config=config, seeds=(0,), overwrite=True, log=said.append)
+    assert again["runs"][0]["natural"] == record["runs"][0]["natural"]
+
+
+def test_demo_continues_the_schedule_of_its_warm_up(tmp_path, monkeypatch):
+    """A drop at epoch 2 falls in the second epoch after a warm-up of one; one in the warm-up holds from the start."""
+    seen = {}
+    row = {"epoch": 1, "test_natural": 0.5}
+    monkeypatch.setattr(demonstrating, "train", lambda config, out, **_: seen.update({out.name: config}) or [row])
+    config = dataclasses.replace(PRESETS["demo"], epochs=4, warmup_epochs=2, lr_drops=(1, 3))
+    with pytest.raises(FileNotFoundError):  # nothing was trained
+        demo(tmp_path, config=config, log=lambda line: None)
+    rates = [config.lr_at(epoch) for epoch in range(4)]
+    assert [seen["warmup"].lr_at(epoch) for epoch in range(2)] == pytest.approx(rates[:2])
+    assert [seen["at-seed0"].lr_at(epoch) for epoch in range(2)] == pytest.approx(rates[2:])
