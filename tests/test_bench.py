@@ -1,0 +1,346 @@
+"""bench: results are checked before they are timed, bytes are counted right, rounds interleave, files are written."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+import part_fast
+from part_fast import bench
+
+CPU = torch.device("cpu")
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(monkeypatch):
+    """Compiling takes seconds a case; benchmarks/ compiles, and refuses results that differ."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(bench.CpuClock, "seconds_at_least", 1e-5)
+
+
+def small_cases():
+    steps = [
+        bench.step_case(op, (2, 3, 5, 5), dtype, packed)
+        for op in ("pgd_step", "pgd_step_", "project_linf")
+        for dtype in (FLOAT, HALF)
+        for packed in (False, True)
+    ]
+    maps = [bench.map_case("upsample_cam", (3, 4, 4), (9, 8), "")]
+    for op in ("cam_mask", "epsilon_map"):
+        maps += [bench.map_case(op, (3, 4, 4), (9, 8), rule) for rule in ("zscore", "released", "quantile:0.3")]
+    maps.append(bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "soft"))
+    maps.append(bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "zscore", packed=True))
+    return steps + [bench.cam_case((2, 6, 4, 4), dtype) for dtype in (FLOAT, HALF)] + maps
+
+
+def providers(case, **changed):
+    """Those of the case; `reference=function` and so on exchange one."""
+    return [dataclasses.replace(p, run=changed.get(p.name, p.run)) for p in bench.providers_of(case, CPU)]
+
+
+def test_cases_cover_every_op_at_its_shapes():
+    cases = bench.all_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    assert tuple(dict.fromkeys(case.op for case in cases)) == bench.OPS
+    assert {case.op for case in cases if case.quick} == set(bench.OPS)
+    for op in ("pgd_step", "pgd_step_", "project_linf"):
+        names = {case.name for case in cases if case.op == op}
+        assert names == {
+            f"{op} {shape} eps {form} {dtype}"
+            for shape in ("128x3x32x32", "128x3x64x64", "512x3x128x128")
+            for form in ("(N,1,H,W)", "packed")
+            for dtype in ("float32", "bfloat16")
+        }
+    published = {case.shape for case in cases if case.published}
+    assert {"128 8x8->32x32 released", "128 8x8->32x32 zscore"} <= published
+
+
+@pytest.mark.parametrize("case", small_cases(), ids=lambda case: case.name)
+def test_all_providers_compute_the_same(case):
+    names = [provider.name for provider in bench.providers_of(case, CPU)]
+    assert names[0] == "reference"
+    assert "torch.compile" in names
+    assert ("cpp" in names) == ("cpp" in part_fast.available_backends())
+    bench.check(case, bench.providers_of(case, CPU), CPU)
+
+
+@pytest.mark.parametrize(
+    ("case", "count"),
+    [
+        # x_adv, grad, x and the result: 2*3*5*5 values each; eps: 2*5*5 float32, or 25 bits in 4 bytes, twice.
+        (bench.step_case("pgd_step", (2, 3, 5, 5), FLOAT, False), 4 * 150 * 4 + 50 * 4),
+        (bench.step_case("pgd_step_", (2, 3, 5, 5), FLOAT, True), 4 * 150 * 4 + 2 * 4),
+        (bench.step_case("pgd_step", (2, 3, 5, 5), HALF, False), 4 * 150 * 2 + 50 * 4),
+        (bench.step_case("project_linf", (2, 3, 5, 5), HALF, True), 3 * 150 * 2 + 2 * 4),
+        # Two inputs of 2*6*4*4, a float32 map of 2*4*4.
+        (bench.cam_case((2, 6, 4, 4), FLOAT), 2 * 192 * 4 + 32 * 4),
+        (bench.cam_case((2, 6, 4, 4), HALF), 2 * 192 * 2 + 32 * 4),
+        # A float32 map of 3*4*4; 3*9*8 pixels out as float32, bool, three channels of float32, 9 bytes of bits.
+        (bench.map_case("upsample_cam", (3, 4, 4), (9, 8), ""), 48 * 4 + 216 * 4),
+        (bench.map_case("cam_mask", (3, 4, 4), (9, 8), "zscore"), 48 * 4 + 216),
+        (bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "released"), 48 * 4 + 3 * 216 * 4),
+        (bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "zscore", packed=True), 48 * 4 + 3 * 9),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_bytes(case, count):
+    assert bench.check(case, providers(case), CPU) == count
+    (copy, inputs) = bench.copy_provider(count)
+    source, target = inputs(CPU)
+    assert count - 8 < source.nbytes + target.nbytes <= count
+    copy.run(source, target)
+    assert torch.equal(source, target)
+
+
+STEP = bench.step_case("pgd_step", (2, 3, 5, 5), FLOAT, False)
+MASK = bench.map_case("epsilon_map", (100, 4, 4), (10, 10), "zscore")
+
+
+def off_in(case, count, by):
+    """The reference, but that many values are changed."""
+
+    def run(*inputs):
+        with part_fast.backend("reference"):
+            result = case.run(*inputs).clone()
+        result.view(-1)[:count] += by
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong", "exact"),
+    [
+        (STEP, off_in(STEP, 1, 2.0**-24), True),  # one value, one ulp, where bits are promised
+        (STEP, off_in(STEP, 1, 1e-6), False),
+        (STEP, off_in(STEP, 1, float("nan")), False),
+        (MASK, off_in(MASK, 1, 1 / 255), True),
+        (MASK, off_in(MASK, 2, 1 / 255), False),  # of 10,000 values one may be on its threshold
+        (MASK, lambda *inputs: MASK.run(*inputs)[:-1], False),
+        (MASK, lambda *inputs: MASK.run(*inputs).double(), False),
+    ],
+)
+def test_wrong_result_is_refused(case, wrong, exact):
+    planted = bench.Provider("planted", wrong, exact=exact)
+    reference = bench.providers_of(case, CPU)[0]
+    with pytest.raises(bench.MismatchError, match=r"planted .*: not timed$") as caught:
+        bench.measure(case, CPU, 1, [reference, planted])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("case", "near"), [(STEP, off_in(STEP, 9, 2.0**-24)), (MASK, off_in(MASK, 1, 1 / 255))])
+def test_rounding_is_not_refused_where_no_bits_are_promised(case, near):
+    planted = bench.Provider("planted", near)
+    bench.check(case, [bench.providers_of(case, CPU)[0], planted], CPU)
+
+
+def test_in_place_writes_its_own_copy():
+    case = bench.step_case("pgd_step_", (2, 3, 5, 5), FLOAT, False)
+    given = case.inputs(CPU, 0)
+    kept = given[0].clone()
+    bench.check(dataclasses.replace(case, inputs=lambda device, seed: given), providers(case), CPU)
+    assert torch.equal(given[0], kept)
+
+
+def test_rounds_interleave():
+    order = []
+    samples = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
+    values = bench.interleave(samples, 4)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert values == {"a": [1.0, 6.0, 8.0, 10.0], "b": [2.0, 4.0, 9.0, 11.0], "c": [3.0, 5.0, 7.0, 12.0]}
+
+
+def test_sampler_gives_the_seconds_of_one_call():
+    """On a clock by which every call takes 2 us: short calls are timed many at once, none is timed by itself."""
+
+    class Clock(bench.CpuClock):
+        seconds_at_least = 1e-3
+
+        def seconds(self, one_pass, passes):
+            before = len(made)
+            for _ in range(passes):
+                one_pass()
+            return 2e-6 * (len(made) - before)
+
+    made = []
+    provider = bench.Provider("reference", lambda which: made.append(which))
+    sample, calls = bench.sampler(provider, [(0,), (1,), (2,)], Clock())
+    assert calls >= 500
+    made.clear()
+    assert sample() == pytest.approx(2e-6)
+    assert len(made) == calls
+    assert made[:6] == [0, 1, 2, 0, 1, 2]
+
+
+def test_peak_memory_on_the_cpu():
+    def call():
+        first = torch.ones(1000)
+        second = torch.ones(3000)
+        del first
+        return second[:10].clone(), torch.ones(500)
+
+    # 4,000 values before `first` goes; after that 3,510.
+    assert bench.CpuClock().peak_bytes(call) == 16000
+    assert bench.CpuClock().peak_bytes(lambda: None) == 0
+
+
+def test_rows():
+    rows = bench.measure(MASK, CPU, 5)
+    names = [row["provider"] for row in rows]
+    assert names[:5] == ["copy", "reference", "published", "vectorised", "torch.compile"]
+    for row in rows:
+        assert row["bytes"] == 100 * 4 * 4 * 4 + 100 * 10 * 10 * 4
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["median_us"] / 1e3)
+        assert row["percent_of_copy"] == pytest.approx(100 * rows[0]["median_us"] / row["median_us"])
+        assert row["timing"] == "wall"
+    peak = {row["provider"]: row["peak_bytes"] for row in rows}
+    assert peak["published"] is None
+    assert peak["copy"] == 0
+    assert peak["vectorised"] > 100 * 10 * 10 * 4
+    if "cpp" in names:
+        assert peak["cpp"] == 100 * 10 * 10 * 4  # the result and nothing else
+
+
+def test_ratios():
+    def row(provider, median):
+        return {"op": "cam", "shape": "s", "dtype": "float32", "provider": provider, "median_us": median}
+
+    found = bench.ratios([row("copy", 1.0), row("reference", 8.0), row("triton", 4.0), row("cuda", 2.0)])
+    assert found == [{"op": "cam", "shape": "s", "dtype": "float32", "backend": "cuda", "copy": 0.5, "reference": 4.0}]
+    assert bench.ratios([row("copy", 1.0), row("reference", 8.0)]) == []
+
+
+def test_command_writes_table_csv_plot_and_environment(tmp_path, capsys):
+    out = tmp_path / "deep" / "bench"
+    rows = bench.ops(out, device="cpu", rounds=2, cases=[STEP, MASK])
+    printed = capsys.readouterr().out
+    assert part_fast.__version__ in printed.splitlines()[0]
+    assert "cpu" in printed.splitlines()[0]
+    assert "not measured: triton" in printed
+    for column in ("shape", "dtype", "provider", "median us", "p20", "p80", "GB/s", "% of copy", "peak MiB"):
+        assert column in printed
+    assert printed.index("\npgd_step: bytes =") < printed.index("\nepsilon_map: bytes =")
+    with (out / "ops.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [row["provider"] for row in written] == [row["provider"] for row in rows]
+    assert float(written[0]["median_us"]) == rows[0]["median_us"]
+    with (out / "ratios.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == (2 if "cpp" in part_fast.available_backends() else 0)
+    record = json.loads((out / "environment.json").read_text())
+    assert record["torch"] == torch.__version__
+    assert record["bench"] == {"device": "cpu", "quick": False, "rounds": 2, "ops": ["pgd_step", "epsilon_map"]}
+    with Image.open(out / "ops.png") as picture:
+        assert min(picture.size) > 200
+        assert len(set(picture.convert("RGB").resize((64, 64)).get_flattened_data())) > 3
+
+    with pytest.raises(ValueError, match=r"^out must be .*ops\.csv.*--overwrite$"):
+        bench.ops(out, device="cpu", rounds=1, cases=[STEP])
+    bench.ops(out, device="cpu", rounds=1, cases=[STEP], overwrite=True)
+    with (out / "ops.csv").open() as file:
+        assert {row["op"] for row in csv.DictReader(file)} == {"pgd_step"}
+
+
+def test_command_shows_nothing_of_an_op_with_a_mismatch(tmp_path, capsys):
+    wrong = dataclasses.replace(MASK, plain=lambda device: lambda cam: MASK.plain(device)(cam) + 1e-3)
+    with pytest.raises(bench.MismatchError, match="vectorised differs from the reference in 10000 of 10000 values"):
+        bench.ops(tmp_path, device="cpu", rounds=1, cases=[MASK, wrong])
+    assert "GB/s" not in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"only": ["pgd"]}, "only must name ops among pgd_step, .*, got pgd$"),
+        ({"rounds": 0}, "rounds must be >= 1, got 0$"),
+        ({"device": "mps"}, "device must be auto, cpu or a CUDA device, got 'mps'$"),
+        ({"device": "gpu"}, "device must be auto, cpu or a CUDA device, got 'gpu'$"),
+        ({"cases": [STEP], "only": ["cam"]}, "cases must hold one to measure, got none$"),
+    ],
+)
+def test_errors(tmp_path, given, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        bench.ops(tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_backends_without_a_kernel_are_left_out():
+    assert "triton" in bench.why_not("_pgd_step", "triton", CPU)
+    assert "cuda" in bench.why_not("_pgd_step", "cuda", CPU)
+    if "cpp" in part_fast.available_backends():
+        assert bench.why_not("_pgd_step", "cpp", CPU) is None
+        with torch.library._scoped_library("part_fast", "FRAGMENT") as library:
+            library.define("_none() -> ()")
+            assert bench.why_not("_none", "cpp", CPU) == "cpp has no kernel of its own for part_fast::_none"
+
+
+def test_gpu_clock_rotates_inputs_and_replays_a_graph(monkeypatch):
+    """CudaClock on stand-ins for torch.cuda that run on the CPU: what it calls, on which inputs, how it divides."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(log)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 2.0 * (end.at - self.at)  # milliseconds
+
+    class Graph:
+        def replay(self):
+            log.extend(self.calls)
+
+    @contextlib.contextmanager
+    def capture(graph):
+        before = len(log)
+        yield
+        graph.calls = log[before:]
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {
+        "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1000),
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda chosen: contextlib.nullcontext(),
+        "synchronize": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    clock = bench.CudaClock(torch.device("cuda"))
+    assert clock.sets(300) == 7  # 2100 bytes: more than twice the 1000 of L2
+    assert clock.sets(10**6) == 2
+    for captured in (True, False):
+        log.clear()
+        provider = bench.Provider("any", lambda which: log.append(which), captured=captured)
+        sample, calls = bench.sampler(provider, [(i,) for i in range(7)], clock)
+        assert calls == 7  # 14 ms: long enough
+        log.clear()
+        assert sample() == pytest.approx(2e-3)
+        assert log == list(range(7))
+    assert clock.timing(True) == "graph"
+    assert clock.timing(False) == "launched"
+
+    # Inside a graph no two calls write the same memory: what one wrote would wait in L2 for the next.
+    result = clock.one_pass([lambda: torch.ones(4)] * 3, True)()
+    assert len({one.data_ptr() for one in result}) == 3
+
+    levels = iter((100, 100))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(levels))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 175)
+    assert clock.peak_bytes(lambda: None) == 75
