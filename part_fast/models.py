@@ -17,11 +17,15 @@ __all__ = [
     "ResNet",
     "WideResNet",
     "build_model",
+    "export_weights",
     "load_weights",
     "resnet18",
     "resnet_small",
     "wideresnet",
 ]
+
+# The file formats of `export_weights`, and the endings that say which.
+FORMATS = {"safetensors": (".safetensors",), "robustbench": (".pt", ".pth")}
 
 KNOWN_MODELS = ("resnet18", "resnet-small", "wrn-DEPTH-WIDTH (wrn-34-10, wrn-28-10, ...)")
 
@@ -271,9 +275,10 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     """Copy a checkpoint into `model`, in place, and return the model; nothing is written if anything does not fit.
 
     Takes a `.safetensors` file, any file of `torch.save` (read with `weights_only=True`), or a mapping. The weights
-    may lie at the top or under `state_dict`, `model_state_dict`, `model` or `net`; the prefixes `module.` and `model.`
-    come off. `sub_block1.*`, which published WRN checkpoints carry and never use, is ignored, and so is the absence of
-    `num_batches_tracked`, which old checkpoints lack. Weights take the dtype and device of the model.
+    may lie at the top or under `state_dict`, `model_state_dict`, `model` or `net`; the prefixes `module.`, `model.` and
+    `_orig_mod.` (DataParallel, wrappers, torch.compile) come off. `sub_block1.*`, which published WRN checkpoints carry
+    and never use, is ignored, and so is the absence of `num_batches_tracked`, which old checkpoints lack. Weights take
+    the dtype and device of the model.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -306,6 +311,83 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     return model
 
 
+def export_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    sub_block1: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write the weights of `model` to a file at `path`, at once and whole, and return where they are.
+
+    safetensors: every tensor under its name here. robustbench: a file of `torch.save` whose names are those of
+    RobustBench's `ResNet` (for `resnet18`) and `WideResNet`, which load it with `load_state_dict(torch.load(path))`;
+    `resnet_small` keeps the names, but RobustBench has no network of its shape. Tensors are copied to the CPU,
+    contiguous, in the model's dtype; `load_weights` reads both formats.
+
+    Args:
+        model: what `build_model` makes.
+        path: a name ending in .safetensors, or in .pt or .pth for robustbench.
+        format: "safetensors" or "robustbench"; default: by the ending of `path`.
+        sub_block1: also write the weights of `block1` as `sub_block1`, which RobustBench's WideResNet carries under
+            `sub_block1=True`, as published TRADES checkpoints do, and never computes with.
+        overwrite: replace a file that is there.
+
+    Raises:
+        FileExistsError: there is a file at `path` and `overwrite` is not set.
+        FileNotFoundError: there is no such folder.
+        TypeError: model is not a ResNet or WideResNet of this module.
+        ValueError: an unknown format or another ending than its own, `sub_block1` for a model without `block1`, or
+            robustbench for a model that normalises inside: RobustBench's does not, its logits would be others.
+
+    Source: github.com/RobustBench/robustbench, `robustbench/model_zoo/architectures`.
+    """
+    path = Path(path)
+    if not isinstance(model, ResNet | WideResNet):
+        raise TypeError(f"model takes a ResNet or WideResNet of part_fast.models, got {type(model).__name__}")
+    if format is None:
+        format = next((name for name, endings in FORMATS.items() if path.suffix in endings), None)
+        if format is None:
+            endings = ", ".join(ending for endings in FORMATS.values() for ending in endings)
+            raise ValueError(f"path takes a name that ends in one of {endings}, got {str(path)!r}")
+    elif format not in FORMATS:
+        raise ValueError(f"format takes one of {', '.join(FORMATS)}, got {format!r}")
+    elif path.suffix not in FORMATS[format]:
+        raise ValueError(
+            f"path takes a name that ends in {' or '.join(FORMATS[format])} for {format}, got {str(path)!r}"
+        )
+    if sub_block1 and not isinstance(model, WideResNet):
+        raise ValueError(f"sub_block1 takes a WideResNet, got {type(model).__name__}, which has no block1")
+    if format == "robustbench" and not isinstance(model.normalize, nn.Identity):
+        raise ValueError("format robustbench takes a model without mean and std: RobustBench's does not normalise")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder at {path.parent} to write {path.name} in")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} is there already: pass overwrite=True (--overwrite) to replace it")
+
+    state = model.state_dict()
+    if sub_block1:
+        state |= {f"sub_{key}": value for key, value in state.items() if key.startswith("block1.")}
+    # Copies: a file then holds each tensor's own values alone, and no storage that two of them share.
+    state = {
+        key: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+        for key, value in state.items()
+    }
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        if format == "safetensors":
+            from safetensors.torch import save_file
+
+            save_file(state, temporary)
+        else:
+            torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
 def _read_checkpoint(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
@@ -335,7 +417,7 @@ def _match_keys(raw: Mapping[str, object], own: Mapping[str, Tensor], source: st
     state: dict[str, Tensor] = {}
     for original, value in raw.items():
         key = original
-        while key not in own and key.startswith(("module.", "model.")):
+        while key not in own and key.startswith(("module.", "model.", "_orig_mod.")):
             key = key.split(".", 1)[1]
         if key not in own and key.startswith("sub_block1."):
             continue

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from part_fast.models import build_model, load_weights, resnet18, resnet_small, wideresnet
+from part_fast.models import build_model, export_weights, load_weights, resnet18, resnet_small, wideresnet
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +288,7 @@ def same(model, weights):
     return all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("container", [None, "state_dict", "model_state_dict", "model", "net"])
 def test_load_weights_of_every_common_form(weights, prefix, container, tmp_path):
     state = {prefix + key: value for key, value in weights.items()}
@@ -360,3 +360,143 @@ def test_load_weights_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="without running code"):
         load_weights(resnet_small(), tmp_path / "trap.pt")
     assert not (tmp_path / "ran").exists()
+
+
+# Export
+
+
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def robustbench_resnet18_keys():
+    keys = {"conv1.weight", "linear.weight", "linear.bias"} | {f"bn1.{k}" for k in NORM}
+    for stage in range(1, 5):
+        for block in range(2):
+            name = f"layer{stage}.{block}"
+            keys |= {f"{name}.{part}" for part in ("conv1.weight", "conv2.weight")}
+            keys |= {f"{name}.{bn}.{k}" for bn in ("bn1", "bn2") for k in NORM}
+        if stage > 1:
+            keys |= {f"layer{stage}.0.shortcut.0.weight"} | {f"layer{stage}.0.shortcut.1.{k}" for k in NORM}
+    return keys
+
+
+def robustbench_wideresnet_keys(blocks, width, sub_block1):
+    keys = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{k}" for k in NORM}
+    for stage in ("block1", "block2", "block3", *(["sub_block1"] if sub_block1 else [])):
+        for block in range(blocks):
+            name = f"{stage}.layer.{block}"
+            keys |= {f"{name}.{part}" for part in ("conv1.weight", "conv2.weight")}
+            keys |= {f"{name}.{bn}.{k}" for bn in ("bn1", "bn2") for k in NORM}
+        if width > 1 or stage in ("block2", "block3"):
+            keys.add(f"{stage}.layer.0.convShortcut.weight")
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("name", "sub_block1", "keys"),
+    [
+        ("resnet18", False, robustbench_resnet18_keys()),
+        ("wrn-10-2", False, robustbench_wideresnet_keys(1, 2, False)),
+        ("wrn-16-1", True, robustbench_wideresnet_keys(2, 1, True)),
+        ("wrn-10-2", True, robustbench_wideresnet_keys(1, 2, True)),
+        ("resnet-small", False, None),
+    ],
+)
+@pytest.mark.parametrize("file", ["model.safetensors", "model.pt", "model.pth"])
+def test_export_and_back(tmp_path, name, sub_block1, keys, file):
+    if file.endswith(".safetensors"):
+        pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    # As after training: channels_last weights that require gradients, in training mode.
+    model = randomize(build_model(name, 7)).to(memory_format=torch.channels_last)
+    path = export_weights(model, str(tmp_path / file), sub_block1=sub_block1)
+    assert path == tmp_path / file
+    assert [f.name for f in tmp_path.iterdir()] == [file]
+    if file.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, weights_only=True)
+    assert keys is None or set(state) == keys
+    for key, value in state.items():
+        assert torch.equal(value, model.state_dict()[key.removeprefix("sub_")])
+        assert value.is_contiguous()
+        assert not value.requires_grad
+    assert path.stat().st_size < 1.5 * sum(v.nbytes for v in state.values()) + 50_000  # each value once
+
+    torch.manual_seed(1)
+    again = load_weights(build_model(name, 7), path)
+    assert same(again, model.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        # channels_last convolutions sum in another order
+        torch.testing.assert_close(again.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_export_writes_whole_files_and_replaces_none_unasked(tmp_path, monkeypatch):
+    model, path = randomize(resnet_small()), tmp_path / "model.pt"
+    export_weights(model, path)
+    before = path.read_bytes()
+    other = randomize(resnet_small())
+    with pytest.raises(FileExistsError, match=r"model.pt is there already: pass overwrite=True \(--overwrite\)"):
+        export_weights(other, path)
+    assert path.read_bytes() == before
+
+    def breaks(state, file):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", breaks)
+        with pytest.raises(OSError, match="disk full"):
+            export_weights(other, path, overwrite=True)
+    assert path.read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["model.pt"]
+    export_weights(other, path, overwrite=True)
+    assert same(load_weights(resnet_small(), path), other.state_dict())
+
+
+def test_export_leaves_the_model_alone(tmp_path):
+    model = randomize(wideresnet(10, 1)).to(memory_format=torch.channels_last)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    export_weights(model, tmp_path / "model.pt", sub_block1=True)
+    assert list(model.state_dict()) == list(before)
+    assert same(model, before)
+    assert model.training
+    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_export_of_a_normalised_model(tmp_path):
+    model = resnet_small(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    with pytest.raises(ValueError, match=r"^format robustbench takes a model without mean and std"):
+        export_weights(model, tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+    pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    again = resnet_small(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    load_weights(again, export_weights(model, tmp_path / "model.safetensors"))
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "message", "error"),
+    [
+        ("m.onnx", {}, "path takes a name that ends in one of .safetensors, .pt, .pth, got ", ValueError),
+        ("m.pt", {"format": "onnx"}, "format takes one of safetensors, robustbench, got 'onnx'", ValueError),
+        (
+            "m.pt",
+            {"format": "safetensors"},
+            "path takes a name that ends in .safetensors for safetensors, got",
+            ValueError,
+        ),
+        ("m.safetensors", {"format": "robustbench"}, "ends in .pt or .pth for robustbench, got ", ValueError),
+        ("m.pt", {"sub_block1": True}, "sub_block1 takes a WideResNet, got ResNet, which has no block1", ValueError),
+        ("none/m.pt", {}, "no folder at .*none to write m.pt in", FileNotFoundError),
+        ("m.pt", {"model": torch.nn.Linear(2, 2)}, "model takes a ResNet or WideResNet .*, got Linear", TypeError),
+    ],
+)
+def test_export_refuses_in_one_line(tmp_path, file, options, message, error):
+    with pytest.raises(error, match=message) as caught:
+        export_weights(**({"model": resnet_small(), "path": tmp_path / file} | options))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
