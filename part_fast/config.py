@@ -136,7 +136,7 @@ class TrainConfig:
 # Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes.
 PRESETS = {
     "demo": TrainConfig(
-        augment=False, epochs=5, warmup_epochs=3, batch_size=64, lr=0.05, lr_drops=(4,), steps=5, pgd_test_size=0
+        augment=False, epochs=4, warmup_epochs=3, batch_size=64, lr=0.05, lr_drops=(3,), steps=5, pgd_test_size=0
     ),
     "fashion-mnist": TrainConfig(preset="fashion-mnist", dataset="fashion-mnist"),
     "cifar10-resnet18": TrainConfig(preset="cifar10-resnet18", dataset="cifar10", model="resnet18"),

@@ -20,7 +20,13 @@ def test_presets_are_whole_and_named(name):
 @pytest.mark.parametrize("name", ["cifar10-resnet18", "cifar10-wrn34-10", "fashion-mnist"])
 def test_published_numbers(name):
     config = preset(name)
-    assert (config.epochs, config.warmup_epochs, config.batch_size, config.lr, config.lr_drops) == (80, 20, 128, 0.01, (60, 90))
+    assert (config.epochs, config.warmup_epochs, config.batch_size, config.lr, config.lr_drops) == (
+        80,
+        20,
+        128,
+        0.01,
+        (60, 90),
+    )
     assert (config.momentum, config.weight_decay, config.beta, config.steps) == (0.9, 2e-4, 6.0, 10)
     assert (config.eps, config.eps_low, config.alpha) == (8 / 255, 7 / 255, 2 / 255)
     assert config.augment
@@ -101,7 +107,8 @@ def test_unreadable_configurations(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("8/255", 8 / 255), ("0.03", 0.03), ("3e-2", 0.03), ("-1", -1.0), ("1.5/3", 0.5), ("1e0/4", 0.25)]
+    ("text", "value"),
+    [("8/255", 8 / 255), ("0.03", 0.03), ("3e-2", 0.03), ("-1", -1.0), ("1.5/3", 0.5), ("1e0/4", 0.25)],
 )
 def test_numbers_as_written(text, value):
     assert parse_number(text) == value
