@@ -16,10 +16,10 @@ PF_HD constexpr int channels_of(int64_t rule) { return rule == RELEASED ? 3 : 1;
 // are added in turn. Where this order is kept, no mask differs, however close a pixel lies to its threshold.
 constexpr int LANES = 8;
 
-// Whether a map of storage type T says anything: not flat, no NaN, no infinity. The spread is rounded to T first.
+// Whether a map of storage type T says anything: not flat, no NaN, no infinity.
 template <typename T>
 PF_HD bool has_evidence(compute_t<T> low, compute_t<T> high) {
-  const compute_t<T> spread = load(store<T>(high - low));
+  const compute_t<T> spread = high - low;
   return high > low && spread - spread == 0;
 }
 

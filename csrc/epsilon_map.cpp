@@ -5,7 +5,7 @@ namespace part_fast {
 namespace {
 
 template <typename C>
-PF_HD void choose_loop(const uint8_t* mask, int64_t count, float eps, float eps_low, C* to) {
+PF_HD void choose_loop(const uint8_t* mask, int64_t count, C eps, C eps_low, C* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = mask[i] ? eps : eps_low;
 }
 
@@ -13,7 +13,7 @@ PF_CLONES void choose(const uint8_t* mask, int64_t count, float eps, float eps_l
   choose_loop(mask, count, eps, eps_low, to);
 }
 
-PF_CLONES void choose(const uint8_t* mask, int64_t count, float eps, float eps_low, double* to) {
+PF_CLONES void choose(const uint8_t* mask, int64_t count, double eps, double eps_low, double* to) {
   choose_loop(mask, count, eps, eps_low, to);
 }
 
@@ -43,7 +43,7 @@ Tensor epsilon_map(const Tensor& cam, int64_t height, int64_t width, int64_t rul
       });
       return;
     }
-    const float set = static_cast<float>(eps), unset = static_cast<float>(eps_low);
+    const C set = static_cast<C>(eps), unset = static_cast<C>(eps_low);
     for_each_mask<T>(cam, height, width, rule, k, [&](int64_t image, const uint8_t* mask) {
       choose(mask, channels * pixels, set, unset, to + image * channels * pixels);
     });

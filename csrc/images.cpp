@@ -28,15 +28,27 @@ PF_HD void copy_run(const Source& source, int64_t index, int64_t stride, int64_t
   }
 }
 
+template <typename T>
+struct Quad {
+  typedef T type __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+
 // A run of bits is read eight at a time.
 template <typename C>
-PF_HD void copy_run(const Bits& source, int64_t index, int64_t stride, int64_t count, C* to) {
+PF_HD void copy_run(Bits source, int64_t index, int64_t stride, int64_t count, C* to) {
+  using Ints = Quad<int32_t>::type;
+  using Floats = Quad<float>::type;
+  using Values = typename Quad<C>::type;
   int64_t i = 0;
   if (stride == 1) {
+    const Ints low = {1, 2, 4, 8}, high = {16, 32, 64, 128};
+    const Floats set = Floats{} + source.set, unset = Floats{} + source.unset;
     for (; i < count && (index + i) % 8; ++i) to[i] = source[index + i];
     for (; i + 8 <= count; i += 8) {
-      const int32_t byte = source.bits[(index + i) / 8];
-      for (int bit = 0; bit < 8; ++bit) to[i + bit] = byte & (1 << bit) ? source.set : source.unset;
+      const int32_t byte = source.bits[(index + i) >> 3];
+      const Floats first = (low & byte) != 0 ? set : unset, second = (high & byte) != 0 ? set : unset;
+      *reinterpret_cast<Values*>(to + i) = __builtin_convertvector(first, Values);
+      *reinterpret_cast<Values*>(to + i + 4) = __builtin_convertvector(second, Values);
     }
   }
   for (; i < count; ++i) to[i] = source[index + i * stride];
@@ -58,8 +70,16 @@ PF_HD void copy_chunk(const Source& source, const Four& sizes, const Four& strid
     int64_t done;
     if (at[3] == 0 && rows > 0 && sizes[3] == 3) {
       // channels_last RGB: too short for a run of its own.
+      C planes[3][CHUNK / 3];
+      for (int j = 0; j < 3; ++j) {
+        if (j == 0 || strides[3] != 0) copy_run(source, index + j * strides[3], strides[2], rows, planes[j]);
+      }
+      const C *red = planes[0], *green = strides[3] == 0 ? red : planes[1], *blue = strides[3] == 0 ? red : planes[2];
+      PF_INDEPENDENT
       for (int64_t i = 0; i < rows; ++i) {
-        for (int j = 0; j < 3; ++j) to[3 * i + j] = source[index + i * strides[2] + j * strides[3]];
+        to[3 * i] = red[i];
+        to[3 * i + 1] = green[i];
+        to[3 * i + 2] = blue[i];
       }
       done = 3 * rows;
       at[2] += rows;

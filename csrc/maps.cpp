@@ -6,27 +6,37 @@
 namespace part_fast {
 namespace {
 
-// Eight values, or eight float64 running sums: one to four registers. Read from anywhere.
+// Four values in registers, read from anywhere. Two of float64 are the eight running sums.
 template <typename T>
-struct Eight {
-  typedef T type __attribute__((vector_size(LANES * sizeof(T)), aligned(alignof(T)), may_alias));
+struct Four {
+  typedef T type __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
 };
-using Sums = Eight<double>::type;
+using Doubles = Four<double>::type;
 
 // Sum of the values, each made its term in place by `term`, in the order that cam_mask.h fixes.
 template <typename T, typename F>
 PF_HD double ordered_sum(const T* values, int64_t count, const F& term) {
-  Sums sums = {};
+  Doubles first = {}, second = {};
   int64_t p = 0;
   for (; p + LANES <= count; p += LANES) {
-    Sums terms = __builtin_convertvector(*reinterpret_cast<const typename Eight<T>::type*>(values + p), Sums);
-    term(terms);
-    sums += terms;
+    using Values = typename Four<T>::type;
+    Doubles low = __builtin_convertvector(*reinterpret_cast<const Values*>(values + p), Doubles);
+    Doubles high = __builtin_convertvector(*reinterpret_cast<const Values*>(values + p + 4), Doubles);
+    term(low);
+    term(high);
+    first += low;
+    second += high;
   }
-  Sums rest = {};
-  for (int lane = 0; lane < LANES && p + lane < count; ++lane) rest[lane] = static_cast<double>(values[p + lane]);
-  term(rest);
-  for (int lane = 0; lane < LANES && p + lane < count; ++lane) sums[lane] += rest[lane];
+  double sums[LANES];
+  for (int lane = 0; lane < 4; ++lane) {
+    sums[lane] = first[lane];
+    sums[lane + 4] = second[lane];
+  }
+  for (int lane = 0; p + lane < count; ++lane) {
+    double last = static_cast<double>(values[p + lane]);
+    term(last);
+    sums[lane % LANES] += last;
+  }
   double total = sums[0];
   for (int lane = 1; lane < LANES; ++lane) total += sums[lane];
   return total;
@@ -34,12 +44,14 @@ PF_HD double ordered_sum(const T* values, int64_t count, const F& term) {
 
 // The values themselves, and their squared deviations, as terms.
 struct Same {
-  PF_HD void operator()(Sums&) const {}
+  template <typename V>
+  PF_HD void operator()(V&) const {}
 };
 
 struct Squared {
   double mean;
-  PF_HD void operator()(Sums& values) const {
+  template <typename V>
+  PF_HD void operator()(V& values) const {
     values -= mean;
     values *= values;
   }
