@@ -69,7 +69,8 @@ def pgd_step_fwd_kernel(
 
 @triton.jit
 def pgd_step_bwd_tile(
-    grad_out, x_adv, grad, x, grad_x_adv, grad_x, grad_eps, budget, alpha, clip_low, clip_high, row, start, span, inside,
+    grad_out, x_adv, grad, x, grad_x_adv, grad_x, grad_eps, budget, alpha, clip_low, clip_high,
+    row, start, span, inside,
     SOURCE: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, REPEAT: tl.constexpr,
     BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -126,16 +127,20 @@ def pgd_step_launch(
     )  # fmt: skip
 
 
-def pgd_step(x_adv: Tensor, *args: object) -> Tensor:
-    """`args`: grad, x, eps, eps_high, eps_low, alpha, clip_low, clip_high."""
+def pgd_step(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None, eps_high: float, eps_low: float,
+    alpha: float, clip_low: float, clip_high: float,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(x_adv)
-    pgd_step_launch(x_adv, *args, out).run()  # type: ignore[arg-type]
+    pgd_step_launch(x_adv, grad, x, eps, eps_high, eps_low, alpha, clip_low, clip_high, out).run()
     return out
 
 
-def pgd_step_(x_adv: Tensor, *args: object) -> None:
-    """The same written into x_adv."""
-    pgd_step_launch(x_adv, *args, x_adv).run()  # type: ignore[arg-type]
+def pgd_step_(
+    x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None, eps_high: float, eps_low: float,
+    alpha: float, clip_low: float, clip_high: float,
+) -> None:  # fmt: skip
+    pgd_step_launch(x_adv, grad, x, eps, eps_high, eps_low, alpha, clip_low, clip_high, x_adv).run()
 
 
 def pgd_step_bwd_launch(

@@ -40,7 +40,8 @@ def walk(images: Tensor, eps: Tensor | None, eps_high: float, eps_low: float, na
     n, channels, height, width = images.shape
     pixels, numel = height * width, images.numel()
     last = not images.is_contiguous()
-    rows, span, repeat, strides = n, channels * pixels, 1, (0, 0, 0, 0)
+    rows, span, repeat = n, channels * pixels, 1
+    strides: tuple[int, ...] = (0, 0, 0, 0)
     if eps is None:
         source, rows, span = SCALAR, 1, numel
     elif eps.dtype == torch.uint8:
@@ -110,7 +111,7 @@ def bound_of(
             pixel, channel = position // CHANNELS, position % CHANNELS
         else:
             pixel, channel = position % pixels, position // pixels
-        if SOURCE == LIKE or SOURCE == PIXEL:
+        if (SOURCE == LIKE) | (SOURCE == PIXEL):
             bound = widen(tl.load(eps + position, mask=inside)).to(DTYPE)
         elif SOURCE == STRIDED:
             place = channel.to(tl.int64) * stride_c + (pixel // width).to(tl.int64) * stride_h
