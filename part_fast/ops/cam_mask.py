@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 
 import torch
@@ -16,6 +15,16 @@ from part_fast.ops.upsample_cam import reference as upsample_reference
 RULES = ("zscore", "released", "quantile", "soft")
 
 
+@torch.compiler.assume_constant_result
+def _fraction(text: str) -> tuple[int, int]:
+    """Numerator and denominator; (0, 1) for no number. Exact: 0.07 of 100 pixels is 7, where floats say
+    7.000000000000001, so 8. A graph takes what this returns as constants, since it cannot trace Fraction."""
+    try:
+        return Fraction(text.strip()).as_integer_ratio()
+    except (ValueError, ZeroDivisionError):
+        return 0, 1
+
+
 def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int, int]:
     """(rule, k, M): the rule's number, how many pixels `quantile:q` keeps (else 0), the mask's channels."""
     known = "zscore, released, quantile:q with 0 < q < 1" + (", soft" if soft else "")
@@ -23,13 +32,9 @@ def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int
         raise TypeError(f"rule must be one of {known}, got {type(rule).__name__}")
     name, colon, share = rule.partition(":")
     if name == "quantile" and colon:
-        try:
-            q = Fraction(share.strip())
-        except (ValueError, ZeroDivisionError):
-            q = Fraction(0)
-        if 0 < q < 1:
-            # Exact: 0.07 of 100 pixels is 7, where floats say 7.000000000000001, so 8.
-            return RULES.index("quantile"), math.ceil(q * height * width), 1
+        numerator, denominator = _fraction(share)
+        if 0 < numerator < denominator:
+            return RULES.index("quantile"), -(-numerator * height * width // denominator), 1
     elif rule in ("zscore", "released") or (soft and rule == "soft"):
         return RULES.index(rule), 0, 3 if rule == "released" else 1
     raise ValueError(f"rule must be one of {known}, got {rule!r}")
