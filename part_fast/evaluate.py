@@ -267,7 +267,9 @@ def load_trained(
     config.check()
     place = find_device(device)
     data = evaluation_data(config, n).to(place)
-    net = load_weights(build_model(config.model, data.num_classes), weights)
+    with torch.random.fork_rng(devices=[]):  # the first weights, overwritten at once, are no draw of the caller's
+        net = build_model(config.model, data.num_classes)
+    load_weights(net, weights)
     return Trained(net.eval().requires_grad_(False).to(place), config, data, weights)
 
 

@@ -98,20 +98,28 @@ def test_stronger_attacks_fool_more(model):
     assert hits[0] > hits[1] > hits[2]
 
 
-def test_repeats_with_its_seed_and_leaves_the_global_generator_alone(run, tmp_path):
-    torch.manual_seed(7)
-    state = torch.get_rng_state()
-    one = evaluate(run, out=tmp_path / "one")
-    torch.manual_seed(8)
-    two = evaluate(run, out=tmp_path / "two")
-    torch.manual_seed(7)
-    assert torch.equal(torch.get_rng_state(), state)
-    for name in ("evaluation_images.safetensors",):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    for result in (one, two):
-        for row in result["results"].values():
+def test_repeats_with_its_seed_and_leaves_the_global_generator_alone(run, tmp_path, monkeypatch):
+    starts = []
+
+    def keep_start(*arguments, start, **how):
+        starts.append(start)
+        return pgd(*arguments, start=start, **how)
+
+    monkeypatch.setattr(evaluating, "pgd", keep_start)
+    results = []
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        state = torch.get_rng_state()
+        record = evaluate(run, out=tmp_path / name, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(1)  # a run's numbers must not depend on what else was drawn
+        for row in record["results"].values():
             del row["seconds"]
-    assert one["results"] == two["results"]
+        results.append(record["results"])
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+    assert results[0] == results[1]
+    images = [tmp_path / name / "evaluation_images.safetensors" for name in ("one", "two")]
+    assert images[0].read_bytes() == images[1].read_bytes()
 
 
 def test_files_agree_with_the_result(run):
