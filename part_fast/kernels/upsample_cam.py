@@ -185,9 +185,7 @@ def upsample_cam_fwd_kernel(
     low, high = extrema(cam, MAP_HEIGHT * MAP_WIDTH, DTYPE)
     table = table_of(cam, low, high, MAP_HEIGHT, MAP_WIDTH, WIDTH, COLUMNS, TABLE, DTYPE)
     row, column, pixel, inside = pixels_of(tl.program_id(0) % tiles, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-    u = enlarged(
-        cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
-    )
+    u = enlarged(cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE)
     tl.store(out + image * (HEIGHT * WIDTH) + pixel, narrow(u, out.dtype.element_ty), mask=inside)
 
 
@@ -253,7 +251,8 @@ def upsample_cam_bwd_kernel(
             grad = tl.zeros((DOWN, ACROSS), DTYPE)
             for first in range(0, WIDTH, SPAN):
                 x = first + tl.arange(0, SPAN)[:, None]
-                across_weight = weight_on(x, i, MAP_WIDTH, WIDTH, DTYPE)
+                # Past the row's end no tap falls on the map, and its weights are 0 / 0.
+                across_weight = tl.where(x < WIDTH, weight_on(x, i, MAP_WIDTH, WIDTH, DTYPE), 0.0)
                 for y in range(HEIGHT):
                     g = widen(tl.load(grad_out + y * WIDTH + x, mask=x < WIDTH, other=0)).to(DTYPE)
                     part = tl.sum(g * across_weight, 0, keep_dims=True)
