@@ -13,7 +13,6 @@ from torch import Tensor
 
 from part_fast.backends import INTERPRETED
 
-
 INTERPRETER = tl.constexpr(INTERPRETED)
 
 

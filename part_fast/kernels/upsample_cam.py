@@ -73,7 +73,7 @@ def extrema(cam, COUNT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def keys_taps(position, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, DTYPE: tl.constexpr):
-    """(index of the first of four taps, their weights), by the operations of the reference's keys_taps in their order."""
+    """(index of the first of four taps, their weights), by the operations of ops.upsample_cam.keys_taps, in order."""
     centre = (2 * position + 1) * SIZE_IN - SIZE_OUT
     # Shifted by one period, since division of a negative number would not round down.
     left = (centre + 2 * SIZE_OUT) // (2 * SIZE_OUT) - 1

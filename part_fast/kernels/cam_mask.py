@@ -1,0 +1,253 @@
+"""cam_mask in Triton: a program per image goes from the small map to the mask; nothing else of full size exists."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from part_fast.kernels import Launch
+from part_fast.kernels.upsample_cam import WARPS, enlarged, extrema, pixels_of, table_of, tiles_of
+
+# ops.cam_mask.RULES in this order
+ZSCORE, RELEASED, QUANTILE, SOFT = (tl.constexpr(rule) for rule in range(4))
+# What is written of each mask: its bits packed, 0 or 1, or one of two eps.
+BITS, BYTES, EPS = (tl.constexpr(form) for form in range(3))
+
+
+@triton.jit
+def write_image(
+    cam, out, high_value, low_value, k,
+    RULE: tl.constexpr, FORM: tl.constexpr, TILES: tl.constexpr,
+    MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The program's image, whole. u is made anew in each pass: that is cheaper than memory for it."""
+    PIXELS: tl.constexpr = HEIGHT * WIDTH
+    PLANES: tl.constexpr = 3 if RULE == RELEASED else 1
+    image = tl.program_id(0).to(tl.int64)
+    cam += image * (MAP_HEIGHT * MAP_WIDTH)
+    out += image * (PLANES * ((PIXELS + 7) // 8 if FORM == BITS else PIXELS))
+    low, high = extrema(cam, MAP_HEIGHT * MAP_WIDTH, DTYPE)
+    # Nothing can be said from a flat map, nor from one with NaN or infinities.
+    evidence = (high > low) & (tl.abs(high - low) < float("inf"))
+    table = table_of(cam, low, high, MAP_HEIGHT, MAP_WIDTH, WIDTH, COLUMNS, TABLE, DTYPE)
+    zero = tl.zeros((ROWS, COLUMNS), DTYPE)
+
+    if RULE == ZSCORE:
+        total = zero
+        for tile in range(TILES):
+            row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
+            u = enlarged(
+                cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
+            )
+            total += tl.where(inside & evidence, u, zero)
+        mean = (sum_of(total) / PIXELS).to(DTYPE)
+        total = zero
+        for tile in range(TILES):
+            row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
+            u = enlarged(
+                cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
+            )
+            total += tl.where(inside & evidence, (u - mean) * (u - mean), zero)
+        std = tl.sqrt(sum_of(total) / PIXELS).to(DTYPE)
+
+    if RULE == RELEASED:
+        counts = tl.zeros((256,), tl.int32)
+        for tile in range(TILES):
+            row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
+            u = enlarged(
+                cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
+            )
+            entry = tl.reshape(entry_of(tl.where(evidence & inside, u, zero)), (ROWS * COLUMNS,))
+            counts += tl.histogram(entry, 256, mask=tl.reshape(inside, (ROWS * COLUMNS,)))
+        colours = colours_kept(counts.to(tl.float64), PIXELS)
+
+    if RULE == QUANTILE:
+        # The key of the k-th largest pixel, eight bits at a time from the top, by counting.
+        BITS_OF_KEY: tl.constexpr = DTYPE.primitive_bitwidth
+        KEY: tl.constexpr = tl.uint32 if BITS_OF_KEY == 32 else tl.uint64
+        digit = tl.arange(0, 256)
+        need = tl.zeros((1,), tl.int32) + k
+        known = tl.zeros((1,), KEY)
+        for step in tl.static_range(BITS_OF_KEY // 8):
+            counts = tl.zeros((256,), tl.int32)
+            for tile in range(TILES):
+                row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
+                u = enlarged(
+                    cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH,
+                    ROWS, COLUMNS, TABLE, DTYPE,
+                )  # fmt: skip
+                key = tl.reshape(key_of(tl.where(evidence & inside, u, zero)), (ROWS * COLUMNS,))
+                candidate = tl.reshape(inside, (ROWS * COLUMNS,))
+                if step > 0:
+                    candidate = candidate & ((key >> (BITS_OF_KEY - 8 * step)) == (known >> (BITS_OF_KEY - 8 * step)))
+                counts += tl.histogram(((key >> (BITS_OF_KEY - 8 - 8 * step)) & 255).to(tl.int32), 256, mask=candidate)
+            at_least = tl.cumsum(counts, 0, reverse=True)
+            chosen = tl.sum((at_least >= need).to(tl.int32), 0, keep_dims=True) - 1
+            need -= tl.sum(tl.where(digit > chosen, counts, tl.zeros_like(counts)), 0, keep_dims=True)
+            known = known | (chosen.to(KEY) << (BITS_OF_KEY - 8 - 8 * step))
+        taken = tl.zeros((1,), tl.int32)
+
+    for tile in range(TILES):
+        row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
+        u = enlarged(
+            cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
+        )
+        if RULE == SOFT:
+            # low_value + spread * clamp(u, 0, 1); high_value is the spread, rounded once from float64.
+            share = tl.where(u < 0, zero, tl.where(u > 1, zero + 1, u))
+            value = tl.full((1,), low_value, DTYPE) + tl.full((1,), high_value, DTYPE) * share
+            tl.store(out + pixel, value, mask=inside)
+        else:
+            u = tl.where(evidence & inside, u, zero)
+            if RULE == ZSCORE:
+                mask = u - mean > std
+                write_plane(
+                    out, mask & evidence, high_value, low_value, tile, pixel, inside, PIXELS, FORM, ROWS, COLUMNS, WIDTH
+                )
+            elif RULE == QUANTILE:
+                key = key_of(u)
+                tie = (key == known) & inside
+                count = tl.reshape(tie, (ROWS * COLUMNS,)).to(tl.int32)
+                # Pixels with exactly the key: the first `need` of them in row-major order.
+                rank = tl.reshape(tl.cumsum(count, 0) - count, (ROWS, COLUMNS)) + taken
+                taken += tl.sum(count, 0, keep_dims=True)
+                mask = ((key > known) | (tie & (rank < need))) & evidence
+                write_plane(out, mask, high_value, low_value, tile, pixel, inside, PIXELS, FORM, ROWS, COLUMNS, WIDTH)
+            else:
+                entry = tl.reshape(entry_of(u), (ROWS * COLUMNS,))
+                kept = tl.reshape(tl.gather(colours, entry, 0), (ROWS, COLUMNS))
+                for plane in tl.static_range(3):
+                    mask = (((kept >> plane) & 1) != 0) & evidence
+                    start = out + plane * ((PIXELS + 7) // 8 if FORM == BITS else PIXELS)
+                    write_plane(
+                        start, mask, high_value, low_value, tile, pixel, inside, PIXELS, FORM, ROWS, COLUMNS, WIDTH
+                    )
+
+
+@triton.jit
+def write_plane(
+    out, mask, high_value, low_value, tile, pixel, inside, PIXELS: tl.constexpr, FORM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    if FORM == BITS:
+        # Whole bytes: a tile starts at one, and a row of a tile of several rows is a number of them.
+        eights = tl.reshape((mask & inside).to(tl.int32), (ROWS, COLUMNS // 8, 8)) << tl.arange(0, 8)[None, None, :]
+        byte = tl.sum(eights, 2)
+        if ROWS == 1:
+            place = tile * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)[None, :]
+            within_row = place >= 0
+        else:
+            column = tl.arange(0, COLUMNS // 8)[None, :]
+            place = (tile * ROWS + tl.arange(0, ROWS)[:, None]) * (WIDTH // 8) + column
+            within_row = column < WIDTH // 8
+        tl.store(out + place, byte.to(tl.uint8), mask=within_row & (place < (PIXELS + 7) // 8))
+    elif FORM == BYTES:
+        tl.store(out + pixel, mask.to(tl.uint8), mask=inside)
+    else:
+        high = tl.full((1,), high_value, out.dtype.element_ty)
+        low = tl.full((1,), low_value, out.dtype.element_ty)
+        tl.store(out + pixel, tl.where(mask, high, low), mask=inside)
+
+
+@triton.jit
+def sum_of(values):
+    """Sum of a tile in float64, shape (1,)."""
+    return tl.sum(tl.sum(values.to(tl.float64), 1), 0, keep_dims=True)
+
+
+@triton.jit
+def key_of(u):
+    """Unsigned integers in the order of the floats; the two zeros are one."""
+    u = tl.where(u == 0, tl.zeros_like(u), u)
+    if u.dtype == tl.float64:
+        bits = u.to(tl.int64, bitcast=True)
+        key = (bits ^ ((bits >> 63) | -9223372036854775808)).to(tl.uint64, bitcast=True)
+    else:
+        bits = u.to(tl.int32, bitcast=True)
+        key = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    return key
+
+
+@triton.jit
+def entry_of(u):
+    """Which of the 256 colours u**2 has."""
+    return tl.minimum((tl.minimum(u * u, 1.0) * 256).to(tl.int32), 255)
+
+
+@triton.jit
+def colours_kept(counts, PIXELS: tl.constexpr):
+    """(256,) int32: bit c says whether that colour is more than one deviation above the mean in channel c."""
+    entry = tl.arange(0, 256).to(tl.float64)
+    # The nodes of matplotlib's jet, as in ops.cam_mask.
+    red = tl.where(entry < 255.0 * 0.35, 0.0, between(entry, 0.35, 0.66, 0.0, 1.0))
+    red = tl.where(entry < 255.0 * 0.66, red, 1.0)
+    red = tl.where(entry < 255.0 * 0.89, red, between(entry, 0.89, 1.0, 1.0, 0.5))
+    green = tl.where(entry < 255.0 * 0.125, 0.0, between(entry, 0.125, 0.375, 0.0, 1.0))
+    green = tl.where(
+        entry < 255.0 * 0.375, green, tl.where(entry < 255.0 * 0.64, 1.0, between(entry, 0.64, 0.91, 1.0, 0.0))
+    )
+    green = tl.where(entry < 255.0 * 0.91, green, 0.0)
+    blue = tl.where(entry < 255.0 * 0.11, between(entry, 0.0, 0.11, 0.5, 1.0), 1.0)
+    blue = tl.where(entry < 255.0 * 0.34, blue, between(entry, 0.34, 0.65, 1.0, 0.0))
+    blue = tl.where(entry < 255.0 * 0.65, blue, 0.0)
+    mean = tl.sum(counts * ((red + green) + blue), 0, keep_dims=True) / (3 * PIXELS)
+    red, green, blue = red - mean, green - mean, blue - mean
+    square = (red * red + green * green) + blue * blue
+    std = tl.sqrt(tl.sum(counts * square, 0, keep_dims=True) / (3 * PIXELS))
+    return (red > std).to(tl.int32) | ((green > std).to(tl.int32) << 1) | ((blue > std).to(tl.int32) << 2)
+
+
+@triton.jit
+def between(entry, x0: tl.constexpr, x1: tl.constexpr, y0: tl.constexpr, y1: tl.constexpr):
+    return (entry - 255.0 * x0) / (255.0 * x1 - 255.0 * x0) * (y1 - y0) + y0
+
+
+@triton.jit
+def cam_mask_kernel(
+    cam, out, k, RULE: tl.constexpr, FORM: tl.constexpr, TILES: tl.constexpr,
+    MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    write_image(
+        cam,
+        out,
+        1.0,
+        0.0,
+        k,
+        RULE,
+        FORM,
+        TILES,
+        MAP_HEIGHT,
+        MAP_WIDTH,
+        HEIGHT,
+        WIDTH,
+        FLAT,
+        ROWS,
+        COLUMNS,
+        TABLE,
+        DTYPE,
+    )
+
+
+def cam_mask_launch(cam: Tensor, height: int, width: int, rule: int, k: int, out: Tensor) -> Launch:
+    """`out`: bool for the mask, uint8 for its packed bits."""
+    tiles = tiles_of(cam, height, width)
+    form = BYTES if out.dtype == torch.bool else BITS
+    return Launch(
+        cam_mask_kernel, cam.shape[0] if out.numel() else 0,
+        {"cam": cam, "out": out.view(torch.uint8), "k": k},
+        {"RULE": rule, "FORM": form.value, "TILES": tiles.count, **tiles.constants}, WARPS,
+    )  # fmt: skip
+
+
+def cam_mask(cam: Tensor, height: int, width: int, rule: int, k: int, packed: bool) -> Tensor:
+    head = (cam.shape[0], 3 if rule == RELEASED.value else 1)
+    if packed:
+        out = cam.new_empty((*head, (height * width + 7) // 8), dtype=torch.uint8)
+    else:
+        out = cam.new_empty((*head, height, width), dtype=torch.bool)
+    cam_mask_launch(cam, height, width, rule, k, out).run()
+    return out
