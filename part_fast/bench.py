@@ -533,12 +533,17 @@ def interleave(samples: Mapping[str, Callable[[], float]], rounds: int) -> dict[
 
 
 def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock) -> tuple[Callable[[], float], int]:
-    """(a function that gives the seconds of one call, how many calls it times together), warmed up."""
+    """(a function that gives the seconds of one call, how many calls it times together), warmed up.
+
+    Errors: RuntimeError where a million passes are not long enough to time, as of a graph that captured nothing.
+    """
     with torch.no_grad(), backends.backend(provider.backend):
         one_pass = clock.one_pass([partial(provider.run, *each) for each in inputs], provider.captured)
         clock.seconds(one_pass, 1)
         passes = 1
         while (taken := clock.seconds(one_pass, passes)) < clock.seconds_at_least:
+            if passes >= 10**6:
+                raise RuntimeError(f"{provider.name} takes no time: {passes} passes of its calls took {taken:g} s")
             passes = min(100 * passes, math.ceil(passes * 1.2 * clock.seconds_at_least / max(taken, 1e-9)))
 
     def sample() -> float:

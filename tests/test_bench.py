@@ -178,6 +178,15 @@ def test_sampler_gives_the_seconds_of_one_call():
     assert made[:6] == [0, 1, 2, 0, 1, 2]
 
 
+def test_what_takes_no_time_is_refused():
+    class Clock(bench.CpuClock):
+        def seconds(self, one_pass, passes):
+            return 0.0
+
+    with pytest.raises(RuntimeError, match=r"^copy takes no time: "):
+        bench.sampler(bench.Provider("copy", lambda: None), [()], Clock())
+
+
 def test_peak_memory_on_the_cpu():
     def call():
         first = torch.ones(1000)
