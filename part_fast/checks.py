@@ -44,7 +44,10 @@ def clip_range(clip: Any) -> tuple[float, float]:
         return -math.inf, math.inf
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be (low, high) or None, got {clip!r}")
-    low, high = (float(value) if isinstance(value, numbers.Real) else math.nan for value in clip)
+    low, high = (
+        value if type(value) is float else float(value) if isinstance(value, numbers.Real) else math.nan
+        for value in clip
+    )
     if not low <= high:
         raise ValueError(f"clip must be two numbers, low <= high, got {clip!r}")
     return low, high

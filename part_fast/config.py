@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from part_fast import checks
+from part_fast.controls import check_control
 from part_fast.ops.cam import METHODS as CAM_METHODS
 from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.packed_epsilon import eps_pair
 
 # Each method, and the plain one that warms it up: the same without the pixel weights.
 METHODS = {"at": "at", "part": "at", "trades": "trades", "part-t": "trades", "mart": "mart", "part-m": "mart"}
-ATTACKS = ("pgd",)
+WEIGHTED = ("part", "part-t", "part-m")
+ATTACKS = ("pgd", "mma")
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,18 @@ class TrainConfig:
     """One training run. Images are in [0,1]; eps, eps_low and alpha are in their units, so 8/255 is 8 gray levels."""
 
     preset: str = "demo"
-    """The set of numbers to start from: demo, cifar10-resnet18, cifar10-wrn34-10 or fashion-mnist."""
+    """The set of numbers to start from: demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10, svhn-resnet18 or
+    tinyimagenet-wrn34-10."""
     method: str = "part"
     """at, part, trades, part-t, mart or part-m."""
     attack: str = "pgd"
-    """The inner attack: pgd."""
+    """The inner attack: pgd, or mma (minimum margin, three targets)."""
     dataset: str = "demo"
-    """demo (in the package), fashion-mnist or cifar10."""
+    """demo (in the package), fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]."""
     root: str | None = None
     """The only folder to look for the data set in; default: PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's."""
     download: bool = False
-    """Download the data set where it is not found."""
+    """Download the data set where it is not found; tinyimagenet and folders have no download."""
     augment: bool = True
     """Random crop with padding 4 and random flip."""
     train_size: int | None = None
@@ -73,6 +76,13 @@ class TrainConfig:
     """Weight of the robust term (trades, mart, part-t, part-m)."""
     rule: str = "zscore"
     """From class activation map to eps: zscore, released, quantile:Q or soft."""
+    refresh: str = "batch"
+    """When masks are made: batch, of the very images of each batch; or K, of the whole training set every K epochs."""
+    control: str = "none"
+    """What is done to the masks, to tell whether they matter: none, permuted, random, inverted or uniform."""
+    released: bool = False
+    """What the authors' published code does: rule released, control permuted, learning rate dropped by the epochs after
+    the warm-up, uniform start neither within the eps map nor clipped."""
     cam: str = "gradcam"
     """Class activation map: gradcam, xgradcam, layercam or hirescam."""
     pgd_test_size: int = 500
@@ -93,6 +103,11 @@ class TrainConfig:
         _known("attack", self.attack, ATTACKS)
         _known("cam", self.cam, CAM_METHODS)
         parse_rule(self.rule, 1, 1, soft=True)
+        check_control(self.control)
+        if self.released and (self.rule not in ("zscore", "released") or self.control not in ("none", "permuted")):
+            raise ValueError(f"released takes no other rule or control, got {self.rule!r} and {self.control!r}")
+        if self.refresh_epochs and self.mask_rule == "soft":
+            raise ValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
         eps_pair(self.eps, self.eps_low)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
@@ -108,12 +123,31 @@ class TrainConfig:
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs must be <= epochs, {self.epochs}, got {self.warmup_epochs}")
 
+    @property
+    def refresh_epochs(self) -> int:
+        """Epochs between two refreshes of all masks; 0: none, masks are of each batch."""
+        if self.refresh == "batch":
+            return 0
+        if not self.refresh.isdecimal() or int(self.refresh) < 1:
+            raise ValueError(f"refresh must be batch or a number of epochs >= 1, got {self.refresh!r}")
+        return int(self.refresh)
+
+    @property
+    def mask_rule(self) -> str:
+        return "released" if self.released else self.rule
+
+    @property
+    def mask_control(self) -> str:
+        return "permuted" if self.released else self.control
+
     def method_at(self, epoch: int) -> str:
         """The method that trains epoch `epoch`, counted from 0."""
         return METHODS[self.method] if epoch < self.warmup_epochs else self.method
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of epoch `epoch`, counted from 0."""
+        if self.released:  # which counts from 1, and from the end of the warm-up
+            epoch = max(epoch + 1 - self.warmup_epochs, 0)
         return self.lr * 0.1 ** sum(epoch >= drop for drop in self.lr_drops)
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +175,10 @@ PRESETS = {
     "fashion-mnist": TrainConfig(preset="fashion-mnist", dataset="fashion-mnist"),
     "cifar10-resnet18": TrainConfig(preset="cifar10-resnet18", dataset="cifar10", model="resnet18"),
     "cifar10-wrn34-10": TrainConfig(preset="cifar10-wrn34-10", dataset="cifar10", model="wrn-34-10"),
+    "svhn-resnet18": TrainConfig(
+        preset="svhn-resnet18", dataset="svhn", model="resnet18", augment=False, alpha=1 / 255, weight_decay=3.5e-3
+    ),
+    "tinyimagenet-wrn34-10": TrainConfig(preset="tinyimagenet-wrn34-10", dataset="tinyimagenet", model="wrn-34-10"),
 }
 
 

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from part_fast import report
-from part_fast.attacks import pgd
+from part_fast.attacks import mma, pgd
 from part_fast.budget import CamBudget
-from part_fast.config import TrainConfig, find_device, read_config
-from part_fast.data import augment, load, to_float
+from part_fast.config import WEIGHTED, TrainConfig, find_device, read_config
+from part_fast.controls import control_map
+from part_fast.data import Augmentation, draw_augmentation, load, to_float
 from part_fast.evaluate import AttackSettings, correct, evaluation_data
-from part_fast.losses import mart_loss, trades_loss
+from part_fast.losses import mart_loss, mart_objective, trades_loss, trades_objective
+from part_fast.mask_bank import MaskBank
 from part_fast.models import build_model, load_weights
 
 STATE = "training_state.pt"
@@ -71,9 +73,15 @@ def train(
     optimizer = torch.optim.SGD(
         model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    budget = CamBudget(model, config.eps, config.eps_low, method=config.cam, rule=config.rule)
+    budget = CamBudget(
+        model, config.eps, config.eps_low, method=config.cam, rule=config.mask_rule, control=config.mask_control
+    )
+    bank = None
+    if config.refresh_epochs and config.method in WEIGHTED:
+        size = (data.images.shape[2], data.images.shape[3])
+        bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
-    rows = load_state(out / STATE, model, optimizer) if resume else []
+    rows = load_state(out / STATE, model, optimizer, bank) if resume else []
     if len(rows) > config.epochs:
         raise ValueError(f"epochs must be at least the {len(rows)} that the run in {out} has done, got {config.epochs}")
     prepare_folder(config, out, resume, overwrite)
@@ -91,11 +99,15 @@ def train(
             # Sums stay on the device: reading them every batch would make a GPU wait.
             loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
             begin = time.perf_counter()
+            if bank is not None and method in WEIGHTED and (epoch - config.warmup_epochs) % config.refresh_epochs == 0:
+                bank.fill(budget, data.images)
             model.train()
             for batch in data.batches(config.batch_size, shuffle=True):
-                x = augment(batch.images) if config.augment else to_float(batch.images)
+                drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
+                x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
+                epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
                 optimizer.zero_grad()
-                loss = batch_loss(method, model, x, batch.labels, budget, optimizer, config)
+                loss = batch_loss(method, model, x, batch.labels, epsilon, optimizer, config)
                 loss.backward()
                 optimizer.step()
                 loss_sum += loss.detach() * len(x)
@@ -121,7 +133,7 @@ def train(
                     "images_per_second": len(data) / seconds,
                 }
             )
-            save_state(out, model, optimizer, rows)
+            save_state(out, model, optimizer, rows, bank)
             if writer is not None:
                 _log_scalars(writer, rows[-1])
             log(_line(rows[-1], config.epochs))
@@ -130,24 +142,45 @@ def train(
     return rows
 
 
+def batch_epsilon(
+    method: str,
+    budget: CamBudget,
+    bank: MaskBank | None,
+    indices: Tensor,
+    drawn: Augmentation | None,
+    config: TrainConfig,
+) -> float | Tensor | CamBudget:
+    """How far the pixels of a batch may move: one eps, the maps kept in the bank, or a budget yet to be asked."""
+    if method not in WEIGHTED:
+        return config.eps
+    if bank is None:
+        return budget
+    return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
+
+
 def batch_loss(
     method: str,
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    budget: CamBudget,
+    epsilon: float | Tensor | CamBudget,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
 ) -> Tensor:
     """The training loss, a scalar, of images x (N,C,H,W) in [0,1], labels y (N,); the model is left in train mode."""
-    weighted = method in ("part", "part-t", "part-m")
-    if method in ("at", "part"):
-        eps = budget(x) if weighted else config.eps
-        x_adv = pgd(model, x, y, eps, config.alpha, config.steps)
-        return F.cross_entropy(model(x_adv), y)
-    robust_loss = trades_loss if method in ("trades", "part-t") else mart_loss
-    epsilon = budget if weighted else config.eps
-    return robust_loss(model, x, y, optimizer, config.alpha, epsilon, config.steps, config.beta)
+    trades, mart = method in ("trades", "part-t"), method in ("mart", "part-m")
+    if config.attack == "pgd" and (trades or mart):
+        robust_loss = trades_loss if trades else mart_loss
+        return robust_loss(model, x, y, optimizer, config.alpha, epsilon, config.steps, config.beta)
+    eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
+    # The published start: every pixel within the whole eps, not clipped to [0,1].
+    start = x + (2 * torch.rand_like(x) - 1) * config.eps if config.released else "uniform"
+    attack = mma if config.attack == "mma" else pgd
+    x_adv = attack(model, x, y, eps, config.alpha, config.steps, start=start)
+    if trades or mart:
+        objective = trades_objective if trades else mart_objective
+        return objective(model(x), model(x_adv), y, config.beta)
+    return F.cross_entropy(model(x_adv), y)
 
 
 @contextlib.contextmanager
@@ -202,7 +235,9 @@ def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool
     report.write_json(out / "config.json", config.to_json())
 
 
-def save_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]]) -> None:
+def save_state(
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]], bank: MaskBank | None
+) -> None:
     """After an epoch: everything that resuming needs, in one file, and then `export`."""
     state = {
         "model": model.state_dict(),
@@ -210,6 +245,7 @@ def save_state(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ro
         "rows": rows,
         "cpu_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "masks": None if bank is None else bank.bits,
     }
     with report.replacing(out / STATE) as temporary:
         torch.save(state, temporary)
@@ -225,8 +261,10 @@ def export(out: Path, model: nn.Module, rows: list[dict[str, Any]]) -> None:
     report.write_csv(out / "metrics.csv", rows)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Put model, optimizer and random generators where `save_state` left them; the rows so far, none without a file."""
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, bank: MaskBank | None
+) -> list[dict[str, Any]]:
+    """Put everything where `save_state` left it; the rows so far, none without a file."""
     if not path.is_file():
         return []
     try:
@@ -241,6 +279,8 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     # Runs may go on on a machine with other devices; there the random numbers are others anyway.
     if len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
+    if bank is not None:
+        bank.load_bits(state["masks"])
     rows: list[dict[str, Any]] = state["rows"]
     return rows
 

@@ -32,7 +32,10 @@ def test_published_numbers(name):
     [
         ("preset", "cifar", "cifar10-resnet18"),
         ("method", "free", "at, part, trades"),
-        ("attack", "fgsm", "one of pgd"),
+        ("attack", "fgsm", "one of pgd, mma"),
+        ("control", "shuffled", "none, permuted, random, inverted, uniform"),
+        ("refresh", "0", "batch or a number of epochs >= 1"),
+        ("refresh", "epoch", "batch or a number of epochs >= 1"),
         ("cam", "gradcam++", "gradcam, xgradcam"),
         ("rule", "otsu", "zscore, released"),
         ("rule", "quantile:2", "quantile:q with 0 < q < 1"),
@@ -69,8 +72,29 @@ def test_text_where_a_number_belongs_is_a_type_error():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="one of demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10, got 'x'"):
+    with pytest.raises(ValueError, match=r"one of demo, fashion-mnist, .*tinyimagenet-wrn34-10, got 'x'"):
         preset("x")
+
+
+def test_svhn_has_its_own_numbers():
+    config = preset("svhn-resnet18")
+    assert (config.alpha, config.weight_decay, config.augment) == (1 / 255, 3.5e-3, False)
+    assert (config.epochs, config.warmup_epochs, config.lr, config.lr_drops) == (80, 20, 0.01, (60, 90))
+
+
+def test_released_counts_from_the_end_of_the_warm_up():
+    config = dataclasses.replace(preset("cifar10-resnet18"), released=True)
+    rates = [config.lr_at(epoch) for epoch in range(80)]
+    assert rates[:79] == [0.01] * 79  # the drop at 60 touches one epoch, the last
+    assert rates[79] == pytest.approx(0.001)
+    assert (config.mask_rule, config.mask_control) == ("released", "permuted")
+
+
+def test_what_excludes_each_other():
+    with pytest.raises(ValueError, match="released takes no other rule or control, got 'soft' and 'none'"):
+        TrainConfig(released=True, rule="soft").check()
+    with pytest.raises(ValueError, match="refresh must be batch with rule soft"):
+        TrainConfig(refresh="3", rule="soft").check()
 
 
 def test_learning_rate_counts_every_epoch():

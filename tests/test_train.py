@@ -16,7 +16,7 @@ from part_fast import report
 from part_fast.config import METHODS, TrainConfig
 from part_fast.data import load, to_float
 from part_fast.models import build_model
-from part_fast.train import DERIVED, RUN_FILES, STATE, adversarial_logits, batch_loss, train
+from part_fast.train import DERIVED, RUN_FILES, STATE, adversarial_logits, batch_epsilon, batch_loss, train
 
 TINY = TrainConfig(
     method="part",
@@ -281,7 +281,8 @@ def test_perturbation_obeys_its_map(method, monkeypatch):
     monkeypatch.setattr(training.CamBudget, "with_logits", keep_map)
     model.register_forward_pre_hook(keep_input)
     budget = training.CamBudget(model, config.eps, config.eps_low)
-    batch_loss(method, model, x, y, budget, torch.optim.SGD(model.parameters(), 0.1), config)
+    epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, config)
+    batch_loss(method, model, x, y, epsilon, torch.optim.SGD(model.parameters(), 0.1), config)
     assert model.training
     change = (inputs[-1] - x).abs()
     rounding = 1e-7  # of x + eps near 1 in float32
@@ -304,9 +305,85 @@ def test_robust_accuracy_is_that_of_the_adversarial_forward(method):
     model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].detach().clone()))
     with adversarial_logits(model) as seen:
         budget = training.CamBudget(model)
-        batch_loss(method, model, x, y, budget, torch.optim.SGD(model.parameters(), 0.1), tiny(steps=2))
+        epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, tiny(steps=2))
+        batch_loss(method, model, x, y, epsilon, torch.optim.SGD(model.parameters(), 0.1), tiny(steps=2))
         logits = seen[-1].clone()
     assert not torch.equal(inputs[-1], x)
     model.train()
     assert torch.allclose(model(inputs[-1]), logits, atol=1e-5)  # one batch, the same batch statistics
     assert math.isfinite(float(logits.sum()))
+
+
+@pytest.mark.parametrize("attack", ["pgd", "mma"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_with_every_attack_gives_gradients(method, attack):
+    data = CACHED("demo", "train").subset(10)
+    x, y = to_float(data.images), data.labels
+    config = tiny(steps=1, attack=attack, method=method)
+    model = build_model("resnet-small", 10)
+    epsilon = batch_epsilon(method, training.CamBudget(model), None, torch.arange(10), None, config)
+    loss = batch_loss(method, model, x, y, epsilon, torch.optim.SGD(model.parameters(), 0.1), config)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_kept_masks_follow_their_images_and_the_refresh(tmp_path, monkeypatch):
+    """--refresh 2 fills the bank in every second epoch after the warm-up; each batch gets its own masks."""
+    fills, maps = [], []
+    fill, lookup = training.MaskBank.fill, training.MaskBank.lookup
+
+    def count(bank, budget, images, *arguments):
+        fills.append(len(maps))
+        return fill(bank, budget, images, *arguments)
+
+    def keep(bank, indices, drawn):
+        maps.append((indices, drawn, lookup(bank, indices, drawn), bank.bits.clone()))
+        return maps[-1][2]
+
+    monkeypatch.setattr(training.MaskBank, "fill", count)
+    monkeypatch.setattr(training.MaskBank, "lookup", keep)
+    config = tiny(method="part", epochs=4, warmup_epochs=1, steps=1, refresh="2", augment=True, train_size=40)
+    train(config, tmp_path / "run")
+    per_epoch = len(maps) // 3
+    assert fills == [0, 2 * per_epoch]
+    assert sorted(torch.cat([indices for indices, *_ in maps[:per_epoch]]).tolist()) == list(range(40))
+    assert all(drawn is not None for _, drawn, *_ in maps)
+    assert torch.equal(maps[0][3], maps[per_epoch][3])
+    assert not torch.equal(maps[0][3], maps[2 * per_epoch][3])
+
+
+def test_kept_masks_are_part_of_the_checkpoint(tmp_path):
+    whole = tiny(method="part", epochs=3, warmup_epochs=0, steps=1, refresh="3")
+    train(whole, tmp_path / "whole")
+    train(dataclasses.replace(whole, epochs=1), tmp_path / "parts")
+    train(whole, tmp_path / "parts", resume=True)
+    expected, got = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("control", ["none", "inverted"])
+def test_control_of_kept_masks(control):
+    model = build_model("resnet-small", 10)
+    data = CACHED("demo", "train").subset(10)
+    config = tiny(method="part", refresh="1", control=control)
+    budget = training.CamBudget(model, config.eps, config.eps_low)
+    bank = training.MaskBank(10, (32, 32), 1, config.eps, config.eps_low)
+    bank.fill(budget, data.images)
+    eps = batch_epsilon("part", budget, bank, torch.arange(10), None, config)
+    kept = bank.lookup(torch.arange(10))
+    expected = kept if control == "none" else (config.eps + config.eps_low) - kept
+    assert torch.equal(eps, expected)
+
+
+def test_released_start_is_neither_within_the_map_nor_clipped(monkeypatch):
+    starts = []
+    monkeypatch.setattr(training, "pgd", lambda *arguments, start: starts.append(start) or arguments[1])
+    x = torch.ones(4, 3, 32, 32)
+    model = build_model("resnet-small", 10)
+    config = tiny(method="part", released=True)
+    epsilon = torch.zeros(4, 1, 32, 32)
+    batch_loss("part", model, x, torch.arange(4), epsilon, torch.optim.SGD(model.parameters(), 0.1), config)
+    moved = (starts[0] - x).abs()
+    assert starts[0].max() > 1
+    assert 0.9 * config.eps < moved.max() <= config.eps + 1e-6
