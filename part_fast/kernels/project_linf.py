@@ -124,7 +124,7 @@ def bound_of(
                 group = tl.load(eps + byte, mask=byte * 8 < span, other=0).to(tl.int32)
                 bit = tl.reshape((group[:, None] >> tl.arange(0, 8)[None, :]) & 1, (BLOCK,))
             else:
-                group = tl.load(eps + channel * stride_c + pixel // 8, mask=inside, other=0).to(tl.int32)
+                group = tl.load(eps + channel * stride_c + pixel // 8, mask=inside).to(tl.int32)
                 bit = (group >> (pixel % 8).to(tl.int32)) & 1
             # The two values are float32 whatever is computed in, as in the dense map.
             high, low = tl.full((1,), eps_high, tl.float32), tl.full((1,), eps_low, tl.float32)
