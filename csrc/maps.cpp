@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 namespace part_fast {
 namespace {
@@ -91,13 +92,14 @@ PF_HD void normalize(C* values, int64_t count, C low, C high) {
 
 template <typename C>
 PF_HD void enlarge_columns(const C* small, const Axis<C>& columns, int64_t rows, C* wide) {
-  for (int64_t row = 0; row < rows; ++row) {
-    const C* from = small + row * columns.in;
-    C* to = wide + row * columns.out;
-    for (int64_t i = 0; i < columns.out; ++i) {
-      const Taps<C>& t = columns.taps[i];
-      to[i] = interpolate(from[t.index[0]], from[t.index[1]], from[t.index[2]], from[t.index[3]], t.weight[0],
-                          t.weight[1], t.weight[2], t.weight[3]);
+  for (int64_t i = 0; i < columns.out; ++i) {
+    const Taps<C>& t = columns.taps[i];
+    const C *v0 = small + t.index[0], *v1 = small + t.index[1], *v2 = small + t.index[2], *v3 = small + t.index[3];
+    const C w0 = t.weight[0], w1 = t.weight[1], w2 = t.weight[2], w3 = t.weight[3];
+    C* to = wide + i;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * columns.in;
+      to[row * columns.out] = interpolate(v0[at], v1[at], v2[at], v3[at], w0, w1, w2, w3);
     }
   }
 }
@@ -122,12 +124,25 @@ PF_HD void enlarge_map(C* small, Range<C> range, const Axis<C>& rows, const Axis
   enlarge_rows(wide, rows, columns.out, u);
 }
 
+// The least value that lies more than `std` above `mean`, both compared in float64. Rounding keeps order, so this one
+// value decides for every pixel, and the pixels need not become float64.
+template <typename C>
+C least_above(double mean, double std) {
+  const auto above = [&](C value) { return static_cast<double>(value) - mean > std; };
+  const C infinity = std::numeric_limits<C>::infinity();
+  C value = static_cast<C>(mean + std);
+  while (above(value)) value = std::nextafter(value, -infinity);
+  while (!above(value)) value = std::nextafter(value, infinity);
+  return value;
+}
+
 template <typename C>
 PF_HD void zscore_mask(const C* u, int64_t pixels, uint8_t* mask) {
   const double mean = ordered_sum(u, pixels, Same{}) / static_cast<double>(pixels);
   const double variance = ordered_sum(u, pixels, Squared{mean}) / static_cast<double>(pixels);
   const double std = std::sqrt(variance);
-  for (int64_t p = 0; p < pixels; ++p) mask[p] = static_cast<double>(u[p]) - mean > std;
+  const C least = least_above<C>(mean, std);
+  for (int64_t p = 0; p < pixels; ++p) mask[p] = u[p] >= least;
 }
 
 constexpr Jet JET = make_jet();
