@@ -1,4 +1,4 @@
-"""`part-fast`: train, evaluate, masks, demo, info. Flags come from dataclasses; each command calls one function."""
+"""`part-fast`: one dataclass a command, whose fields are its flags; each command calls one function."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Evaluate:
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
     """A run folder, or a checkpoint file together with --dataset and --model."""
     attacks: str = "natural,pgd20"
-    """Separated by commas: natural, pgdSTEPS (pgd20, pgd100, ...)."""
+    """Separated by commas: natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa (AutoAttack, standard)."""
     n: int | None = None
     """A balanced subset of so many test images; default: those of the run."""
     out: Path | None = None
@@ -63,7 +63,7 @@ class Evaluate:
     overwrite: bool = False
     """Replace an evaluation with other settings."""
     dataset: str | None = None
-    """demo, fashion-mnist or cifar10; default: the run's."""
+    """demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]; default: the run's."""
     model: str | None = None
     """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
     root: str | None = None
@@ -80,6 +80,8 @@ class Evaluate:
     """Of the attack's random start."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    sanity_images: int = 0
+    """Look for signs of gradient masking on so many of the images."""
 
     def run(self) -> None:
         from part_fast.evaluate import evaluate
@@ -93,6 +95,8 @@ class Evaluate:
             for name, r in record["results"].items()
         ]
         print(table(("attack", "accuracy %", "standard error", "images", "seconds"), rows))
+        for warning in record["warnings"]:
+            print(f"warning: {warning}")
 
 
 @dataclass
@@ -110,7 +114,7 @@ class Masks:
     overwrite: bool = False
     """Replace the files."""
     dataset: str | None = None
-    """demo, fashion-mnist or cifar10; default: the run's."""
+    """demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]; default: the run's."""
     model: str | None = None
     """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
     root: str | None = None
@@ -127,6 +131,62 @@ class Masks:
 
         masks(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         print(f"grid: {self.out}")
+
+
+@dataclass
+class Export:
+    """Write a model's weights for others: safetensors, or a .pt with RobustBench's key names."""
+
+    where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
+    """A run folder, or a checkpoint file together with --dataset and --model."""
+    out: Path
+    """The file to make: .safetensors, or .pt for RobustBench's names."""
+    sub_block1: bool = False
+    """Add the unused sub_block1 that some published WideResNets carry."""
+    overwrite: bool = False
+    """Replace the file."""
+    dataset: str | None = None
+    """The data set that the checkpoint was trained on; default: the run's."""
+    model: str | None = None
+    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    root: str | None = None
+    """The only folder to look for the data set in."""
+
+    def run(self) -> None:
+        from part_fast.evaluate import load_trained
+        from part_fast.models import export_weights
+
+        net = load_trained(self.where, 1, dataset=self.dataset, model=self.model, root=self.root, device="cpu").model
+        print(export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite))
+
+
+@dataclass
+class Bench:
+    """Time the ops by every backend beside torch.compile and a copy: tables, ops.csv, ratios.csv, ops.png."""
+
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ops")] = "ops"
+    """What to time: ops."""
+    out: Path = Path("runs/bench")
+    """The folder to make."""
+    only: tuple[str, ...] = ()
+    """Ops to time; default: all."""
+    quick: bool = False
+    """One or two cases of each op, fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times every provider once; default: 21, with --quick 7."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
+        from part_fast.bench import ops
+
+        if self.what != "ops":
+            raise ValueError(f"bench takes ops, got {self.what!r}")
+        ops(
+            self.out, only=self.only, device=self.device, quick=self.quick, rounds=self.rounds, overwrite=self.overwrite
+        )
 
 
 @dataclass
@@ -158,8 +218,16 @@ class Info:
         print(json.dumps(record, indent=2) if self.json else environment_text(record))
 
 
-Command = Train | Evaluate | Masks | Demo | Info
-COMMANDS: dict[str, type[Command]] = {"train": Train, "evaluate": Evaluate, "masks": Masks, "demo": Demo, "info": Info}
+Command = Train | Evaluate | Masks | Export | Bench | Demo | Info
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "masks": Masks,
+    "export": Export,
+    "bench": Bench,
+    "demo": Demo,
+    "info": Info,
+}
 
 _registry = tyro.constructors.ConstructorRegistry()
 

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from part_fast import checks, report
-from part_fast.attacks import clean_logits, pgd
+from part_fast import checks, report, sanity
+from part_fast.attacks import clean_logits, mma, pgd
+from part_fast.autoattack import autoattack
 from part_fast.budget import CamBudget
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data import Dataset, load, to_float
 from part_fast.models import build_model, load_weights
 
-KNOWN_ATTACKS = "natural, pgdSTEPS (pgd20, pgd100, ...)"
+KNOWN_ATTACKS = "natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa"
+MMA_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,48 @@ class AttackSettings:
 def check_attacks(names: Sequence[str]) -> None:
     """Raises ValueError for an unknown attack, listing the known, and for none at all."""
     for name in names:
-        if name != "natural" and _pgd_steps(name) is None:
+        if name not in ("natural", "mma", "aa") and _pgd_steps(name) is None:
             raise ValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
 
 
 def correct(
-    model: nn.Module, data: Dataset, name: str, attack: AttackSettings, batch_size: int = 256, progress: bool = False
+    model: nn.Module,
+    data: Dataset,
+    name: str,
+    attack: AttackSettings,
+    batch_size: int = 256,
+    progress: bool = False,
+    keep: Path | None = None,
 ) -> Tensor:
     """Whether each image of `data` is classified right under the attack called `name`: bool (N,), on the CPU.
 
-    natural: no attack. pgdSTEPS: cross-entropy PGD of so many steps from one uniform start. The start is drawn from
-    `attack.seed` on the CPU, so that a result repeats and the global random state stays as it is. The model runs
-    in eval mode and gets its mode back. Data and model lie on one device.
+    natural: no attack. pgdSTEPS: cross-entropy PGD of so many steps from one uniform start. mma: minimum margin, 20
+    steps, three targets. aa: AutoAttack, standard. Random numbers come from `attack.seed`, on the CPU but for aa, so
+    that a result repeats and the global random state stays as it is. The model runs in eval mode and gets its mode
+    back. Data and model lie on one device.
+    keep: a file that holds what is done after every batch, from which a call that was stopped goes on; for aa.
     """
+    from safetensors.torch import load_file, save_file
+
     generator = torch.Generator().manual_seed(attack.seed)
-    right = torch.zeros(len(data), dtype=torch.bool)
+    right, done = torch.zeros(len(data), dtype=torch.bool), 0
+    if keep is not None and keep.exists():
+        state = load_file(keep)
+        right, done = state["right"], int(state["done"])
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for batch in data.batches(batch_size):
+            if int(batch.indices[-1]) < done:
+                bar.update(len(batch.images))
+                continue
             x = to_float(batch.images)
             x_adv = _attacked(model, x, batch.labels, name, attack, generator)
             right[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
             bar.update(len(x))
+            if keep is not None:
+                with report.replacing(keep) as temporary:
+                    save_file({"right": right, "done": batch.indices[-1:].cpu() + 1}, temporary)
     return right
 
 
@@ -81,6 +102,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     device: str = "auto",
+    sanity_images: int = 0,
 ) -> dict[str, Any]:
     """Accuracies, with standard errors, of a run folder's model or of a checkpoint, into evaluation.json and .csv.
 
@@ -89,7 +111,11 @@ def evaluate(
     out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks that it holds
         are kept where they were made with the same settings.
 
+    sanity_images: on so many of the images, look for signs that gradients mislead the attacks (`part_fast.sanity`).
+    Accuracies in an order that no sound attack gives are always looked for. What is found is under "warnings".
+
     Whether each image was right goes into evaluation_images.safetensors: bool (N,) per attack, and the labels.
+    AutoAttack writes down every batch: stopped, it goes on there when it is asked for again.
 
     Returns: what evaluation.json holds.
 
@@ -102,6 +128,7 @@ def evaluate(
     check_attacks(attacks)
     checks.count("batch_size", batch_size, 1)
     checks.count("seed", seed)
+    checks.count("sanity_images", sanity_images)
     net, config, data, weights = load_trained(
         where, n, dataset=dataset, model=model, root=root, download=download, device=device
     )
@@ -132,15 +159,32 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     for name in attacks:
         begin = time.perf_counter()
-        right = correct(net, data, name, attack, batch_size, progress=True)
+        keep = out / f"evaluation_aa_{_digest(settings, batch_size)}.safetensors" if name == "aa" else None
+        right = correct(net, data, name, attack, batch_size, progress=True, keep=keep)
         results[name] = {**accuracy(right), "seconds": round(time.perf_counter() - begin, 3)}
         images[name] = right
     record = {**settings, "results": results, "environment": report.environment()}
+    record["warnings"] = sanity.order_flags({name: images[name] for name in results})
+    if sanity_images:
+        few = data.subset(min(sanity_images, len(data)))
+        generator = torch.Generator().manual_seed(seed)
+        flags, record["sanity"] = sanity.gradient_flags(
+            net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator
+        )
+        record["warnings"] += flags
     with report.replacing(per_image) as temporary:
         save_file(images, temporary)
     report.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
     report.write_json(summary, record)
+    for stale in out.glob("evaluation_aa_*.safetensors"):
+        stale.unlink()
     return record
+
+
+def _digest(settings: dict[str, Any], batch_size: int) -> str:
+    """Names what a stopped AutoAttack may be continued with."""
+    settings = {**settings, "checkpoint": "", "batch_size": batch_size}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def accuracy(right: Tensor) -> dict[str, Any]:
@@ -290,6 +334,10 @@ def _attacked(
 ) -> Tensor:
     if name == "natural":
         return x
+    if name == "aa":
+        return autoattack(model, x, y, attack.eps, attack.seed)
     noise = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
     start = (x + noise * attack.eps).clamp(0, 1)
+    if name == "mma":
+        return mma(model, x, y, attack.eps, attack.alpha, MMA_STEPS, start=start)
     return pgd(model, x, y, attack.eps, attack.alpha, _pgd_steps(name) or 0, start=start)

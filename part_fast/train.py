@@ -29,7 +29,13 @@ from part_fast.models import build_model, load_weights
 STATE = "training_state.pt"
 RUN_FILES = ("config.json", "metrics.csv", "model.safetensors", STATE, "environment.json", "curves.png")
 # What others make of a run, stale once it is overwritten.
-DERIVED = ("evaluation.json", "evaluation.csv", "evaluation_images.safetensors", "events.out.tfevents.*")
+DERIVED = (
+    "evaluation.json",
+    "evaluation.csv",
+    "evaluation_images.safetensors",
+    "evaluation_aa_*",
+    "events.out.tfevents.*",
+)
 # A resumed run may be longer, and may go on elsewhere.
 MAY_CHANGE = ("epochs", "device", "root", "download")
 

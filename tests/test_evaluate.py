@@ -180,7 +180,7 @@ def test_loaded_model_is_in_eval_mode_and_mode_is_given_back(model, run):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"attacks": ("natural", "apgd")}, r"attacks must be of natural, pgdSTEPS \(pgd20, pgd100, ...\), got 'apgd'"),
+        ({"attacks": ("natural", "apgd")}, r"attacks must be of natural, .*, mma, aa, got 'apgd'"),
         ({"attacks": ("pgd0",)}, "attacks must be of natural"),
         ({"attacks": ()}, "at least one of"),
         ({"attacks": ("pgd2", "pgd2")}, "each once"),
@@ -289,3 +289,54 @@ def test_a_class_of_the_run_is_read_from_its_configuration(run):
     report.write_json(run / "config.json", dataclasses.replace(CONFIG, model="resnet18").to_json())
     with pytest.raises(ValueError, match="does not fit ResNet"):
         load_trained(run)
+
+
+def test_mma_is_at_least_as_strong_as_pgd_on_the_whole(model):
+    data = CACHED("demo", "test").subset(60)
+    settings = AttackSettings(eps=0.06, alpha=0.015, seed=3)
+    mma, pgd20 = (correct(model, data, name, settings).float().mean() for name in ("mma", "pgd20"))
+    assert mma <= pgd20 + 0.05  # three images: another loss, another start
+
+
+def test_autoattack_goes_on_where_it_was_stopped(run, monkeypatch):
+    """Each batch is attacked once, however often the evaluation is stopped."""
+    seen = []
+
+    def attack(model, x, y, eps, seed):
+        if len(seen) == 2:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(x)
+        return x
+
+    monkeypatch.setattr(evaluating, "autoattack", attack)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, ("aa",), batch_size=10)
+    assert list(run.glob("evaluation_aa_*.safetensors"))
+    record = evaluate(run, ("aa", "natural"), batch_size=10)
+    assert len([x for x in seen if x is not None]) == 3
+    assert record["results"]["aa"]["correct"] == record["results"]["natural"]["correct"]
+    assert not list(run.glob("evaluation_aa_*.safetensors"))
+
+
+def test_other_settings_do_not_go_on_with_a_stopped_autoattack(run, monkeypatch):
+    calls = []
+
+    def attack(model, x, y, eps, seed):
+        calls.append(eps)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return x
+
+    monkeypatch.setattr(evaluating, "autoattack", attack)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, ("aa",), batch_size=10)
+    evaluate(run, ("aa",), batch_size=10, eps=0.01)
+    assert calls == [8 / 255] * 2 + [0.01] * 3
+
+
+def test_warnings_and_sanity_are_in_the_record(run):
+    record = evaluate(run, ("natural", "pgd5"), sanity_images=10)
+    assert record["warnings"] == json.loads((run / "evaluation.json").read_text())["warnings"]
+    assert record["sanity"]["n"] == 10
+    assert 0 <= record["sanity"]["pgd100"] <= 1

@@ -1,0 +1,48 @@
+"""AutoAttack through pyautoattack: its budget, that it repeats and leaves no trace; at length on a trained model."""
+
+import sys
+
+import pytest
+import torch
+from golden_attack import EXPECTED, assert_untouched, golden_net, snapshot
+
+from part_fast import pgd
+from part_fast.autoattack import autoattack
+
+pytest.importorskip("pyautoattack", reason="the package pyautoattack is not installed")
+X = EXPECTED["x"]
+
+
+@pytest.mark.slow
+def test_stays_within_eps_beats_pgd_repeats_and_leaves_no_trace():
+    net = golden_net()
+    y = net(X).argmax(1)
+    before = snapshot(net)
+    x_adv = autoattack(net, X, y, eps=0.03, seed=1)
+    assert_untouched(before, net)
+    assert (x_adv - X).abs().max() <= 0.03 + 1e-6
+    robust = net(x_adv).argmax(1) == y
+    assert robust.sum() <= (net(pgd(net, X, y, 0.03, 0.0075, 20)).argmax(1) == y).sum()
+    assert torch.equal(autoattack(net, X, y, eps=0.03, seed=1), x_adv)
+
+
+def test_few_classes():
+    net = torch.nn.Sequential(golden_net(), torch.nn.Linear(10, 3))
+    y = net(X).argmax(1)
+    # Every image is wrong from the start: nothing to attack, but every check is made.
+    assert torch.equal(autoattack(net, X, (y + 1) % 3, eps=0.03), X)
+
+
+def test_empty_batch():
+    assert autoattack(golden_net(), X[:0], EXPECTED["y"][:0]).shape == (0, 3, 16, 16)
+
+
+def test_errors(monkeypatch):
+    net = golden_net()
+    with pytest.raises(ValueError, match=r"x must be in \[0, 1\]"):
+        autoattack(net, X * 2, EXPECTED["y"])
+    with pytest.raises(ValueError, match="eps must be finite and >= 0"):
+        autoattack(net, X, EXPECTED["y"], -1.0)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match=r"pip install part_fast\[aa\]"):
+        autoattack(net, X, EXPECTED["y"])
