@@ -40,7 +40,7 @@ install: $(BUILT) ## virtual environment with pinned dependencies, part_fast in 
 build: $(BUILT) ## the same: compiles what changed in csrc
 
 demo: install ## train AT and PART on real images, evaluate both, show the table and the pictures
-	$(VENV)/bin/part-fast demo --out runs/demo
+	$(VENV)/bin/part-fast demo --out runs/demo --overwrite
 
 test: install ## all tests but the slow ones, and the Triton kernels in the interpreter
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret $(PYTEST_ARGS) || test $$? -eq 5 # 5: no test has the mark
@@ -49,7 +49,7 @@ test: install ## all tests but the slow ones, and the Triton kernels in the inte
 test-slow: install ## the proofs that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
-bench: install ## benchmarks of the ops
+bench: install ## benchmarks of the ops; all cases with PYTEST_ARGS=--full
 	$(PY) -m pytest benchmarks $(PYTEST_ARGS)
 
 lint: install ## ruff, mypy, clang-format: checks only
