@@ -53,7 +53,7 @@ def pgd_step_fwd_kernel(
     INDEX: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     budget = (eps, eps_high, eps_low, pixels, width, stride_n, stride_c, stride_h, stride_w)
-    row, start = tile_of(tiles, INDEX, BLOCK)
+    row, start = tile_of(tiles, SOURCE, INDEX, BLOCK)
     if start + BLOCK <= span:
         # No mask: whatever the size, only the last tile has narrow accesses.
         pgd_step_tile(
@@ -98,7 +98,7 @@ def pgd_step_bwd_kernel(
     INDEX: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     budget = (eps, eps_high, eps_low, pixels, width, stride_n, stride_c, stride_h, stride_w)
-    row, start = tile_of(tiles, INDEX, BLOCK)
+    row, start = tile_of(tiles, SOURCE, INDEX, BLOCK)
     if start + BLOCK <= span:
         pgd_step_bwd_tile(
             grad_out, x_adv, grad, x, grad_x_adv, grad_x, grad_eps, budget, alpha, clip_low, clip_high,

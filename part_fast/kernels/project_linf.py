@@ -87,10 +87,15 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 
 
 @triton.jit
-def tile_of(tiles, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def tile_of(tiles, SOURCE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """(row, first position in the row) of this program's tile."""
     program = tl.program_id(0)
-    return (program // tiles).to(INDEX), (program % tiles).to(INDEX) * BLOCK
+    if (SOURCE == SCALAR) | (SOURCE == LIKE):
+        # One row: known to be 0, so that every tile is known to start at a multiple of 16 elements.
+        row, tile = program * 0, program
+    else:
+        row, tile = program // tiles, program % tiles
+    return row.to(INDEX), tile.to(INDEX) * BLOCK
 
 
 @triton.jit
@@ -155,7 +160,7 @@ def project_linf_fwd_kernel(
     INDEX: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     budget = (eps, eps_high, eps_low, pixels, width, stride_n, stride_c, stride_h, stride_w)
-    row, start = tile_of(tiles, INDEX, BLOCK)
+    row, start = tile_of(tiles, SOURCE, INDEX, BLOCK)
     if start + BLOCK <= span:
         # No mask: whatever the size, only the last tile has narrow accesses.
         project_linf_tile(
@@ -219,7 +224,7 @@ def project_linf_bwd_kernel(
     INDEX: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     budget = (eps, eps_high, eps_low, pixels, width, stride_n, stride_c, stride_h, stride_w)
-    row, start = tile_of(tiles, INDEX, BLOCK)
+    row, start = tile_of(tiles, SOURCE, INDEX, BLOCK)
     if start + BLOCK <= span:
         project_linf_bwd_tile(
             grad_out, x_adv, x, grad_x_adv, grad_x, grad_eps, budget, row, start, span, None,

@@ -40,7 +40,8 @@ def tiles_of(cam: Tensor, height: int, width: int) -> Tiles:
         rows = min(triton.next_power_of_2(max(1, height)), max(1, limit // columns))
         count = triton.cdiv(height, rows)
     small_height, small_width = cam.shape[1:]
-    table_rows = triton.next_power_of_2(small_height)
+    # Triton 3.8 does not compile a gather from fewer elements than the program has threads.
+    table_rows = max(triton.next_power_of_2(small_height), 32 * WARPS // columns)
     return Tiles(
         count,
         {

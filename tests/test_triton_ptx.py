@@ -1,0 +1,505 @@
+"""The Triton kernels without a GPU: their compiled PTX run on the CPU by ptx_cpu, their SASS read.
+
+The launch code is the real one: the launchers of part_fast/kernels are called on CPU tensors, and the fixture `ptx`
+puts itself in the place of `Launch.run`, so that grid, arguments, constexprs and options are those of a GPU.
+Out-of-bounds and misaligned accesses, races and deadlocks raise; what is not written stays NaN. It cannot show speed.
+"""
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EPS, EPS_LOW, INTERPRETED, ROOT, assert_same, lay, make_eps, make_images, with_nan
+from torch import Tensor
+
+import part_fast.ops  # noqa: F401 - so that sys.modules has the ops
+from part_fast.ops.packed_epsilon import eps_arguments
+
+# Modules, not the functions of these names.
+CAM, CAM_MASK, EPSILON_MAP, PGD_STEP, PROJECT, UPSAMPLE = (
+    sys.modules[f"part_fast.ops.{name}"]
+    for name in ("cam", "cam_mask", "epsilon_map", "pgd_step", "project_linf", "upsample_cam")
+)
+TOOLS = ROOT.parent / "shared" / "tools"
+ALPHA = 2 / 255
+SCALARS = (ALPHA, 0.0, 1.0)
+NVIDIA = (80, 90, 100, 120)
+POINTERS = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64", torch.uint8: "*u8",
+}  # fmt: skip
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels cannot be compiled in a TRITON_INTERPRET=1 process")
+
+
+def source_of(launch):
+    """(what triton.compile takes, the arguments left after specialisation), as Triton's own launcher specialises."""
+    names = [parameter.name for parameter in launch.kernel.params]
+    annotations = {parameter.name: parameter.annotation_type for parameter in launch.kernel.params}
+    assert names[: len(launch.arguments)] == list(launch.arguments), "arguments are given in the kernel's order"
+    signature, constants, attributes, passed = {}, dict(launch.constants), {}, []
+    for place, (name, value) in enumerate(launch.arguments.items()):
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+            continue
+        if isinstance(value, Tensor):
+            signature[name], sixteen = POINTERS[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], sixteen = annotations[name], False
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            sixteen = value % 16 == 0
+        if sixteen:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        passed.append(value)
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    source = triton.compiler.ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return source, passed
+
+
+_compiled = {}
+
+
+def compiled(launch, cc=80, backend="cuda"):
+    """The launch's kernel for sm_<cc>, or for AMD's gfx942."""
+    source, _ = source_of(launch)
+    key = source.hash(), cc, backend, launch.num_warps, launch.fuse
+    if key not in _compiled:
+        target = triton.backends.compiler.GPUTarget(backend, cc, 32 if backend == "cuda" else 64)
+        options = {"num_warps": launch.num_warps, "enable_fp_fusion": launch.fuse}
+        _compiled[key] = triton.compile(source, target=target, options=options)
+    return _compiled[key]
+
+
+def memory(tensor: Tensor) -> Tensor:
+    """One-dimensional, all that the tensor's elements span and no more."""
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    return tensor.as_strided((span if tensor.numel() else 0,), (1,))
+
+
+class Runner:
+    """In the place of `Launch.run`: keeps the launches, and runs them on their PTX unless told not to."""
+
+    def __init__(self, ptx_cpu):
+        self.ptx_cpu, self.cc, self.execute, self.options = ptx_cpu, 80, True, {}
+        self.launches, self.reports, self.kernels = [], [], {}
+
+    def run(self, launch) -> None:
+        self.launches.append(launch)
+        if not self.execute or launch.programs == 0:
+            return
+        kernel = compiled(launch, self.cc)
+        arguments = [memory(a) if isinstance(a, Tensor) else a for a in source_of(launch)[1]]
+        options = {"race": 2, "seed": len(self.launches), **self.options}
+        text = kernel.asm["ptx"]
+        if text not in self.kernels:
+            # -O0: translating takes longer than running.
+            self.kernels[text] = self.ptx_cpu.Kernel(text, kernel.metadata.name, opt="-O0")
+        block = 32 * launch.num_warps
+        self.reports.append(
+            self.kernels[text](launch.programs, block, arguments, kernel.metadata.shared, **options)
+        )  # fmt: skip
+
+
+@pytest.fixture
+def ptx(monkeypatch):
+    if not (TOOLS / "ptx_cpu").is_dir():
+        pytest.skip(f"ptx_cpu is not in {os.path.relpath(TOOLS, ROOT)}")
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import ptx_cpu
+
+    from part_fast import kernels
+
+    runner = Runner(ptx_cpu)
+    monkeypatch.setattr(kernels.Launch, "run", lambda launch: runner.run(launch))
+    return runner
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches of the calls made, none run."""
+    from part_fast import kernels
+
+    recorded = []
+    monkeypatch.setattr(kernels.Launch, "run", lambda launch: recorded.append(launch))
+    return recorded
+
+
+def launcher(name: str):
+    import importlib
+
+    stem = name.rstrip("_").removesuffix("_bwd")
+    return getattr(importlib.import_module(f"part_fast.kernels.{stem}"), name)
+
+
+def images(shape, layout, eps_form, dtype, grad_dtype, eps_dtype=torch.float32):
+    """(x_adv, grad, x, (eps, eps_high, eps_low)), with NaN and ties."""
+    eps, dense = make_eps(eps_form, shape, "cpu", eps_dtype)
+    x_adv, grad, x = make_images(shape, dtype, "cpu", dense, grad_dtype)
+    x_adv, x = with_nan(x_adv, 0.02), with_nan(x, 0.02)
+    x_adv, grad, x = (lay(value, layout) for value in (x_adv, grad, x))
+    return x_adv, grad, x, eps_arguments(eps, x_adv)
+
+
+def check_elementwise(ptx, shape, layout, eps_form, dtype, grad_dtype, eps_dtype=torch.float32, ops=None) -> None:
+    """pgd_step, pgd_step_, project_linf and their backward, each compared with the reference, value for value."""
+    x_adv, grad, x, eps = images(shape, layout, eps_form, dtype, grad_dtype, eps_dtype)
+    grad_out = lay(torch.randn(shape).to(dtype), layout)
+    calls = {
+        "pgd_step": (PGD_STEP._reference, (x_adv, grad, x, *eps, *SCALARS)),
+        "pgd_step_bwd": (PGD_STEP._reference_bwd, (grad_out, x_adv, grad, x, *eps, *SCALARS)),
+        "project_linf": (PROJECT._reference, (x_adv, x, *eps)),
+        "project_linf_bwd": (PROJECT._reference_bwd, (grad_out, x_adv, x, *eps)),
+    }
+    for name, (reference, arguments) in calls.items():
+        if ops and name not in ops:
+            continue
+        expected, actual = reference(*arguments), launcher(name)(*arguments)
+        pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+        for one, other in pairs:
+            assert_same(one, other, (name, shape, layout, eps_form, dtype, grad_dtype, ptx.cc))
+    if ops is None or "pgd_step_" in ops:
+        expected = PGD_STEP._reference(x_adv, grad, x, *eps, *SCALARS)
+        assert launcher("pgd_step_")(x_adv, grad, x, *eps, *SCALARS) is None
+        assert_same(x_adv, expected, ("pgd_step_", shape, layout, eps_form))
+
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+STEP = ("pgd_step",)
+# Every eps form, every layout, every storage type, both compute capabilities, whole tiles and tails.
+COVERING = [
+    (80, (2, 3, 32, 32), "contiguous", "(N,1,H,W)", F32, F32, F32, STEP),
+    (90, (2, 3, 32, 32), "channels_last", "(N,C,H,W) channels_last", BF16, F32, F32, STEP),
+    (80, (1, 1, 33, 31), "offset", "float", F16, BF16, F32, ("pgd_step", "pgd_step_")),
+    (90, (1, 1, 1, 31), "contiguous", "(N,1,1,1)", F32, BF16, F32, STEP),
+    (90, (2, 3, 31, 33), "contiguous", "PackedEpsilon M=1", BF16, BF16, F32, STEP),
+    (80, (2, 3, 32, 32), "contiguous", "PackedEpsilon M=C", F32, F32, F32, ("pgd_step_bwd",)),
+    (90, (2, 3, 16, 16), "channels_last", "PackedEpsilon M=1", F32, F32, F32, STEP),
+    (90, (2, 3, 11, 13), "contiguous", "(N,1,H,W) strided", F32, F32, F16, ("pgd_step_bwd",)),
+    (80, (2, 3, 32, 32), "contiguous", "(N,C,H,W)", F32, F32, F32, ("project_linf_bwd",)),
+    (90, (1, 3, 11, 31), "offset_channels_last", "(1,C,1,1)", F64, F32, F64, ("project_linf",)),
+]
+
+
+def name_of(row) -> str:
+    cc, shape, layout, eps_form, dtype, grad_dtype, *_ = row
+    text = f"{row[-1][0]}-sm_{cc}-{shape}-{layout}-{eps_form}-{dtype}-{grad_dtype}"
+    return text.replace("torch.", "").replace(" ", "")
+
+
+@pytest.mark.parametrize("row", COVERING, ids=name_of)
+def test_elementwise_ptx_equals_reference(ptx, row):
+    ptx.cc, shape, layout, eps_form, dtype, grad_dtype, eps_dtype, ops = row
+    check_elementwise(ptx, shape, layout, eps_form, dtype, grad_dtype, eps_dtype, ops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "offset", "offset_channels_last"])
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 31, 33), (1, 1, 33, 31)], ids=str)
+def test_elementwise_ptx_equals_reference_everywhere(ptx, shape, layout):
+    """Every eps form and every pair of storage types at once, for the forward; the backward in two types."""
+    from conftest import EPS_FORMS
+
+    for place, eps_form in enumerate(EPS_FORMS):
+        ptx.cc = (80, 90)[place % 2]
+        pairs = [(F32, F32), (F32, BF16), (BF16, F32), (F16, BF16)]
+        dtype, grad_dtype = pairs[place % len(pairs)]
+        check_elementwise(ptx, shape, layout, eps_form, dtype, grad_dtype)
+
+
+def test_nothing_is_launched_for_no_images(ptx):
+    x_adv, grad, x, eps = images((0, 3, 4, 4), "contiguous", "(N,1,H,W)", F32, F32)
+    assert launcher("pgd_step")(x_adv, grad, x, *eps, *SCALARS).shape == (0, 3, 4, 4)
+    assert launcher("cam")(x_adv, grad, 0).shape == (0, 4, 4)
+    maps = torch.zeros(0, 4, 4)
+    assert launcher("upsample_cam")(maps, 8, 8).shape == (0, 8, 8)
+    assert launcher("upsample_cam_bwd")(torch.zeros(0, 8, 8), maps).shape == (0, 4, 4)
+    assert launcher("cam_mask")(maps, 8, 8, 0, 0, False).shape == (0, 1, 8, 8)
+    assert launcher("epsilon_map")(maps, 8, 8, 1, 0, EPS, EPS_LOW).shape == (0, 3, 8, 8)
+    assert [launch.programs for launch in ptx.launches] == [0] * 6
+    assert not ptx.reports
+
+
+# Triton lets the warps that hold the same value of a reduced tensor all store it, to the same place. ptx_cpu calls that
+# a race, so the kernels that reduce are run with races counted, in two orders, which must not change a bit.
+COUNTED = {"race": 1}
+
+
+def twice(ptx, name: str, *arguments) -> Tensor:
+    first = launcher(name)(*arguments)
+    ptx.options = {**COUNTED, "seed": 7, "fill": 0x55}
+    assert_same(launcher(name)(*arguments), first, (name, "in another order"))
+    return first
+
+
+@pytest.mark.parametrize(
+    ("cc", "shape", "layout", "dtype", "method"),
+    [
+        (80, (2, 20, 8, 8), "contiguous", BF16, 0),
+        (90, (2, 33, 4, 4), "channels_last", F32, 1),
+        pytest.param(90, (1, 640, 16, 16), "channels_last", F32, 2, marks=pytest.mark.slow),
+        pytest.param(80, (1, 512, 4, 4), "contiguous", F16, 3, marks=pytest.mark.slow),
+        pytest.param(80, (1, 3, 80, 80), "contiguous", F32, 1, marks=pytest.mark.slow),
+        pytest.param(90, (1, 1, 31, 33), "contiguous", F64, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_cam_ptx(ptx, cc, shape, layout, dtype, method):
+    ptx.cc, ptx.options = cc, COUNTED
+    activation, gradient = (lay(value.to(dtype), layout) for value in (torch.randn(shape).relu(), torch.randn(shape)))
+    expected = CAM._reference(activation.double(), gradient.double(), method)
+    scale = (activation.double().abs().amax() * gradient.double().abs().amax()) * shape[1] ** 0.5
+    result = twice(ptx, "cam", activation, gradient, method)
+    # Sums of K terms in float32 in another order: within sqrt(K) roundings of the largest term, and some.
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=float(1e-6 * scale))
+
+
+@pytest.mark.parametrize(
+    ("cc", "maps", "size", "dtype"),
+    [
+        (80, (2, 8, 8), (32, 32), F32),
+        (90, (2, 3, 5), (31, 33), BF16),
+        pytest.param(90, (1, 7, 7), (224, 224), F32, marks=pytest.mark.slow),
+        pytest.param(80, (1, 31, 1), (31, 1023), F64, marks=pytest.mark.slow),
+        pytest.param(80, (1, 40, 40), (40, 40), F16, marks=pytest.mark.slow),
+    ],
+)
+def test_upsample_cam_ptx_equals_reference(ptx, cc, maps, size, dtype):
+    ptx.cc, ptx.options = cc, COUNTED
+    cam = torch.randn(maps).to(dtype)
+    cam[-1] = cam[-1] if maps[0] == 1 else 0.5
+    result = twice(ptx, "upsample_cam", cam, *size)
+    assert_same(result, UPSAMPLE._reference_op(cam, *size), (maps, size, dtype))
+
+
+@pytest.mark.parametrize(
+    ("cc", "maps", "size"), [(80, (2, 4, 4), (9, 11)), pytest.param(80, (1, 8, 8), (32, 32), marks=pytest.mark.slow)]
+)
+def test_upsample_cam_bwd_ptx(ptx, cc, maps, size):
+    ptx.cc, ptx.options = cc, COUNTED
+    cam = torch.randint(0, 4, maps).float()  # ties at the minimum and at the maximum
+    cam[-1] = cam[-1] if maps[0] == 1 else 0.5
+    grad = torch.randn(maps[0], *size)
+    expected = UPSAMPLE._reference_bwd(grad.double(), cam.double())
+    result = twice(ptx, "upsample_cam_bwd", grad, cam)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def assert_masks(actual: Tensor, expected: Tensor, cam: Tensor, size: tuple[int, int], rule: int) -> None:
+    """Equal, but for zscore pixels within 1e-5 of their threshold: its sums are in float32 here."""
+    differ = actual != expected
+    if CAM_MASK.RULES[rule] != "zscore":
+        assert not differ.any(), (CAM_MASK.RULES[rule], int(differ.sum()))
+        return
+    u = UPSAMPLE.reference(cam.double(), *size)
+    score = u - u.mean((1, 2), keepdim=True) - u.std((1, 2), correction=0, keepdim=True)
+    assert (score[:, None][differ].abs() < 1e-5).all(), int(differ.sum())
+
+
+@pytest.mark.parametrize(
+    ("cc", "maps", "size", "rule", "form"),
+    [
+        (80, (3, 8, 8), (32, 32), "zscore", "bits"),
+        (90, (3, 4, 4), (16, 16), "released", "mask"),
+        (80, (3, 3, 5), (9, 11), "quantile", "eps"),
+        (90, (2, 4, 4), (16, 16), "soft", "eps"),
+        pytest.param(80, (3, 7, 5), (31, 33), "zscore", "bits", marks=pytest.mark.slow),
+        pytest.param(90, (3, 7, 5), (31, 33), "released", "bits", marks=pytest.mark.slow),
+        pytest.param(90, (3, 8, 8), (32, 32), "quantile", "mask", marks=pytest.mark.slow),
+        pytest.param(90, (1, 16, 16), (64, 64), "quantile", "eps", marks=pytest.mark.slow),
+        pytest.param(80, (1, 7, 7), (224, 224), "zscore", "eps", marks=pytest.mark.slow),
+        pytest.param(80, (1, 7, 7), (224, 224), "soft", "eps", marks=pytest.mark.slow),
+        pytest.param(90, (1, 31, 1), (31, 1023), "released", "mask", marks=pytest.mark.slow),
+    ],
+)
+def test_image_kernels_ptx(ptx, cc, maps, size, rule, form):
+    ptx.cc, ptx.options = cc, COUNTED
+    number = CAM_MASK.RULES.index(rule)
+    k = math.ceil(0.3 * size[0] * size[1]) if rule == "quantile" else 0
+    cam = torch.rand(maps)
+    if maps[0] > 1:
+        cam[1] = 0.25  # no evidence
+    if maps[0] > 2:
+        cam[2] = torch.randint(0, 2, maps[1:]).float()  # many equal pixels, for the ties of quantile
+    if form == "eps":
+        arguments = (cam, *size, number, k, EPS, EPS_LOW)
+        result = twice(ptx, "epsilon_map", *arguments)
+        expected = EPSILON_MAP._reference(*arguments)
+        assert result.dtype == expected.dtype
+        if rule == "soft":
+            assert_same(result, expected, (maps, size))
+        else:
+            assert set(result.unique().tolist()) <= set(expected.new_tensor([EPS, EPS_LOW]).tolist())
+            assert_masks(result, expected, cam, size, number)
+        return
+    result = twice(ptx, "cam_mask", cam, *size, number, k, form == "bits")
+    expected = CAM_MASK._reference_op(cam, *size, number, k, form == "bits")
+    if form == "bits":
+        result, expected = (CAM_MASK_unpacked(bits, size) for bits in (result, expected))
+    assert_masks(result, expected, cam, size, number)
+
+
+def CAM_MASK_unpacked(bits: Tensor, size: tuple[int, int]) -> Tensor:  # noqa: N802
+    """All bits of every byte, those past the last pixel included."""
+    every = (bits[..., None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    pixels = every.flatten(2)
+    assert not pixels[..., size[0] * size[1] :].any(), "bits past the last pixel are 0"
+    return pixels[..., : size[0] * size[1]].bool().view(*bits.shape[:2], *size)
+
+
+@pytest.mark.parametrize("size", [(1, 8), (4, 16), (3, 24), (64, 64)], ids=str)
+@pytest.mark.parametrize("maps", [(1, 1), (2, 4), (3, 8)], ids=str)
+def test_small_maps_compile(launches, maps, size):
+    """A table of fewer elements than threads once stopped Triton's compiler."""
+    size = tuple(max(pair) for pair in zip(maps, size, strict=True))
+    launcher("upsample_cam")(torch.zeros(1, *maps), *size)
+    assert compiled(launches[0], 90).asm["cubin"]
+
+
+def representative(launches) -> dict[str, object]:
+    """One launch of each kernel at the sizes that matter, by a name for the tables."""
+    images_of = lambda dtype: torch.zeros(4, 3, 32, 32, dtype=dtype)  # noqa: E731
+    found = {}
+
+    def call(label: str, name: str, *arguments) -> None:
+        launches.clear()
+        launcher(name)(*arguments)
+        (found[label],) = launches
+
+    pixel = torch.zeros(4, 1, 32, 32).expand(4, 3, 32, 32)
+    bits = torch.zeros(4, 1, 128, dtype=torch.uint8)
+    for dtype, grad_dtype in ((F32, F32), (BF16, BF16), (F16, F16), (F32, BF16), (BF16, F32)):
+        x, grad = images_of(dtype), images_of(grad_dtype)
+        label = f"pgd_step {dtype}, {grad_dtype} grad".replace("torch.", "")
+        call(f"{label}, float eps", "pgd_step", x, grad, x, None, EPS, 0.0, *SCALARS)
+    x = images_of(F32)
+    call("pgd_step float32, (N,1,H,W) eps", "pgd_step", x, x, x, pixel, 0.0, 0.0, *SCALARS)
+    call("pgd_step float32, packed eps", "pgd_step", x, x, x, bits, EPS, EPS_LOW, *SCALARS)
+    call("pgd_step_bwd float32", "pgd_step_bwd", x, x, x, x, x, 0.0, 0.0, *SCALARS)
+    call("project_linf float32", "project_linf", x, x, None, EPS, 0.0)
+    call("project_linf_bwd float32", "project_linf_bwd", x, x, x, None, EPS, 0.0)
+    features = torch.zeros(2, 640, 8, 8)
+    call("cam gradcam float32", "cam", features, features, 0)
+    call("cam xgradcam bfloat16 channels_last", "cam",
+         *[features.bfloat16().contiguous(memory_format=torch.channels_last)] * 2, 1)  # fmt: skip
+    maps = torch.zeros(2, 8, 8)
+    call("upsample_cam 8x8 to 32x32", "upsample_cam", maps, 32, 32)
+    call("upsample_cam_bwd 8x8 to 32x32", "upsample_cam_bwd", torch.zeros(2, 32, 32), maps)
+    call("cam_mask zscore bits 8x8 to 32x32", "cam_mask", maps, 32, 32, 0, 0, True)
+    for rule, name in enumerate(CAM_MASK.RULES):
+        call(f"epsilon_map {name} 8x8 to 32x32", "epsilon_map", maps, 32, 32, rule, 100 * (rule == 2), EPS, EPS_LOW)
+    call("epsilon_map zscore 7x7 to 224x224", "epsilon_map", torch.zeros(2, 7, 7), 224, 224, 0, 0, EPS, EPS_LOW)
+    return found
+
+
+def test_pgd_step_ptx_is_sixteen_bytes_wide(launches):
+    """In every pair of storage types, also where only the last tile is not whole."""
+    for dtype in (F32, BF16, F16):
+        for grad_dtype in (F32, BF16, F16):
+            for shape in ((2, 3, 32, 32), (1, 3, 31, 33)):
+                launches.clear()
+                x, grad = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=grad_dtype)
+                launcher("pgd_step")(x, grad, x, None, EPS, 0.0, *SCALARS)
+                text = compiled(launches[0], 90).asm["ptx"]
+                assert "ld.global.v4.b32" in text, (dtype, grad_dtype, shape)
+                assert "st.global.v4.b32" in text, (dtype, grad_dtype, shape)
+                if shape == (2, 3, 32, 32):
+                    narrow = set(re.findall(r"(?:ld|st)\.global\.\S+", text)) - {"ld.global.v4.b32", "st.global.v4.b32"}
+                    assert not narrow, (dtype, grad_dtype, narrow)
+
+
+def test_offsets_beyond_two_billion_elements_take_64_bits(launches):
+    """On a meta tensor: nothing is run, the arguments and the PTX show it."""
+    x = torch.empty(30000, 3, 160, 160, device="meta")
+    launcher("pgd_step")(x, x, x, None, EPS, 0.0, *SCALARS)
+    (launch,) = launches
+    assert x.numel() >= 2**31
+    assert launch.constants["INDEX"] == triton.language.int64
+    assert launch.programs * launch.constants["BLOCK"] >= x.numel() > (launch.programs - 1) * launch.constants["BLOCK"]
+    assert launch.programs < 2**31, "the first dimension of a grid"
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_gpu(launches):
+    for name, launch in representative(launches).items():
+        for cc in NVIDIA:
+            assert compiled(launch, cc).asm["cubin"], (name, cc)
+        assert compiled(launch, "gfx942", "hip").asm["amdgcn"], name
+
+
+def test_pgd_step_compiles_for_amd(launches):
+    launch = representative(launches)["pgd_step float32, float32 grad, float eps"]
+    assert "s_endpgm" in compiled(launch, "gfx942", "hip").asm["amdgcn"]
+
+
+# Warps that a multiprocessor holds, and registers it has.
+WARPS_OF = {80: 64, 90: 64, 100: 64, 120: 48}
+REGISTERS = 65536
+
+
+def sass_row(name: str, launch, cc: int, folder: Path) -> dict[str, object]:
+    """Registers, occupancy, local memory and wide accesses, read from the machine code."""
+    kernel = compiled(launch, cc)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(flag: str) -> str:
+        command = [str(tools / "cuobjdump"), flag, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+    usage, sass = run("-res-usage"), run("-sass")
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    shared = kernel.metadata.shared
+    per_warp = math.ceil(registers / 8) * 8 * 32
+    blocks = min(REGISTERS // (per_warp * launch.num_warps), WARPS_OF[cc] // launch.num_warps)
+    if shared:
+        blocks = min(blocks, (100 if cc == 120 else 164) * 1024 // (shared + 1024))
+    return {
+        "kernel": name, "sm": cc, "registers": registers, "shared_bytes": shared,
+        "occupancy": round(blocks * launch.num_warps / WARPS_OF[cc], 2),
+        "local_bytes": sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "LDG.128": len(re.findall(r"LDG\S*\.128", sass)), "STG.128": len(re.findall(r"STG\S*\.128", sass)),
+    }  # fmt: skip
+
+
+def show(rows: list[dict[str, object]]) -> None:
+    print()
+    print("  ".join(rows[0]))
+    for row in rows:
+        print("  ".join(str(value) for value in row.values()))
+
+
+def assert_sass(row: dict[str, object]) -> None:
+    assert row["local_bytes"] == 0, row
+    assert row["local_accesses"] == 0, row
+    assert row["occupancy"] >= 0.75 or "_map" in row["kernel"] or "_cam" in row["kernel"] or "cam" in row["kernel"], row
+    if row["kernel"].startswith(("pgd_step", "project_linf")):
+        assert row["LDG.128"], row
+        assert row["STG.128"], row
+
+
+def test_sass_of_pgd_step(launches, tmp_path):
+    names = ["pgd_step float32, float32 grad, float eps", "pgd_step bfloat16, float32 grad, float eps"]
+    found = representative(launches)
+    rows = [sass_row(name, found[name], cc, tmp_path) for name in names for cc in NVIDIA]
+    show(rows)
+    for row in rows:
+        assert_sass(row)
+
+
+@pytest.mark.slow
+def test_sass_of_every_kernel(launches, tmp_path):
+    rows = [sass_row(name, launch, cc, tmp_path) for name, launch in representative(launches).items() for cc in NVIDIA]
+    show(rows)
+    for row in rows:
+        assert_sass(row)
