@@ -1,8 +1,8 @@
 // CUDA ops on images: flat tiles, a warp each, every access to an image 16 bytes a lane and consecutive in the warp.
 //
 // Images of one call share a dense memory format, so one flat index serves contiguous and channels_last. A lane owns
-// EACH elements of a tile, in runs of as many as fill 16 bytes of the images' type T; eps is read for the same runs
-// in whatever form it has. Tiles that are not whole, and images that do not start on 16 bytes, go element by element.
+// EACH elements of a tile, in runs of as many as fill 16 bytes of the images' type T. Tiles that are not whole, and
+// images that do not start on 16 bytes, go element by element.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,10 @@ constexpr int IMAGES_BLOCKS = 12;
 template <typename T>
 constexpr int RUN = 16 / sizeof(T);
 
+// Runs of a tile that a gradient kernel computes at a time: registers for float64 are short.
+template <typename T>
+constexpr int UNROLLED = sizeof(T) == 8 ? 1 : EACH / RUN<T>;
+
 inline unsigned tile_grid(int64_t numel) {
   constexpr int64_t block = IMAGES_BLOCK / 32 * TILE;
   return static_cast<unsigned>((numel + block - 1) / block);
@@ -35,35 +39,6 @@ __device__ __forceinline__ int64_t this_tile() {
 template <typename T>
 __device__ __forceinline__ int64_t this_run(int64_t tile, int run) {
   return tile + (run * 32 + static_cast<int>(threadIdx.x % 32)) * RUN<T>;
-}
-
-// The widest access for `size` bytes.
-template <int size>
-using word_t = std::conditional_t<size % 16 == 0, uint4,
-                                  std::conditional_t<size == 8, uint2, std::conditional_t<size == 4, uint32_t, uint16_t>>>;
-
-// N elements at a multiple of their size (of 16 bytes if they are larger), in as few accesses as can be.
-template <typename T, int N>
-__device__ __forceinline__ void load_run(const T* from, T (&to)[N]) {
-  constexpr int size = sizeof(T) * N;
-  using Word = word_t<size>;
-#pragma unroll
-  for (int i = 0; i < size / static_cast<int>(sizeof(Word)); ++i) {
-    const Word word = reinterpret_cast<const Word*>(from)[i];
-    memcpy(reinterpret_cast<char*>(to) + i * sizeof(Word), &word, sizeof(Word));
-  }
-}
-
-template <typename T, int N>
-__device__ __forceinline__ void store_run(T* to, const T (&from)[N]) {
-  constexpr int size = sizeof(T) * N;
-  using Word = word_t<size>;
-#pragma unroll
-  for (int i = 0; i < size / static_cast<int>(sizeof(Word)); ++i) {
-    Word word;
-    memcpy(&word, reinterpret_cast<const char*>(from) + i * sizeof(Word), sizeof(Word));
-    reinterpret_cast<Word*>(to)[i] = word;
-  }
 }
 
 // Signs of a lane's elements: bit i is set where element i is positive, bit EACH + i where it is negative.
@@ -109,27 +84,18 @@ __device__ __forceinline__ Signs signs_of(const G* grad, int64_t tile) {
   }
 }
 
-// f(Type<T>{}) with the floating type that `dtype` names, on the device.
-template <typename F>
-__device__ __forceinline__ auto on_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Float) return f(Type<float>{});
-  if (dtype == ScalarType::BFloat16) return f(Type<BFloat16>{});
-  if (dtype == ScalarType::Half) return f(Type<Half>{});
-  return f(Type<double>{});
-}
-
 template <int RUN_T>
 __device__ __forceinline__ Signs signs_of(const void* grad, ScalarType dtype, int64_t tile) {
   return on_dtype(dtype, [&](auto type) {
-    return signs_of<typename decltype(type)::type, RUN_T>(static_cast<const typename decltype(type)::type*>(grad), tile);
+    return signs_of<typename decltype(type)::type, RUN_T>(static_cast<const typename decltype(type)::type*>(grad),
+                                                          tile);
   });
 }
 
 template <typename C>
 __device__ __forceinline__ C sign_of(const void* grad, ScalarType dtype, int64_t element) {
-  return on_dtype(dtype, [&](auto type) {
-    return sign<C>(static_cast<const typename decltype(type)::type*>(grad)[element]);
-  });
+  return on_dtype(dtype,
+                  [&](auto type) { return sign<C>(static_cast<const typename decltype(type)::type*>(grad)[element]); });
 }
 
 // An eps argument as elements at strides, in the memory order of the images. Dimensions that lie one after the other
@@ -142,113 +108,101 @@ struct EpsView {
     ELEMENTS,  // of type `dtype`
     BITS       // `high` where set, else `low`
   };
-  // What a run of RUN<T> elements of the images reads.
-  enum Runs : int32_t { SAME, CONSECUTIVE, ANY };
   const void* data;
   int64_t inner, inner_stride;   // the last dimension
   int64_t sizes[2], strides[3];  // of the dimensions before it; the first one's size is not needed
   Divisor by_inner, by_sizes[2];
   C high, low;
   Kind kind;
-  Runs runs;
   ScalarType dtype;
   int32_t outer;  // dimensions before the last one
 
-  // Where element `flat` of the images finds its eps; `column` is its place in the last dimension.
-  __device__ __forceinline__ int64_t offset(int64_t flat, int64_t& column) const {
-    column = flat;
-    int64_t result = 0;
-    if (outer > 0) {
-      int64_t row = by_inner.divide(flat);
-      column = flat - row * inner;
-      int64_t stride = strides[2];
-      if (outer > 1) {
-        int64_t above = by_sizes[1].divide(row);
-        result = (row - above * sizes[1]) * stride;
+  // Where element `flat` of the images finds its eps.
+  __device__ __forceinline__ int64_t offset(int64_t flat) const {
+    if (outer == 0) return flat * inner_stride;
+    int64_t row = by_inner.divide(flat);
+    int64_t result = (flat - row * inner) * inner_stride, stride = strides[2];
+    if (outer > 1) {
+      int64_t above = by_sizes[1].divide(row);
+      result += (row - above * sizes[1]) * stride;
+      row = above;
+      stride = strides[1];
+      if (outer > 2) {
+        above = by_sizes[0].divide(row);
+        result += (row - above * sizes[0]) * stride;
         row = above;
-        stride = strides[1];
-        if (outer > 2) {
-          above = by_sizes[0].divide(row);
-          result += (row - above * sizes[0]) * stride;
-          row = above;
-          stride = strides[0];
-        }
+        stride = strides[0];
       }
-      result += row * stride;
     }
-    return result + column * inner_stride;
+    return result + row * stride;
   }
+};
 
-  __device__ __forceinline__ C at(int64_t index) const {
-    if (kind == BITS) return bit_of(static_cast<const uint8_t*>(data), index) ? high : low;
-    return on_dtype(dtype, [&](auto type) {
-      return static_cast<C>(load(static_cast<const typename decltype(type)::type*>(data)[index]));
-    });
-  }
-
-  // eps of element `flat`.
-  __device__ __forceinline__ C one(int64_t flat) const {
-    if (kind == CONSTANT) return high;
-    if (kind == SINGLE) return at(0);
-    int64_t column;
-    return at(offset(flat, column));
-  }
-
-  // To be called by the warp, once per tile, before `run`: eps whose rows are cut by runs is read element by element,
-  // as the lanes lie, into `shared`, room for a tile.
-  __device__ __forceinline__ void stage(int64_t tile, C* shared) const {
-    if (runs != ANY) return;
+// eps of a warp's tile. What differs between elements is read in the order in which the lanes lie, then taken from
+// shared memory in runs: every form is read once and in whole sectors, whatever the size of its elements.
+template <typename C>
+class EpsTile {
+ public:
+  // To be called by the whole warp. `count`: elements of the tile, at most TILE.
+  __device__ __forceinline__ EpsTile(const EpsView<C>& eps, int64_t tile, int count) : same_(eps.high) {
+    __shared__ alignas(16) C room[IMAGES_BLOCK / 32][TILE];
+    shared_ = eps.kind == eps.CONSTANT || eps.kind == eps.SINGLE ? nullptr : room[threadIdx.x / 32];
+    if (eps.kind == eps.CONSTANT) return;
+    if (eps.kind == eps.SINGLE) {
+      on_dtype(eps.dtype, [&](auto type) {
+        same_ = static_cast<C>(load(*static_cast<const typename decltype(type)::type*>(eps.data)));
+      });
+      return;
+    }
+    constexpr int AT_ONCE = 4;
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
-    for (int i = lane; i < TILE; i += 32) {
-      int64_t column;
-      shared[i] = at(offset(tile + i, column));
+    for (int first = lane; first < count; first += 32 * AT_ONCE) {
+      int64_t from[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) from[i] = eps.offset(tile + min(first + 32 * i, count - 1));
+      C values[AT_ONCE];
+      if (eps.kind == eps.BITS) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          values[i] = bit_of(static_cast<const uint8_t*>(eps.data), from[i]) ? eps.high : eps.low;
+        }
+      } else {
+        on_dtype(eps.dtype, [&](auto type) {
+          using E = typename decltype(type)::type;
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; ++i) values[i] = static_cast<C>(load(static_cast<const E*>(eps.data)[from[i]]));
+        });
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        if (first + 32 * i < count) shared_[first + 32 * i] = values[i];
+      }
     }
     __syncwarp();
   }
 
-  // eps of this lane's run number `index`, of N elements.
+  // Of element `i` of the tile.
+  __device__ __forceinline__ C operator[](int i) const { return shared_ == nullptr ? same_ : shared_[i]; }
+
+  // Of this lane's run number `run`, of N elements.
   template <int N>
-  __device__ __forceinline__ void run(int64_t tile, int index, const C* shared, C (&to)[N]) const {
-    const int first = (index * 32 + static_cast<int>(threadIdx.x % 32)) * N;
-    if (runs == ANY) {
-      load_run(shared + first, to);
-      return;
+  __device__ __forceinline__ void read(int run, C (&to)[N]) const {
+    if (shared_ != nullptr) {
+      load_run(shared_ + (run * 32 + static_cast<int>(threadIdx.x % 32)) * N, to);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) to[i] = same_;
     }
-    if (runs == CONSECUTIVE) {
-      int64_t column;
-      const int64_t from = offset(tile + first, column);
-      if (kind == BITS) {
-        const uint32_t bits = static_cast<const uint8_t*>(data)[from >> 3] >> (from & 7);
-#pragma unroll
-        for (int i = 0; i < N; ++i) to[i] = (bits >> i) & 1 ? high : low;
-      } else {
-        on_dtype(dtype, [&](auto type) {
-          using E = typename decltype(type)::type;
-          E values[N];
-          load_run(static_cast<const E*>(data) + from, values);
-#pragma unroll
-          for (int i = 0; i < N; ++i) to[i] = static_cast<C>(load(values[i]));
-        });
-      }
-      return;
-    }
-    const C value = one(tile + first);
-#pragma unroll
-    for (int i = 0; i < N; ++i) to[i] = value;
   }
+
+ private:
+  C same_;
+  C* shared_;
 };
 
-// This warp's shared memory for EpsView::stage.
 template <typename C>
-__device__ __forceinline__ C* room_for_eps() {
-  __shared__ alignas(16) C room[IMAGES_BLOCK / 32][TILE];
-  return room[threadIdx.x / 32];
-}
-
-// `run` is the images' RUN<T>.
-template <typename C>
-EpsView<C> view_eps(const Images& images, const Eps& eps, int run) {
+EpsView<C> view_eps(const Images& images, const Eps& eps) {
   EpsView<C> view = {};
   view.data = eps.data;
   view.dtype = eps.dtype;
@@ -290,14 +244,6 @@ EpsView<C> view_eps(const Images& images, const Eps& eps, int run) {
   }
   view.kind = eps.form == Eps::BITS ? EpsView<C>::BITS : EpsView<C>::ELEMENTS;
   if (view.outer == 0 && view.inner_stride == 0 && view.kind != EpsView<C>::BITS) view.kind = EpsView<C>::SINGLE;
-
-  const bool whole = view.outer == 0 || view.inner % run == 0;  // no run crosses a row
-  const int64_t bytes = view.kind == EpsView<C>::BITS ? 1 : run * element_size(eps.dtype);
-  bool aligned = view.kind == EpsView<C>::BITS || reinterpret_cast<uintptr_t>(eps.data) % std::min<int64_t>(bytes, 16) == 0;
-  for (const int64_t stride : view.strides) aligned = aligned && stride % run == 0;
-  view.runs = EpsView<C>::ANY;
-  if (whole && view.inner_stride == 0) view.runs = EpsView<C>::SAME;
-  if (whole && view.inner_stride == 1 && aligned) view.runs = EpsView<C>::CONSECUTIVE;
   return view;
 }
 

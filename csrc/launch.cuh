@@ -15,14 +15,25 @@ template <typename Arguments>
 void launch(void (*kernel)(Arguments), unsigned grid, unsigned block, size_t shared_bytes, const Tensor& on,
             const Arguments& arguments) {
   const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  if (shared_bytes > (48 << 10)) {
+    // More than this must be asked for.
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-inline int64_t element_size(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
+// f(Type<C>{}) with what ops compute in for this tensor.
+template <typename F>
+void on_compute_type(const Tensor& tensor, const F& f) {
+  if (compute_dtype(tensor) == ScalarType::Double) {
+    f(Type<double>{});
+  } else {
+    f(Type<float>{});
+  }
 }
 
 // Whether 16-byte accesses may start at every one of these.
@@ -49,5 +60,44 @@ struct Divisor {
     return shift < 0 ? n : static_cast<int64_t>(__umul64hi(multiplier, static_cast<uint64_t>(n)) >> shift);
   }
 };
+
+// f(Type<T>{}) with the floating type that `dtype` names, on the device.
+template <typename F>
+__device__ __forceinline__ auto on_dtype(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Float) return f(Type<float>{});
+  if (dtype == ScalarType::BFloat16) return f(Type<BFloat16>{});
+  if (dtype == ScalarType::Half) return f(Type<Half>{});
+  return f(Type<double>{});
+}
+
+// The widest access for `size` bytes.
+template <int size>
+using word_t =
+    std::conditional_t<size % 16 == 0, uint4,
+                       std::conditional_t<size == 8, uint2, std::conditional_t<size == 4, uint32_t, uint16_t>>>;
+
+// N elements at a multiple of their size (of 16 bytes if they are larger), in as few accesses as can be.
+template <typename T, int N>
+__device__ __forceinline__ void load_run(const T* from, T (&to)[N]) {
+  constexpr int size = sizeof(T) * N;
+  using Word = word_t<size>;
+#pragma unroll
+  for (int i = 0; i < size / static_cast<int>(sizeof(Word)); ++i) {
+    const Word word = reinterpret_cast<const Word*>(from)[i];
+    memcpy(reinterpret_cast<char*>(to) + i * sizeof(Word), &word, sizeof(Word));
+  }
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void store_run(T* to, const T (&from)[N]) {
+  constexpr int size = sizeof(T) * N;
+  using Word = word_t<size>;
+#pragma unroll
+  for (int i = 0; i < size / static_cast<int>(sizeof(Word)); ++i) {
+    Word word;
+    memcpy(&word, reinterpret_cast<const char*>(from) + i * sizeof(Word), sizeof(Word));
+    reinterpret_cast<Word*>(to)[i] = word;
+  }
+}
 
 }  // namespace part_fast

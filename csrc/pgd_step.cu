@@ -22,7 +22,7 @@ struct Step {
         x(data<T>(x)),
         grad(grad.data_ptr()),
         numel(x_adv.numel()),
-        eps(view_eps<C>(Images(x_adv), eps_of(eps, eps_high, eps_low), RUN<T>)),
+        eps(view_eps<C>(Images(x_adv), eps_of(eps, eps_high, eps_low))),
         alpha(static_cast<C>(alpha)),
         clip_low(static_cast<C>(clip_low)),
         clip_high(static_cast<C>(clip_high)),
@@ -47,9 +47,10 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_kernel(c
     return store<T>(clip(project(s.moved(x_adv, sign, x), x, eps), s.clip_low, s.clip_high));
   };
   const int64_t tile = this_tile();
-  C* const staged = room_for_eps<C>();
-  if (s.aligned && tile + TILE <= s.numel) {
-    s.eps.stage(tile, staged);
+  const int count = static_cast<int>(min(int64_t{TILE}, s.numel - tile));
+  if (count <= 0) return;
+  const EpsTile<C> bound(s.eps, tile, count);
+  if (s.aligned && count == TILE) {
     const Signs signs = signs_of<N>(s.grad, s.grad_dtype, tile);
 #pragma unroll
     for (int run = 0; run < EACH / N; ++run) {
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_kernel(c
       load_run(s.x_adv + at, x_adv);
       load_run(s.x + at, x);
       C eps[N];
-      s.eps.run(tile, run, staged, eps);
+      bound.read(run, eps);
       T out[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -68,9 +69,11 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_kernel(c
     }
     return;
   }
-  for (int64_t at = tile + threadIdx.x % 32; at < min(tile + TILE, s.numel); at += 32) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const int64_t at = tile + i;
     const C sign = sign_of<C>(s.grad, s.grad_dtype, at);
-    a.out[at] = stepped(load(s.x_adv[at]), sign, load(s.x[at]), s.eps.one(at));
+    a.out[at] = stepped(load(s.x_adv[at]), sign, load(s.x[at]), bound[i]);
   }
 }
 
@@ -90,11 +93,12 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_bwd_kern
     return clipped(project(moved, x, eps), s.clip_low, s.clip_high) ? C(0) : grad_out;
   };
   const int64_t tile = this_tile();
-  C* const staged = room_for_eps<C>();
-  if (s.aligned && tile + TILE <= s.numel) {
-    s.eps.stage(tile, staged);
+  const int count = static_cast<int>(min(int64_t{TILE}, s.numel - tile));
+  if (count <= 0) return;
+  const EpsTile<C> bound(s.eps, tile, count);
+  if (s.aligned && count == TILE) {
     const Signs signs = signs_of<N>(s.grad, s.grad_dtype, tile);
-#pragma unroll
+#pragma unroll(UNROLLED<T>)
     for (int run = 0; run < EACH / N; ++run) {
       const int64_t at = this_run<T>(tile, run);
       T x_adv[N], x[N], grad_out[N];
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_bwd_kern
       load_run(s.x + at, x);
       load_run(a.grad_out + at, grad_out);
       C eps[N];
-      s.eps.run(tile, run, staged, eps);
+      bound.read(run, eps);
       Signs sides = 0;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -114,8 +118,10 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_bwd_kern
     }
     return;
   }
-  for (int64_t at = tile + threadIdx.x % 32; at < min(tile + TILE, s.numel); at += 32) {
-    const C sign = sign_of<C>(s.grad, s.grad_dtype, at), x = load(s.x[at]), eps = s.eps.one(at);
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const int64_t at = tile + i;
+    const C sign = sign_of<C>(s.grad, s.grad_dtype, at), x = load(s.x[at]), eps = bound[i];
     const C moved = s.moved(load(s.x_adv[at]), sign, x);
     a.to.write_one(at, passed(load(a.grad_out[at]), moved, x, eps), side(moved, eps));
   }

@@ -17,7 +17,7 @@ struct Projection {
       : x_adv(data<T>(x_adv)),
         x(data<T>(x)),
         numel(x_adv.numel()),
-        eps(view_eps<C>(Images(x_adv), eps_of(eps, eps_high, eps_low), RUN<T>)),
+        eps(view_eps<C>(Images(x_adv), eps_of(eps, eps_high, eps_low))),
         aligned(aligned_16(this->x_adv, this->x)) {}
 };
 
@@ -28,14 +28,16 @@ struct Fwd {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) project_linf_fwd_kernel(const __grid_constant__ Fwd<T> a) {
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
+    project_linf_fwd_kernel(const __grid_constant__ Fwd<T> a) {
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   const Projection<T>& p = a.projection;
   const int64_t tile = this_tile();
-  C* const staged = room_for_eps<C>();
-  if (p.aligned && tile + TILE <= p.numel) {
-    p.eps.stage(tile, staged);
+  const int count = static_cast<int>(min(int64_t{TILE}, p.numel - tile));
+  if (count <= 0) return;
+  const EpsTile<C> bound(p.eps, tile, count);
+  if (p.aligned && count == TILE) {
 #pragma unroll
     for (int run = 0; run < EACH / N; ++run) {
       const int64_t at = this_run<T>(tile, run);
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) project_linf_fwd_
       load_run(p.x_adv + at, x_adv);
       load_run(p.x + at, x);
       C eps[N];
-      p.eps.run(tile, run, staged, eps);
+      bound.read(run, eps);
       T out[N];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -53,9 +55,11 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) project_linf_fwd_
     }
     return;
   }
-  for (int64_t at = tile + threadIdx.x % 32; at < min(tile + TILE, p.numel); at += 32) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const int64_t at = tile + i;
     const C x = load(p.x[at]);
-    a.out[at] = store<T>(project(load(p.x_adv[at]) - x, x, p.eps.one(at)));
+    a.out[at] = store<T>(project(load(p.x_adv[at]) - x, x, bound[i]));
   }
 }
 
@@ -67,15 +71,17 @@ struct Bwd {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) project_linf_bwd_kernel(const __grid_constant__ Bwd<T> a) {
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
+    project_linf_bwd_kernel(const __grid_constant__ Bwd<T> a) {
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   const Projection<T>& p = a.projection;
   const int64_t tile = this_tile();
-  C* const staged = room_for_eps<C>();
-  if (p.aligned && tile + TILE <= p.numel) {
-    p.eps.stage(tile, staged);
-#pragma unroll
+  const int count = static_cast<int>(min(int64_t{TILE}, p.numel - tile));
+  if (count <= 0) return;
+  const EpsTile<C> bound(p.eps, tile, count);
+  if (p.aligned && count == TILE) {
+#pragma unroll(UNROLLED<T>)
     for (int run = 0; run < EACH / N; ++run) {
       const int64_t at = this_run<T>(tile, run);
       T x_adv[N], x[N], grad_out[N];
@@ -83,7 +89,7 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) project_linf_bwd_
       load_run(p.x + at, x);
       load_run(a.grad_out + at, grad_out);
       C eps[N];
-      p.eps.run(tile, run, staged, eps);
+      bound.read(run, eps);
       Signs sides = 0;
 #pragma unroll
       for (int i = 0; i < N; ++i) sides |= signs_at(side(load(x_adv[i]) - load(x[i]), eps[i]), i);
@@ -91,8 +97,10 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) project_linf_bwd_
     }
     return;
   }
-  for (int64_t at = tile + threadIdx.x % 32; at < min(tile + TILE, p.numel); at += 32) {
-    a.to.write_one(at, load(a.grad_out[at]), side(load(p.x_adv[at]) - load(p.x[at]), p.eps.one(at)));
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const int64_t at = tile + i;
+    a.to.write_one(at, load(a.grad_out[at]), side(load(p.x_adv[at]) - load(p.x[at]), bound[i]));
   }
 }
 
@@ -111,8 +119,7 @@ Tensor project_linf(const Tensor& x_adv, const Tensor& x, const std::optional<Te
 }
 
 std::tuple<Tensor, Tensor, Tensor> project_linf_bwd(const Tensor& grad_out, const Tensor& x_adv, const Tensor& x,
-                                                    const std::optional<Tensor>& eps, double eps_high,
-                                                    double eps_low) {
+                                                    const std::optional<Tensor>& eps, double eps_high, double eps_low) {
   const Gradients gradients(grad_out, eps);
   if (x_adv.numel() > 0) {
     dispatch(x_adv.scalar_type(), [&](auto type) {

@@ -1,0 +1,236 @@
+// cam on a GPU: class activation maps, one launch, a block per image. See part_fast/ops/cam.py.
+//
+// An image is a matrix: contiguous, a row for each channel; channels_last, a row for each pixel. One pass makes a
+// weight for each channel (gradcam and xgradcam), the next one the weighted sum over channels; gradcam reads gradients
+// in the first and activations in the second, layercam and hirescam need the second alone: each input is read once.
+// xgradcam needs activations in both and so reads them twice, the second time from the caches.
+#include <algorithm>
+
+#include "launch.cuh"
+
+namespace part_fast {
+namespace {
+
+constexpr int CAM_BLOCK = 512;
+constexpr int CAM_BLOCKS = 3;
+constexpr int CHANNELS = 4096;  // whose weights are in shared memory at a time
+
+// The raw op's `method` argument: the place in METHODS of part_fast/ops/cam.py.
+enum Method { GRADCAM = 0, XGRADCAM = 1, LAYERCAM = 2, HIRESCAM = 3 };
+
+template <typename T>
+struct Cam {
+  const T *activation, *gradient;
+  compute_t<T>* out;
+  int32_t channels, pixels, method;
+  bool channels_last, aligned;
+};
+
+template <typename C>
+struct Pair {
+  C first = 0, second = 0;
+};
+
+// One matrix of one image, in runs of N elements.
+template <typename T, int N>
+class Matrix {
+ public:
+  using C = compute_t<T>;
+
+  __device__ __forceinline__ Matrix(const T* activation, const T* gradient, int rows, int columns, int stride)
+      : activation_(activation), gradient_(gradient), rows_(rows), runs_(columns / N), stride_(stride) {}
+
+  // finish(row, sums over the row of what `terms` adds), once for each row. terms(a, g, row, column, sums).
+  template <bool A, bool G, typename Terms, typename Finish>
+  __device__ __forceinline__ void over_rows(const Terms& terms, const Finish& finish) const {
+    // As many lanes as a row has runs, rounded up to a power of two.
+    int lanes = 1;
+    while (lanes < 32 && lanes < runs_) lanes *= 2;
+    const int group = threadIdx.x / lanes, groups = blockDim.x / lanes, lane = threadIdx.x % lanes;
+    constexpr int AT_ONCE = N == 1 ? 1 : 2;
+#pragma unroll 1
+    for (int base = 0; base < rows_; base += groups * AT_ONCE) {
+      Pair<C> sums[AT_ONCE];
+#pragma unroll 1
+      for (int run = lane; run < runs_; run += lanes) {
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          const int row = base + i * groups + group;
+          if (row < rows_) add<A, G>(row, run, terms, [&](int) -> Pair<C>& { return sums[i]; });
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+#pragma unroll 1
+        for (int other = lanes / 2; other > 0; other /= 2) {
+          sums[i].first += __shfl_xor_sync(0xffffffffu, sums[i].first, other);
+          sums[i].second += __shfl_xor_sync(0xffffffffu, sums[i].second, other);
+        }
+        const int row = base + i * groups + group;
+        if (lane == 0 && row < rows_) finish(row, sums[i]);
+      }
+    }
+    __syncthreads();
+  }
+
+  // The same over columns. `room`: 2 * N values per thread. SECOND: whether the pair's second value is of interest.
+  template <bool A, bool G, bool SECOND, typename Terms, typename Finish>
+  __device__ __forceinline__ void over_columns(C* room, const Terms& terms, const Finish& finish) const {
+#pragma unroll 1
+    for (int from = 0; from < runs_; from += blockDim.x) {
+      const int width = min(static_cast<int>(blockDim.x), runs_ - from);
+      int slices = blockDim.x / width;
+      const int slice = threadIdx.x / width, run = from + threadIdx.x % width;
+      Pair<C> sums[N];
+      if (slice < slices) {
+#pragma unroll(N == 8 ? 1 : 2)
+        for (int row = slice; row < rows_; row += slices) {
+          add<A, G>(row, run, terms, [&](int i) -> Pair<C>& { return sums[i]; });
+        }
+      }
+      int place = slice;
+      if (width < 32 && 32 % width == 0) {
+        // The lanes of a warp that share a column; one of them goes on for all.
+        place = threadIdx.x % 32 < width ? threadIdx.x / 32 : slices;
+        slices = blockDim.x / 32;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+#pragma unroll 1
+          for (int other = width; other < 32; other *= 2) {
+            sums[i].first += __shfl_xor_sync(0xffffffffu, sums[i].first, other);
+            if (SECOND) sums[i].second += __shfl_xor_sync(0xffffffffu, sums[i].second, other);
+          }
+        }
+      }
+      C* const second = room + blockDim.x * N;
+      if (place < slices) {
+        const int at = (place * width + threadIdx.x % width) * N;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+          room[at + i] = sums[i].first;
+          if (SECOND) second[at + i] = sums[i].second;
+        }
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int i = threadIdx.x; i < width * N; i += blockDim.x) {
+        Pair<C> total;
+        for (int s = 0; s < slices; ++s) {
+          total.first += room[s * width * N + i];
+          if (SECOND) total.second += second[s * width * N + i];
+        }
+        finish(from * N + i, total);
+      }
+      __syncthreads();
+    }
+  }
+
+ private:
+  template <bool A, bool G, typename Terms, typename To>
+  __device__ __forceinline__ void add(int row, int run, const Terms& terms, const To& to) const {
+    T a[N] = {}, g[N] = {};
+    const int64_t at = static_cast<int64_t>(row) * stride_ + run * N;
+    if (A) load_run(activation_ + at, a);
+    if (G) load_run(gradient_ + at, g);
+#pragma unroll
+    for (int i = 0; i < N; ++i) terms(load(a[i]), load(g[i]), row, run * N + i, to(i));
+  }
+
+  const T *activation_, *gradient_;
+  int rows_, runs_, stride_;
+};
+
+template <typename T, int N>
+__device__ __forceinline__ void cam_of_image(const Cam<T>& a, char* shared) {
+  using C = compute_t<T>;
+  C* const weights = reinterpret_cast<C*>(shared);
+  C* const room = weights + min(a.channels, CHANNELS);
+  const int64_t image = static_cast<int64_t>(blockIdx.x) * a.channels * a.pixels;
+  C* const out = a.out + static_cast<int64_t>(blockIdx.x) * a.pixels;
+#pragma unroll 1
+  for (int from = 0; from < a.channels; from += CHANNELS) {
+    const int channels = min(CHANNELS, a.channels - from);
+    const bool last = from + channels == a.channels;
+    const int64_t at = image + (a.channels_last ? from : static_cast<int64_t>(from) * a.pixels);
+    const int rows = a.channels_last ? a.pixels : channels, columns = a.channels_last ? channels : a.pixels;
+    const Matrix<T, N> matrix(a.activation + at, a.gradient + at, rows, columns,
+                              a.channels_last ? a.channels : a.pixels);
+
+    const auto mean = [&](C, C g, int, int, Pair<C>& to) { to.first += g; };
+    const auto ratio = [&](C value, C g, int, int, Pair<C>& to) {
+      to.first += g * value;
+      to.second += value + C(1e-8);
+    };
+    const auto weight = [&](int channel, const Pair<C>& sums) {
+      weights[channel] = a.method == GRADCAM ? sums.first / C(a.pixels) : sums.first / sums.second;
+    };
+    const auto weighted = [&](C value, C, int row, int column, Pair<C>& to) {
+      to.first += weights[a.channels_last ? column : row] * value;
+    };
+    const auto local = [&](C value, C g, int, int, Pair<C>& to) {
+      to.first += (a.method == LAYERCAM && g < 0 ? C(0) : g) * value;
+    };
+    const auto finish = [&](int pixel, const Pair<C>& sums) {
+      const C sum = from == 0 ? sums.first : out[pixel] + sums.first;
+      out[pixel] = last && sum < 0 ? C(0) : sum;
+    };
+    if (a.channels_last) {
+      if (a.method == GRADCAM) matrix.template over_columns<false, true, false>(room, mean, weight);
+      if (a.method == XGRADCAM) matrix.template over_columns<true, true, true>(room, ratio, weight);
+      if (a.method <= XGRADCAM) {
+        matrix.template over_rows<true, false>(weighted, finish);
+      } else {
+        matrix.template over_rows<true, true>(local, finish);
+      }
+    } else {
+      if (a.method == GRADCAM) matrix.template over_rows<false, true>(mean, weight);
+      if (a.method == XGRADCAM) matrix.template over_rows<true, true>(ratio, weight);
+      if (a.method <= XGRADCAM) {
+        matrix.template over_columns<true, false, false>(room, weighted, finish);
+      } else {
+        matrix.template over_columns<true, true, false>(room, local, finish);
+      }
+    }
+  }
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(CAM_BLOCK, CAM_BLOCKS) cam_kernel(const __grid_constant__ Cam<T> a) {
+  extern __shared__ __align__(16) char shared[];
+  cam_of_image<T, N>(a, shared);
+}
+
+Tensor cam(const Tensor& activation, const Tensor& gradient, int64_t method) {
+  const int64_t n = activation.size(0), channels = activation.size(1), h = activation.size(2), w = activation.size(3);
+  const Tensor out = empty(activation, {n, h, w}, compute_dtype(activation));
+  if (out.numel() > 0) {
+    dispatch(activation.scalar_type(), [&](auto type) {
+      using T = typename decltype(type)::type;
+      using C = compute_t<T>;
+      constexpr int N = 16 / sizeof(T);
+      STD_TORCH_CHECK(channels * h * w < (int64_t{1} << 31), "activation must be below 2^31 elements a sample, got ",
+                      channels, " x ", h, " x ", w);
+      Cam<T> a = {data<T>(activation),         data<T>(gradient),
+                  mutable_data<C>(out),        static_cast<int32_t>(channels),
+                  static_cast<int32_t>(h * w), static_cast<int32_t>(method),
+                  !activation.is_contiguous(), false};
+      a.aligned = aligned_16(a.activation, a.gradient) && (a.channels_last ? channels : h * w) % N == 0;
+      const auto run = [&](auto kernel, int run_length) {
+        const size_t values = std::min<int64_t>(channels, CHANNELS) + 2 * CAM_BLOCK * run_length;
+        launch(kernel, static_cast<unsigned>(n), CAM_BLOCK, values * sizeof(C), activation, a);
+      };
+      if (a.aligned) {
+        run(cam_kernel<T, N>, N);
+      } else {
+        run(cam_kernel<T, 1>, 1);
+      }
+    });
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(part_fast, CUDA, m) { m.impl("_cam", TORCH_BOX(&cam)); }
+
+}  // namespace part_fast
