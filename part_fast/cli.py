@@ -88,7 +88,7 @@ class Evaluate:
         from part_fast.report import table
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["attacks"] = [name.strip() for name in self.attacks.split(",") if name.strip()]
+        values["attacks"] = _names(self.attacks)
         record = evaluate(**values)
         rows = [
             (name, f"{100 * r['accuracy']:.2f}", f"{100 * r['standard_error']:.2f}", str(r["n"]), f"{r['seconds']:.1f}")
@@ -190,6 +190,37 @@ class Bench:
 
 
 @dataclass
+class Reproduce:
+    """Train and evaluate every row of one of the poster's tables, or go on with it; ours beside the poster's."""
+
+    table: str
+    """cifar10, svhn or tinyimagenet."""
+    out: Path = Path("runs/reproduce")
+    """The folder to make or to go on with: a run folder per row and seed, reproduce.json, reproduce.csv."""
+    seeds: int = 3
+    """Runs of each row."""
+    scale: str = "full"
+    """full: the poster's setting; small: the same rows on the demo's images and small network."""
+    attacks: str = "natural,pgd20,mma,aa"
+    """Separated by commas: natural, pgdSTEPS, mma, aa."""
+    dry_run: bool = False
+    """Print the commands and an estimate of the time from a measured step."""
+    root: str | None = None
+    """The only folder to look for the data set in."""
+    download: bool = False
+    """Download the data set where it is not found."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+
+    def run(self) -> None:
+        from part_fast.reproduce import reproduce
+
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["attacks"] = _names(self.attacks)
+        reproduce(**values)
+
+
+@dataclass
 class Demo:
     """Train AT and PART on 6,000 real images in some minutes on two CPU cores, and compare them."""
 
@@ -218,13 +249,14 @@ class Info:
         print(json.dumps(record, indent=2) if self.json else environment_text(record))
 
 
-Command = Train | Evaluate | Masks | Export | Bench | Demo | Info
+Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Demo | Info
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "masks": Masks,
     "export": Export,
     "bench": Bench,
+    "reproduce": Reproduce,
     "demo": Demo,
     "info": Info,
 }
@@ -244,6 +276,10 @@ def _fractions(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
         is_instance=lambda value: isinstance(value, float | int),
         str_from_instance=lambda value: [_as_written(value)],
     )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _as_written(value: float) -> str:
