@@ -9,11 +9,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import part_fast
 import part_fast.evaluate as evaluating
 import part_fast.train as training
-from part_fast import cli, report
+from part_fast import cli, models, report
 from part_fast.cli import main
 from part_fast.config import PRESETS, preset, read_config
 from part_fast.data import load
@@ -83,7 +84,7 @@ def test_train_evaluate_and_masks_end_to_end(tmp_path, capsys):
 def test_bad_input_in_a_process_is_one_line_and_code_2(tmp_path):
     done = process("train", "--out", tmp_path / "run", "--preset", "imagenet")
     assert (done.returncode, done.stdout) == (2, "")
-    known = "demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10"
+    known = "demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10, svhn-resnet18, tinyimagenet-wrn34-10"
     assert done.stderr == f"part-fast: error: preset must be one of {known}, got 'imagenet'\n"
     assert not (tmp_path / "run").exists()
 
@@ -135,7 +136,9 @@ def test_every_number_takes_a_fraction(trained, tmp_path):
 
 def test_evaluate_takes_fractions(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(evaluating, "evaluate", lambda **values: calls.append(values) or {"results": {}})
+    monkeypatch.setattr(
+        evaluating, "evaluate", lambda **values: calls.append(values) or {"results": {}, "warnings": []}
+    )
     assert main(["evaluate", str(tmp_path), "--eps", "12/255", "--alpha", "3e-3"]) == 0
     assert (calls[0]["eps"], calls[0]["alpha"], calls[0]["n"]) == (12 / 255, 3e-3, None)
 
@@ -154,7 +157,7 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
     ("flags", "says"),
     [
         ("--method free", "method must be one of at, part, trades, part-t, mart, part-m, got 'free'"),
-        ("--attack fgsm", "attack must be one of pgd, got 'fgsm'"),
+        ("--attack fgsm", "attack must be one of pgd, mma, got 'fgsm'"),
         ("--rule otsu", "rule must be one of zscore, released, quantile:q with 0 < q < 1, soft, got 'otsu'"),
         ("--cam eigencam", "cam must be one of gradcam, xgradcam, layercam, hirescam"),
         ("--model vgg", "model takes one of resnet18, resnet-small"),
@@ -186,7 +189,7 @@ def test_missing_data_set_names_every_place_and_the_cure(capsys, tmp_path):
 
 
 def test_bad_commands(capsys, tmp_path):
-    assert "known: train, evaluate, masks, demo, info" in error_of(capsys, "trian")
+    assert "known: train, evaluate, masks, export, bench, reproduce, demo, info" in error_of(capsys, "trian")
     assert "--out" in error_of(capsys, "train")
     assert "no run folder or checkpoint at" in error_of(capsys, "evaluate", tmp_path / "absent")
     assert "holds no run" in error_of(capsys, "masks", tmp_path, "--out", tmp_path / "grid.png")
@@ -269,3 +272,28 @@ def test_warnings_are_one_line(capsys):
         warnings.showwarning = cli._warn
         warnings.warn("only 7 images", stacklevel=1)
     assert capsys.readouterr().err == "part-fast: warning: only 7 images\n"
+
+
+def test_export_end_to_end(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--out", str(run), *TINY]) == 0
+    for name in ("weights.safetensors", "weights.pt"):
+        assert main(["export", str(run), "--out", str(tmp_path / name)]) == 0
+        assert str(tmp_path / name) in capsys.readouterr().out
+    model = models.build_model("resnet-small", 10)
+    models.load_weights(model, tmp_path / "weights.pt")
+    expected = load_file(run / "model.safetensors")
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    before = (tmp_path / "weights.pt").read_bytes()
+    assert "--overwrite" in error_of(capsys, "export", run, "--out", tmp_path / "weights.pt")
+    assert (tmp_path / "weights.pt").read_bytes() == before
+
+
+def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr("part_fast.bench.ops", lambda out, **flags: calls.append((out, flags)))
+    assert main(["bench", "ops", "--out", str(tmp_path), "--only", "cam", "pgd_step", "--quick"]) == 0
+    ((out, flags),) = calls
+    assert out == tmp_path
+    assert flags == {"only": ("cam", "pgd_step"), "device": "auto", "quick": True, "rounds": None, "overwrite": False}
+    assert "bench takes ops, got 'step'" in error_of(capsys, "bench", "step")
