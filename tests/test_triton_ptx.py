@@ -482,8 +482,9 @@ def show(rows: list[dict[str, object]]) -> None:
 def assert_sass(row: dict[str, object]) -> None:
     assert row["local_bytes"] == 0, row
     assert row["local_accesses"] == 0, row
-    assert row["occupancy"] >= 0.75 or "_map" in row["kernel"] or "_cam" in row["kernel"] or "cam" in row["kernel"], row
+    # The others have a program per image, so that a batch of the usual size leaves most of the chip's warps unused.
     if row["kernel"].startswith(("pgd_step", "project_linf")):
+        assert row["occupancy"] >= 0.75, row
         assert row["LDG.128"], row
         assert row["STG.128"], row
 
@@ -503,3 +504,113 @@ def test_sass_of_every_kernel(launches, tmp_path):
     show(rows)
     for row in rows:
         assert_sass(row)
+
+
+def least_bytes(launch) -> int:
+    """Each input read once, each output written once."""
+    tensors = [value for value in launch.arguments.values() if isinstance(value, Tensor)]
+    return sum(memory(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+def traffic_row(name: str, shape: str, run: str, launch, report) -> dict[str, object]:
+    loads = [m for m in report["mem"] if re.search(r"\bld\.", m["instr"])]
+    stores = [m for m in report["mem"] if re.search(r"\b(?:st|atom|red)\.", m["instr"])]
+    least = least_bytes(launch)
+    # 32-byte sectors of device memory that were read or written at all: what is read again comes from the caches.
+    touched = sum(f["read_bytes"] + f["written_bytes"] for f in report["footprint"] if f["param"] != "<params>")
+
+    def sectors(accesses: list) -> str:
+        requests = sum(m["warp_requests"] for m in accesses)
+        moved = sum(m["sectors"] for m in accesses)
+        full = sum(m["bytes"] for m in accesses) / (32 * moved)
+        return f"{moved / requests:.1f} ({full:.2f} of each used)"
+
+    return {
+        "kernel": name, "shape": shape, "images run": run, "least bytes": least,
+        "from memory / least": f"{touched / least:.2f}",
+        "asked for / least": f"{sum(m['bytes'] for m in report['mem']) / least:.2f}",
+        "sectors per load": sectors(loads), "sectors per store": sectors(stores),
+        "shared bank conflicts": report["shared_bank_conflict_extra"], "shared requests": report["shared_requests"],
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_traffic_table(ptx):
+    """Writes docs/traffic-triton.csv. Every image is treated alike, so few of a batch are run for the large shapes."""
+    import csv
+
+    ptx.options = {"race": 0, "stats": True}
+    rows = []
+
+    def measure(label: str, shape: str, run: int, name: str, *arguments) -> None:
+        launcher(name)(*arguments)
+        rows.append(traffic_row(label, shape, str(run), ptx.launches[-1], ptx.reports[-1]))
+
+    for n, run, side, small in ((128, 32, 32, 8), (128, 8, 64, 16), (256, 1, 224, 7)):
+        shape = f"{n}x3x{side}x{side}"
+        for dtype, grad_dtype in ((F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32)):
+            x, grad = torch.rand(run, 3, side, side).to(dtype), torch.randn(run, 3, side, side).to(grad_dtype)
+            label = f"pgd_step {dtype}, {grad_dtype} grad".replace("torch.", "")
+            measure(f"{label}, float eps", shape, run, "pgd_step", x, grad, x.clone(), None, EPS, 0.0, *SCALARS)
+            if dtype == grad_dtype == F32:
+                pixel = torch.rand(run, 1, side, side).expand(run, 3, side, side)
+                bits = torch.randint(0, 256, (run, 1, side * side // 8), dtype=torch.uint8)
+                last = [value.contiguous(memory_format=torch.channels_last) for value in (x, grad, x.clone())]
+                measure(
+                    f"{label}, (N,1,H,W) eps", shape, run, "pgd_step", x, grad, x.clone(), pixel, 0.0, 0.0, *SCALARS
+                )
+                measure(
+                    f"{label}, packed eps", shape, run, "pgd_step", x, grad, x.clone(), bits, EPS, EPS_LOW, *SCALARS
+                )
+                measure(f"{label}, channels_last, float eps", shape, run, "pgd_step", *last, None, EPS, 0.0, *SCALARS)
+                measure(
+                    f"{label}, channels_last, packed eps", shape, run, "pgd_step", *last, bits, EPS, EPS_LOW, *SCALARS
+                )
+        x = torch.rand(run, 3, side, side)
+        measure(
+            "pgd_step_bwd float32",
+            shape,
+            run,
+            "pgd_step_bwd",
+            x,
+            x.clone(),
+            x.clone(),
+            x.clone(),
+            None,
+            EPS,
+            0.0,
+            *SCALARS,
+        )
+        measure("project_linf float32", shape, run, "project_linf", x, x.clone(), None, EPS, 0.0)
+        maps = torch.rand(run, small, small)
+        measure(f"upsample_cam from {small}x{small}", shape, run, "upsample_cam", maps, side, side)
+        measure(f"cam_mask zscore bits from {small}x{small}", shape, run, "cam_mask", maps, side, side, 0, 0, True)
+        for rule in ("zscore", "released", "quantile", "soft"):
+            number = CAM_MASK.RULES.index(rule)
+            k = side * side // 5 if rule == "quantile" else 0
+            measure(
+                f"epsilon_map {rule} from {small}x{small}",
+                shape,
+                run,
+                "epsilon_map",
+                maps,
+                side,
+                side,
+                number,
+                k,
+                EPS,
+                EPS_LOW,
+            )
+    for channels, side in ((640, 8), (512, 4), (640, 16)):
+        for dtype, layout in ((F32, "contiguous"), (BF16, "channels_last")):
+            features = [lay(torch.rand(2, channels, side, side).to(dtype), layout) for _ in range(2)]
+            label = f"cam gradcam {dtype} {layout}".replace("torch.", "")
+            measure(label, f"128x{channels}x{side}x{side}", 2, "cam", *features, 0)
+    show(rows)
+    with (ROOT / "docs" / "traffic-triton.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        if row["kernel"].startswith(("pgd_step", "project_linf", "cam g")):
+            assert row["from memory / least"] == "1.00", row

@@ -11,8 +11,8 @@ from part_fast.kernels import INTERPRETED, Launch, divide, widen
 
 GRADCAM, XGRADCAM, LAYERCAM = (tl.constexpr(method) for method in range(3))  # hirescam is the last
 
-# Elements of one tensor that a program holds at a time: 16 a thread.
-TILE = 4096
+# Elements of one tensor that a program holds at a time: 8 a thread; with 16 half as many programs fit.
+TILE = 2048
 WARPS = 8
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from part_fast.kernels import INTERPRETED, Launch, divide, narrow, widen
 
 WARPS = 4
+# Most pixels of a tile: 8 a thread.
+LIMIT = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Tiles:
 
 def tiles_of(cam: Tensor, height: int, width: int) -> Tiles:
     """The tiles for maps `cam` (N,h,w)."""
-    limit = 1 << 18 if INTERPRETED else 2048
+    limit = 1 << 18 if INTERPRETED else LIMIT
     flat = width % 8 != 0 or width > limit
     if flat:
         rows, columns = 1, max(8, min(triton.next_power_of_2(height * width), limit // 2))
