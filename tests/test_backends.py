@@ -87,7 +87,7 @@ def test_opcheck(backend, name):
     """Schema, fake shapes and dtypes and strides, compiled with static and with dynamic shapes. `reference` runs here
     through the dispatcher where the compiled library is absent, which test_import.py sees to."""
     op = RAW_OPS[name].triton if backend.name == "triton" else RAW_OPS[name].compiled
-    all_arguments = raw_arguments(name, backend.device)
+    all_arguments = raw_arguments(name, backend.device)[: 1 if backend.interpreted else None]
     for number, arguments in enumerate(all_arguments):
         tests = ["test_schema", "test_faketensor"]
         if number == len(all_arguments) - 1:  # the slow one
@@ -97,7 +97,7 @@ def test_opcheck(backend, name):
 
 @raw_ops
 def test_fake_describes_what_comes_out(backend, name):
-    for arguments in raw_arguments(name, backend.device):
+    for arguments in raw_arguments(name, backend.device)[: 1 if backend.interpreted else None]:
         real = RAW_OPS[name](*arguments)
         with FakeTensorMode() as mode:
             op = getattr(torch.ops.part_fast, name).default
@@ -171,6 +171,7 @@ def fresh(tensors, differentiable=()):
     return [t.clone().requires_grad_(i in differentiable) for i, t in enumerate(tensors)]
 
 
+@pytest.mark.thin(5)
 @public
 def test_compiles_to_one_graph_once(backend, call):
     function, tensors, differentiable = public_calls(backend.device)[call]

@@ -88,6 +88,7 @@ def test_mixed_and_strided_layouts(backend, method):
             assert_close(cam(first, other, method), activation, gradient, method)
 
 
+@pytest.mark.thin(5)
 @methods
 def test_many_threads(backend, method):
     shape = (3, 17, 3, 3) if backend.interpreted else (37, 65, 8, 8)

@@ -44,16 +44,18 @@ def zscores(u, rule):
     return np.moveaxis((colours - colours.mean()) / colours.std(), 2, 0), between
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("rule", ["zscore", "released"])
 @pytest.mark.parametrize("key", SIZES)
 def test_golden(golden, backend, key, rule):
     g = golden("mask")
     size = tuple(int(n) for n in key.split("_to_")[1].split("x"))
-    mask = cam_mask(g[f"{key}.cam"].to(backend.device), size, rule).cpu()
-    differs = mask != g[f"{key}.mask_{rule}"].bool()
+    some = [0, -1] if backend.interpreted else slice(None)
+    mask = cam_mask(g[f"{key}.cam"][some].to(backend.device), size, rule).cpu()
+    differs = mask != g[f"{key}.mask_{rule}"][some].bool()
     if backend.exact:
         assert differs.sum() == 0
-    for u, off in zip(g[f"{key}.upsampled"].double().numpy(), differs.numpy(), strict=True):
+    for u, off in zip(g[f"{key}.upsampled"][some].double().numpy(), differs.numpy(), strict=True):
         if u.any():
             z, between = zscores(u, rule)
             assert (np.abs(z - 1)[off] < 1e-5).all() or between.any()
@@ -66,7 +68,7 @@ def test_golden(golden, backend, key, rule):
 @dtypes
 def test_independent_zscore(backend, dtype, rule):
     compared = left_out = 0
-    for shape, size in map_sizes(backend):
+    for shape, size in map_sizes(backend, dtype, rule):
         cam = maps(shape, dtype, backend.device)
         mask = cam_mask(cam, size, rule)
         assert mask.dtype == torch.bool
@@ -85,10 +87,11 @@ def test_independent_zscore(backend, dtype, rule):
     assert left_out < 0.1 * compared
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("q", ["0.01", "0.1", "0.3", "0.5", "0.9", "0.999", "1/3"])
 @dtypes
 def test_independent_quantile(backend, dtype, q):
-    for shape, size in map_sizes(backend):
+    for shape, size in map_sizes(backend, dtype, q):
         cam = maps(shape, dtype, backend.device)
         mask = cam_mask(cam, size, f"quantile:{q}")
         assert mask.shape == (shape[0], 1, *size)
@@ -111,6 +114,7 @@ def test_independent_quantile(backend, dtype, q):
             assert (mask.flatten(1).numpy() == chosen).all()
 
 
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("q", ["0.05", "0.2", "0.5", "0.75", "0.99"])
 @pytest.mark.parametrize("shape", [(2, 5, 7), (1, 1, 31), (1, 16, 16)])
 def test_quantile_ties_go_to_the_lower_index(backend, shape, q):
@@ -140,28 +144,25 @@ def test_by_hand(backend):
     assert not cam_mask(torch.tensor([[[0.0, 1.0]]], device=backend.device), (1, 2)).any()
 
 
-def test_quantile_counts_exactly(backend):
+@pytest.mark.thin(5)
+@pytest.mark.parametrize(
+    ("q", "k"),
+    [("0.07", 7), ("0.071", 8), ("0.29", 29), ("1/100", 1), ("1e-9", 1), ("0.9999999999", 100), (" 0.5 ", 50)],
+)
+def test_quantile_counts_exactly(backend, q, k):
     """0.07 of 100 pixels is 7, though in binary 0.07 * 100 is above 7."""
     cam = torch.rand(1, 10, 10, device=backend.device)
-    for q, k in [
-        ("0.07", 7),
-        ("0.071", 8),
-        ("0.29", 29),
-        ("1/100", 1),
-        ("1e-9", 1),
-        ("0.9999999999", 100),
-        (" 0.5 ", 50),
-    ]:
-        assert cam_mask(cam, (10, 10), f"quantile:{q}").sum() == k, q
+    assert cam_mask(cam, (10, 10), f"quantile:{q}").sum() == k
 
 
+@pytest.mark.thin(11)
 @rules
 @dtypes
 def test_no_evidence_gives_all_false(backend, dtype, rule):
     cam = maps((7, 3, 4), dtype, backend.device)
     cam[1], cam[2], cam[3] = 0.0, 0.1, -3.0
     cam[4, 2, 3], cam[5, 0, 0] = float("nan"), float("inf")
-    for size in ((3, 4), (8, 12)):
+    for size in ((3, 4), (8, 12))[backend.interpreted :]:
         mask = cam_mask(cam, size, rule)
         assert not mask[1:6].any()
         assert mask[0].any()
@@ -170,6 +171,7 @@ def test_no_evidence_gives_all_false(backend, dtype, rule):
         assert_same(mask[[0, 6]], cam_mask(cam[[0, 6]], size, rule))
 
 
+@pytest.mark.thin(3)
 @dtypes
 def test_the_least_evidence_counts(backend, dtype):
     cam = torch.full((1, 4, 4), 0.25, dtype=dtype, device=backend.device)
@@ -181,38 +183,42 @@ def test_the_least_evidence_counts(backend, dtype):
 @rules
 def test_float16_maps_of_full_range(backend, rule):
     """The span of a float16 map need not fit float16."""
-    cam = torch.randn(2, 4, 4, device=backend.device).clamp(-1, 1) * 65000
+    cam = torch.randn(1, 4, 4, device=backend.device).clamp(-1, 1) * 65000
     cam[:, 0, 0], cam[:, 1, 1] = -65000, 65000
     half = cam.half()
     assert cam_mask(half, (8, 8), rule).any()
     assert_same(cam_mask(half, (8, 8), rule), cam_mask(half.float(), (8, 8), rule))
 
 
+@pytest.mark.thin(5)
 @rules
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_dtypes_compute_in_float32(backend, dtype, rule):
-    for shape, size in map_sizes(backend):
+    for shape, size in map_sizes(backend, dtype, rule):
         cam = maps(shape, dtype, backend.device)
         assert_same(cam_mask(cam, size, rule), cam_mask(cam.float(), size, rule), (shape, size))
 
 
+@pytest.mark.thin(7)
 @rules
 @dtypes
 def test_layouts_give_the_same_mask(backend, dtype, rule):
-    cam = maps((3, 4, 5), dtype, backend.device)
+    n = 1 if backend.interpreted else 3
+    cam = maps((n, 4, 5), dtype, backend.device)
     expected = cam_mask(cam, (9, 11), rule)
-    memory = torch.full((3 * 4 * 5 + 1,), float("nan"), dtype=dtype, device=backend.device)
-    offset = memory[1:].view(3, 4, 5).copy_(cam)
+    memory = torch.full((n * 4 * 5 + 1,), float("nan"), dtype=dtype, device=backend.device)
+    offset = memory[1:].view(n, 4, 5).copy_(cam)
     transposed = cam.transpose(0, 2).contiguous().transpose(0, 2)
-    wide = torch.full((3, 8, 10), float("nan"), dtype=dtype, device=backend.device)
+    wide = torch.full((n, 8, 10), float("nan"), dtype=dtype, device=backend.device)
     strided = wide[:, ::2, ::2].copy_(cam)
     for other in (offset, transposed, strided):
         assert_same(cam_mask(other, (9, 11), rule), expected)
 
 
+@pytest.mark.thin(5)
 @rules
 def test_many_threads(backend, rule):
-    shape, size = ((5, 3, 3), (8, 8)) if backend.interpreted else ((67, 8, 8), (33, 32))
+    shape, size = ((2, 4, 4), (8, 8)) if backend.interpreted else ((67, 8, 8), (33, 32))
     cam = maps(shape, torch.float32, backend.device)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -259,7 +265,7 @@ def test_properties(backend, shape, more, seed, dtype):
     size = (shape[1] + more[0], shape[2] + more[1])
     order = torch.randperm(shape[0], device=backend.device)
     flat = cam.amax((1, 2)) == cam.amin((1, 2))
-    for rule in RULES:
+    for rule in [RULES[seed % 3]] if backend.interpreted else RULES:
         mask = cam_mask(cam, size, rule)
         assert_same(cam_mask(cam * 8, size, rule), mask, rule)
         assert_same(cam_mask(cam[order], size, rule), mask[order], rule)
@@ -276,8 +282,10 @@ def test_properties(backend, shape, more, seed, dtype):
 )
 def test_quantiles_nest_and_count(backend, shape, factor, shares, seed):
     torch.manual_seed(seed)
-    cam = maps(shape, torch.float32, backend.device)
+    if backend.interpreted:
+        shape, factor = (1, *shape[1:]), 1
     size = (shape[1] * factor, shape[2] * factor)
+    cam = maps(shape, torch.float32, backend.device)
     evidence = cam.amax((1, 2)) > cam.amin((1, 2))
     smaller, larger = (cam_mask(cam, size, f"quantile:{share / 1000}") for share in sorted(shares))
     assert not (smaller & ~larger).any()

@@ -46,7 +46,7 @@ def oracle(x_adv, x, eps):
 @layouts
 @dtypes
 def test_matches_numpy_bit_for_bit(backend, dtype, layout, eps_form):
-    for shape in image_shapes(backend):
+    for shape in image_shapes(backend, dtype, layout, eps_form):
         eps, dense = make_eps(eps_form, shape, backend.device)
         x_adv, _, x = (lay(t, layout) for t in make_images(shape, dtype, backend.device, dense))
         before = x_adv.clone()
@@ -61,12 +61,13 @@ def test_matches_numpy_bit_for_bit(backend, dtype, layout, eps_form):
 @pytest.mark.parametrize("eps_dtype", DTYPES.values(), ids=DTYPES.keys())
 @dtypes
 def test_any_pair_of_dtypes(backend, dtype, eps_dtype):
-    for shape in image_shapes(backend):
+    for shape in image_shapes(backend, dtype, eps_dtype):
         eps, dense = make_eps("(N,1,H,W)", shape, backend.device, eps_dtype)
         x_adv, _, x = make_images(shape, dtype, backend.device, dense)
         assert_same(project_linf(x_adv, x, eps), oracle(x_adv, x, dense), shape)
 
 
+@pytest.mark.thin(5)
 @dtypes
 @layouts
 def test_mixed_memory_formats_follow_x_adv(backend, layout, dtype):
@@ -95,11 +96,12 @@ def test_many_threads(backend, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("eps_form", ["float", "(N,1,H,W)", "(N,C,H,W)", "PackedEpsilon M=1"])
 @layouts
 @dtypes
 def test_nan_reaches_the_output(backend, dtype, layout, eps_form):
-    for shape in image_shapes(backend):
+    for shape in image_shapes(backend, dtype, layout, eps_form):
         eps, dense = make_eps(eps_form, shape, backend.device)
         if isinstance(eps, Tensor):
             eps = with_nan(eps)
@@ -170,6 +172,7 @@ def test_samples_do_not_meet(backend, shape, seed, eps_form, layout, dtype):
     assert_same(shuffled, project_linf(x_adv, x, eps)[order])
 
 
+@pytest.mark.thin(5)
 @eps_forms
 def test_gradcheck(backend, eps_form):
     shape = (2, 3, 2, 3)
@@ -183,14 +186,19 @@ def test_gradcheck(backend, eps_form):
     x_adv = x + relative * dense * torch.randn_like(x).sign()
     leaves = [t.requires_grad_() for t in (x_adv, x, eps) if isinstance(t, Tensor)]
     fast = backend.interpreted or eps_form != "(N,1,H,W)"
-    assert torch.autograd.gradcheck(lambda a, n, e=eps: project_linf(a, n, e), leaves, fast_mode=fast)
+
+    def project(x_adv, x, eps=eps):
+        return project_linf(x_adv, x, eps)
+
+    assert torch.autograd.gradcheck(project, leaves, fast_mode=fast, check_undefined_grad=not backend.interpreted)
 
 
+@pytest.mark.thin(5)
 @eps_forms
 @layouts
 @dtypes
 def test_gradients_by_cases(backend, dtype, layout, eps_form):
-    for shape in image_shapes(backend)[:4]:
+    for shape in image_shapes(backend, dtype, layout, eps_form)[:4]:
         eps, dense = make_eps(eps_form, shape, backend.device)
         x_adv, _, x = (lay(t, layout) for t in make_images(shape, dtype, backend.device, dense))
         compute = compute_dtype(dtype)

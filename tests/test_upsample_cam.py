@@ -37,13 +37,16 @@ def maps(shape, dtype, device):
 @pytest.mark.parametrize("key", SIZES)
 def test_golden(golden, backend, key):
     g = golden("mask")
-    cam = g[f"{key}.cam"].to(backend.device)
+    some = [0, -1] if backend.interpreted else slice(None)
+    cam = g[f"{key}.cam"][some].to(backend.device)
     size = tuple(int(n) for n in key.split("_to_")[1].split("x"))
     result = upsample_cam(cam, size)
     # The published pipeline takes float32 weights from PIL, which computes them in float64.
-    torch.testing.assert_close(result.cpu(), g[f"{key}.upsampled"], rtol=0, atol=FLOAT32)
+    torch.testing.assert_close(result.cpu(), g[f"{key}.upsampled"][some], rtol=0, atol=FLOAT32)
     # At the map's own size nothing is left but the min-max; one division that torch and the golden round alike.
-    torch.testing.assert_close(upsample_cam(cam, cam.shape[1:]).cpu(), g[f"{key}.normalized"], rtol=0, atol=2**-23)
+    torch.testing.assert_close(
+        upsample_cam(cam, cam.shape[1:]).cpu(), g[f"{key}.normalized"][some], rtol=0, atol=2**-23
+    )
 
 
 def test_pil(backend):
@@ -60,7 +63,7 @@ def test_pil(backend):
 @dtypes
 def test_float64_oracle(backend, dtype):
     tolerance = 1e-13 if dtype == torch.float64 else FLOAT32
-    for shape, size in map_sizes(backend):
+    for shape, size in map_sizes(backend, dtype):
         cam = maps(shape, dtype, backend.device)
         result = upsample_cam(cam, size)
         assert result.dtype == dtype
@@ -72,6 +75,7 @@ def test_float64_oracle(backend, dtype):
         assert_same(result, wide.to(dtype), (shape, size))
 
 
+@pytest.mark.thin(3)
 @dtypes
 def test_layouts_give_the_same_bits(backend, dtype):
     cam = maps((3, 4, 5), dtype, backend.device)
@@ -103,6 +107,7 @@ def test_size_forms(backend):
         assert_same(upsample_cam(cam, size), expected)
 
 
+@pytest.mark.thin(3)
 @dtypes
 def test_flat_maps_give_zeros(backend, dtype):
     cam = (
@@ -124,6 +129,7 @@ def test_overshoot_is_kept(backend):
     assert result.max() > 1.01
 
 
+@pytest.mark.thin(3)
 @dtypes
 def test_nan_and_infinity_stay_in_their_map(backend, dtype):
     cam = maps((4, 3, 3), dtype, backend.device)
@@ -176,12 +182,14 @@ def plain(cam, size):
 
 
 def test_gradcheck(backend):
-    for shape, size in [((2, 3, 4), (7, 9)), ((1, 1, 5), (2, 8)), ((2, 2, 2), (2, 2))]:
+    for shape, size in [((2, 3, 4), (7, 9)), ((1, 1, 5), (2, 8)), ((2, 2, 2), (2, 2))][
+        : 1 if backend.interpreted else 3
+    ]:
         # A permutation: the extremes are unique, and far from the others.
         cam = torch.stack([torch.randperm(math.prod(shape[1:])).view(shape[1:]) for _ in range(shape[0])])
         cam = cam.double().to(backend.device).requires_grad_()
-        fast = backend.interpreted
-        assert torch.autograd.gradcheck(lambda c, size=size: upsample_cam(c, size), cam, fast_mode=fast)
+        modes = {"fast_mode": True, "check_undefined_grad": False} if backend.interpreted else {}
+        assert torch.autograd.gradcheck(lambda c, size=size: upsample_cam(c, size), cam, **modes)
 
 
 @dtypes
@@ -189,7 +197,7 @@ def test_gradients_with_ties(backend, dtype):
     """Against torch's own derivative of amin and amax, which shares evenly between ties."""
     # The float32 backward sums up to 65*130 terms; relative to the largest gradient.
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    for shape, size in map_sizes(backend):
+    for shape, size in map_sizes(backend, dtype):
         if shape[1] * shape[2] == 1:
             continue
         cam = torch.randint(0, 4, shape, device=backend.device).to(dtype)
@@ -216,8 +224,8 @@ def test_ties_by_hand(backend):
 
 
 def test_gradient_arrives_in_any_layout(backend):
-    cam = maps((2, 3, 4), torch.float64, backend.device).requires_grad_()
-    weight = torch.randn(2, 8, 9, dtype=torch.float64, device=backend.device)
+    cam = maps((1, 3, 4), torch.float64, backend.device).requires_grad_()
+    weight = torch.randn(1, 8, 9, dtype=torch.float64, device=backend.device)
     (expected,) = torch.autograd.grad(upsample_cam(cam, (8, 9)), cam, weight)
     (transposed,) = torch.autograd.grad(upsample_cam(cam, (8, 9)), cam, weight.mT.contiguous().mT)
     assert_same(transposed, expected)
