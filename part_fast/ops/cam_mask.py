@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
@@ -15,13 +13,23 @@ from part_fast.ops.upsample_cam import reference as upsample_reference
 RULES = ("zscore", "released", "quantile", "soft")
 
 
-@torch.compiler.assume_constant_result
 def _fraction(text: str) -> tuple[int, int]:
-    """Numerator and denominator; (0, 1) for no number. Exact: 0.07 of 100 pixels is 7, where floats say
-    7.000000000000001, so 8. A graph takes what this returns as constants, since it cannot trace Fraction."""
+    """Numerator and denominator of "0.07", "7e-2" or "7/100"; (0, 1) for anything else.
+
+    Exact: 0.07 of 100 pixels is 7, where floats say 7.000000000000001, so 8. Plain integers, since torch.compile
+    does not trace fractions.Fraction.
+    """
     try:
-        return Fraction(text.strip()).as_integer_ratio()
-    except (ValueError, ZeroDivisionError):
+        top, slash, bottom = text.partition("/")
+        if slash:
+            return int(top), int(bottom)
+        mantissa, e, exponent = text.lower().partition("e")
+        whole, _, part = mantissa.strip().partition(".")
+        power = (int(exponent) if e else 0) - len(part)
+        if abs(power) > 400:  # beyond any double; 10**power would take its time
+            return 0, 1
+        return int(whole + part) * 10 ** max(power, 0), 10 ** max(-power, 0)
+    except ValueError:
         return 0, 1
 
 
