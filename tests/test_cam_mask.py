@@ -147,7 +147,17 @@ def test_by_hand(backend):
 @pytest.mark.thin(5)
 @pytest.mark.parametrize(
     ("q", "k"),
-    [("0.07", 7), ("0.071", 8), ("0.29", 29), ("1/100", 1), ("1e-9", 1), ("0.9999999999", 100), (" 0.5 ", 50)],
+    [
+        ("0.07", 7),
+        ("0.071", 8),
+        ("0.29", 29),
+        ("1/100", 1),
+        ("1e-9", 1),
+        ("0.9999999999", 100),
+        (" 0.5 ", 50),
+        (".5", 50),
+        ("29E-2", 29),
+    ],
 )
 def test_quantile_counts_exactly(backend, q, k):
     """0.07 of 100 pixels is 7, though in binary 0.07 * 100 is above 7."""
@@ -308,6 +318,11 @@ BAD_RULES = [
     ("rule", "quantile:abc", ValueError, "'quantile:abc'"),
     ("rule", "quantile:nan", ValueError, "'quantile:nan'"),
     ("rule", "quantile:1/0", ValueError, "'quantile:1/0'"),
+    ("rule", "quantile:1/2/3", ValueError, "'quantile:1/2/3'"),
+    ("rule", "quantile:1e", ValueError, "'quantile:1e'"),
+    ("rule", "quantile:.", ValueError, "'quantile:.'"),
+    ("rule", "quantile:0.-5", ValueError, "'quantile:0.-5'"),
+    ("rule", "quantile:1e-999999999", ValueError, "'quantile:1e-999999999'"),
     ("rule", None, TypeError, "NoneType"),
     ("rule", 0.5, TypeError, "float"),
 ]
