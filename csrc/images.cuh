@@ -21,9 +21,9 @@ constexpr int IMAGES_BLOCKS = 12;
 template <typename T>
 constexpr int RUN = 16 / sizeof(T);
 
-// Runs of a tile that a gradient kernel computes at a time: registers for float64 are short.
+// For gradient kernels; in float64, of twice the registers, half of what the largest one can.
 template <typename T>
-constexpr int UNROLLED = sizeof(T) == 8 ? 1 : EACH / RUN<T>;
+constexpr int IMAGES_BWD_BLOCKS = sizeof(T) == 8 ? 8 : IMAGES_BLOCKS;
 
 inline unsigned tile_grid(int64_t numel) {
   constexpr int64_t block = IMAGES_BLOCK / 32 * TILE;
@@ -138,14 +138,15 @@ struct EpsView {
   }
 };
 
-// eps of a warp's tile. What differs between elements is read in the order in which the lanes lie, then taken from
-// shared memory in runs: every form is read once and in whole sectors, whatever the size of its elements.
-template <typename C>
+// eps of a warp's tile, to be read in runs of N. What differs between elements is read in the order in which the lanes
+// lie, then taken from shared memory in runs: every form is read once and in whole sectors, whatever the size of its
+// elements.
+template <typename C, int N>
 class EpsTile {
  public:
   // To be called by the whole warp. `count`: elements of the tile, at most TILE.
   __device__ __forceinline__ EpsTile(const EpsView<C>& eps, int64_t tile, int count) : same_(eps.high) {
-    __shared__ alignas(16) C room[IMAGES_BLOCK / 32][TILE];
+    __shared__ alignas(16) C room[IMAGES_BLOCK / 32][place(TILE - 1) + 1];
     shared_ = eps.kind == eps.CONSTANT || eps.kind == eps.SINGLE ? nullptr : room[threadIdx.x / 32];
     if (eps.kind == eps.CONSTANT) return;
     if (eps.kind == eps.SINGLE) {
@@ -176,27 +177,35 @@ class EpsTile {
       }
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        if (first + 32 * i < count) shared_[first + 32 * i] = values[i];
+        if (first + 32 * i < count) shared_[place(first + 32 * i)] = values[i];
       }
     }
     __syncwarp();
   }
 
   // Of element `i` of the tile.
-  __device__ __forceinline__ C operator[](int i) const { return shared_ == nullptr ? same_ : shared_[i]; }
+  __device__ __forceinline__ C operator[](int i) const { return shared_ == nullptr ? same_ : shared_[place(i)]; }
 
-  // Of this lane's run number `run`, of N elements.
-  template <int N>
+  // Of this lane's run number `run`.
   __device__ __forceinline__ void read(int run, C (&to)[N]) const {
-    if (shared_ != nullptr) {
-      load_run(shared_ + (run * 32 + static_cast<int>(threadIdx.x % 32)) * N, to);
-    } else {
+    const int first = (run * 32 + static_cast<int>(threadIdx.x % 32)) * N;
 #pragma unroll
-      for (int i = 0; i < N; ++i) to[i] = same_;
+    for (int i = 0; i < N; i += WORD) {
+      C values[WORD];
+      if (shared_ != nullptr) load_run(shared_ + place(first + i), values);
+#pragma unroll
+      for (int j = 0; j < WORD; ++j) to[i + j] = shared_ != nullptr ? values[j] : same_;
     }
   }
 
  private:
+  static constexpr int WORD = 16 / sizeof(C);
+
+  // Where element `i` lies. A run of two 16-byte words is parted: in both orders the lanes meet all banks.
+  __host__ __device__ static constexpr int place(int i) {
+    return N == WORD ? i : i % N / WORD * (TILE / 2 + 16) + i / N * WORD + i % WORD;
+  }
+
   C same_;
   C* shared_;
 };

@@ -88,6 +88,20 @@ __device__ __forceinline__ void load_run(const T* from, T (&to)[N]) {
   }
 }
 
+// The same to shared memory.
+template <typename T, int N>
+__device__ __forceinline__ void put_run(T* to, const T (&from)[N]) {
+  constexpr int size = sizeof(T) * N;
+  using Word = word_t<size>;
+#pragma unroll
+  for (int i = 0; i < size / static_cast<int>(sizeof(Word)); ++i) {
+    Word word;
+    memcpy(&word, reinterpret_cast<const char*>(from) + i * sizeof(Word), sizeof(Word));
+    reinterpret_cast<Word*>(to)[i] = word;
+  }
+}
+
+// The same to device memory. By an intrinsic: a plain assignment is sometimes compiled to a store for each element.
 template <typename T, int N>
 __device__ __forceinline__ void store_run(T* to, const T (&from)[N]) {
   constexpr int size = sizeof(T) * N;
@@ -96,7 +110,7 @@ __device__ __forceinline__ void store_run(T* to, const T (&from)[N]) {
   for (int i = 0; i < size / static_cast<int>(sizeof(Word)); ++i) {
     Word word;
     memcpy(&word, reinterpret_cast<const char*>(from) + i * sizeof(Word), sizeof(Word));
-    reinterpret_cast<Word*>(to)[i] = word;
+    __stwb(reinterpret_cast<Word*>(to) + i, word);
   }
 }
 

@@ -185,8 +185,8 @@ class Enlarged {
       Taps<C> taps = keys_taps<C, int32_t>(row + y, maps_.h, maps_.height);
 #pragma unroll
       for (int t = 0; t < 4; ++t) taps.index[t] -= start;
-      store_run(indices() + 4 * y, taps.index);
-      store_run(weights() + 4 * y, taps.weight);
+      put_run(indices() + 4 * y, taps.index);
+      put_run(weights() + 4 * y, taps.weight);
     }
     __syncthreads();
     const int sources = indices()[4 * rows - 1] + 1;

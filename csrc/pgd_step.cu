@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_kernel(c
   const int64_t tile = this_tile();
   const int count = static_cast<int>(min(int64_t{TILE}, s.numel - tile));
   if (count <= 0) return;
-  const EpsTile<C> bound(s.eps, tile, count);
+  const EpsTile<C, N> bound(s.eps, tile, count);
   if (s.aligned && count == TILE) {
     const Signs signs = signs_of<N>(s.grad, s.grad_dtype, tile);
 #pragma unroll
@@ -85,7 +85,8 @@ struct Bwd {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_bwd_kernel(const __grid_constant__ Bwd<T> a) {
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BWD_BLOCKS<T>)
+    pgd_step_bwd_kernel(const __grid_constant__ Bwd<T> a) {
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   const Step<T>& s = a.step;
@@ -95,10 +96,10 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_bwd_kern
   const int64_t tile = this_tile();
   const int count = static_cast<int>(min(int64_t{TILE}, s.numel - tile));
   if (count <= 0) return;
-  const EpsTile<C> bound(s.eps, tile, count);
+  const EpsTile<C, N> bound(s.eps, tile, count);
   if (s.aligned && count == TILE) {
     const Signs signs = signs_of<N>(s.grad, s.grad_dtype, tile);
-#pragma unroll(UNROLLED<T>)
+#pragma unroll
     for (int run = 0; run < EACH / N; ++run) {
       const int64_t at = this_run<T>(tile, run);
       T x_adv[N], x[N], grad_out[N];

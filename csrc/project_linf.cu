@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
   const int64_t tile = this_tile();
   const int count = static_cast<int>(min(int64_t{TILE}, p.numel - tile));
   if (count <= 0) return;
-  const EpsTile<C> bound(p.eps, tile, count);
+  const EpsTile<C, N> bound(p.eps, tile, count);
   if (p.aligned && count == TILE) {
 #pragma unroll
     for (int run = 0; run < EACH / N; ++run) {
@@ -71,7 +71,7 @@ struct Bwd {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BWD_BLOCKS<T>)
     project_linf_bwd_kernel(const __grid_constant__ Bwd<T> a) {
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
   const int64_t tile = this_tile();
   const int count = static_cast<int>(min(int64_t{TILE}, p.numel - tile));
   if (count <= 0) return;
-  const EpsTile<C> bound(p.eps, tile, count);
+  const EpsTile<C, N> bound(p.eps, tile, count);
   if (p.aligned && count == TILE) {
-#pragma unroll(UNROLLED<T>)
+#pragma unroll
     for (int run = 0; run < EACH / N; ++run) {
       const int64_t at = this_run<T>(tile, run);
       T x_adv[N], x[N], grad_out[N];

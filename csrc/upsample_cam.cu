@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(MAPS_BLOCK, MAPS_BLOCKS<C>)
 // The gradient: grad_out (N,H,W) times the taps along rows, then along columns, then through the normalisation.
 constexpr int BWD_BLOCK = 256;
 template <typename C>
-constexpr int BWD_BLOCKS = MAPS_BLOCKS<C> * MAPS_BLOCK / BWD_BLOCK;
+constexpr int BWD_BLOCKS = sizeof(C) == 8 ? 3 : 6;
 constexpr int CHUNK = 32;  // rows of grad_out in shared memory at a time: a lane for each
 
 template <typename T>
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(BWD_BLOCK, BWD_BLOCKS<compute_t<T>>)
   const int places = a.h * a.w, tall = a.height | 1, broad = a.width | 1;
 
   C low = load(cam[0]), high = low;
+#pragma unroll 1
   for (int i = threadIdx.x; i < places; i += blockDim.x) {
     low = lower(low, load(cam[i]));
     high = higher(high, load(cam[i]));
@@ -109,27 +110,38 @@ __global__ void __launch_bounds__(BWD_BLOCK, BWD_BLOCKS<compute_t<T>>)
   C* const room = reinterpret_cast<C*>(shared);
   low = reduce(low, room, [](C x, C y) { return lower(x, y); });
   high = reduce(high, room, [](C x, C y) { return higher(x, y); });
-  const C spread = high - low;
+  // In shared memory, not in registers: the map's range and what its minimum and maximum share.
+  C* const shares = room + 16;
+  C* const range = room + 18;
+  if (threadIdx.x == 0) {
+    range[0] = low;
+    range[1] = high;
+  }
+  __syncthreads();
 
   if (a.kept) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < a.height + a.width; i += blockDim.x) {
       const bool row = i < a.height;
       const int out = row ? i : i - a.height;
-      (row ? row_taps : column_taps)[out] = keys_taps<C, int32_t>(out, row ? a.h : a.w, row ? a.height : a.width);
+      Taps<C>* const to = row ? row_taps : column_taps;
+      to[out] = keys_taps<C, int32_t>(out, row ? a.h : a.w, row ? a.height : a.width);
     }
+#pragma unroll 1
     for (int first = 0; first < a.height; first += CHUNK) {
       const int rows = min(CHUNK, a.height - first), warps = static_cast<int>(blockDim.x) / 32,
                 lane = static_cast<int>(threadIdx.x) % 32;
       __syncthreads();
       for (int row = static_cast<int>(threadIdx.x) / 32; row < rows; row += warps) {
         const T* const from = grad_out + static_cast<int64_t>(first + row) * a.width;
+#pragma unroll 4
         for (int x = lane; x < a.width; x += 32) chunk[row * broad + x] = load(from[x]);
       }
       __syncthreads();
       for (int column = static_cast<int>(threadIdx.x) / 32; column < a.w; column += warps) {
         const Reach reach(column, a.w, a.width);
         C sum = 0;
+#pragma unroll 2
         for (int x = reach.first; x < reach.last; ++x) {
           const C weight = weight_of(column_taps[x], column);
           if (lane < rows) sum += chunk[lane * broad + x] * weight;
@@ -145,6 +157,7 @@ __global__ void __launch_bounds__(BWD_BLOCK, BWD_BLOCKS<compute_t<T>>)
     const Reach down(i, a.h, a.height);
     C sum = 0;
     if (a.kept) {
+#pragma unroll 1
       for (int y = down.first; y < down.last; ++y) sum += weight_of(row_taps[y], i) * narrow[j * tall + y];
       return sum;
     }
@@ -164,29 +177,34 @@ __global__ void __launch_bounds__(BWD_BLOCK, BWD_BLOCKS<compute_t<T>>)
   // The minimum and the maximum of the map share what reaches them evenly between ties, as torch's amin and amax do.
   C from_low = 0, from_high = 0;
   int at_low = 0, at_high = 0;
-  T* const out = a.out + static_cast<int64_t>(blockIdx.x) * places;
 #pragma unroll 1
   for (int round = 0; round < 2; ++round) {
 #pragma unroll 1
     for (int place = threadIdx.x; place < places; place += blockDim.x) {
-      const C value = load(cam[place]);
       const C gradient = a.kept && round == 1 ? small[place] : gradient_at(place);
+      const C value = load(cam[place]), spread = range[1] - range[0];
       if (round == 0) {
-        const C scaled = (value - low) / spread;
+        const C scaled = (value - range[0]) / spread;
         if (a.kept) small[place] = gradient;
         from_low += (scaled - 1) * gradient;
         from_high += -scaled * gradient;
-        at_low += value == low;
-        at_high += value == high;
+        at_low += value == range[0];
+        at_high += value == range[1];
       } else {
-        const C result = (gradient + C(value == low) * from_low + C(value == high) * from_high) / spread;
-        out[place] = store<T>(spread == 0 ? C(0) : result);
+        const C shared_out = C(value == range[0]) * shares[0] + C(value == range[1]) * shares[1];
+        a.out[blockIdx.x * static_cast<int64_t>(places) + place] =
+            store<T>(spread == 0 ? C(0) : (gradient + shared_out) / spread);
       }
     }
     if (round == 0) {
       int* const counts = reinterpret_cast<int*>(room);
       from_low = reduce(from_low, room, Add()) / reduce(at_low, counts, Add());
       from_high = reduce(from_high, room, Add()) / reduce(at_high, counts, Add());
+      if (threadIdx.x == 0) {
+        shares[0] = from_low;
+        shares[1] = from_high;
+      }
+      __syncthreads();
     }
   }
 }
