@@ -40,9 +40,10 @@ class Matrix {
   __device__ __forceinline__ Matrix(const T* activation, const T* gradient, int rows, int columns, int stride)
       : activation_(activation), gradient_(gradient), rows_(rows), runs_(columns / N), stride_(stride) {}
 
-  // finish(row, sums over the row of what `terms` adds), once for each row. terms(a, g, row, column, sums).
-  template <bool A, bool G, typename Terms, typename Finish>
-  __device__ __forceinline__ void over_rows(const Terms& terms, const Finish& finish) const {
+  // finish(row, sums over the row of what `terms` adds), once for each row. weigh(row, run, weights) fills the
+  // run's weights, terms(a, g, weight, sums) adds an element.
+  template <bool A, bool G, typename Weigh, typename Terms, typename Finish>
+  __device__ __forceinline__ void over_rows(const Weigh& weigh, const Terms& terms, const Finish& finish) const {
     // As many lanes as a row has runs, rounded up to a power of two.
     int lanes = 1;
     while (lanes < 32 && lanes < runs_) lanes *= 2;
@@ -56,7 +57,7 @@ class Matrix {
 #pragma unroll
         for (int i = 0; i < AT_ONCE; ++i) {
           const int row = base + i * groups + group;
-          if (row < rows_) add<A, G>(row, run, terms, [&](int) -> Pair<C>& { return sums[i]; });
+          if (row < rows_) add<A, G>(row, run, weigh, terms, [&](int) -> Pair<C>& { return sums[i]; });
         }
       }
 #pragma unroll
@@ -74,8 +75,9 @@ class Matrix {
   }
 
   // The same over columns. `room`: 2 * N values per thread. SECOND: whether the pair's second value is of interest.
-  template <bool A, bool G, bool SECOND, typename Terms, typename Finish>
-  __device__ __forceinline__ void over_columns(C* room, const Terms& terms, const Finish& finish) const {
+  template <bool A, bool G, bool SECOND, typename Weigh, typename Terms, typename Finish>
+  __device__ __forceinline__ void over_columns(C* room, const Weigh& weigh, const Terms& terms,
+                                               const Finish& finish) const {
 #pragma unroll 1
     for (int from = 0; from < runs_; from += blockDim.x) {
       const int width = min(static_cast<int>(blockDim.x), runs_ - from);
@@ -85,7 +87,7 @@ class Matrix {
       if (slice < slices) {
 #pragma unroll(N == 8 ? 1 : 2)
         for (int row = slice; row < rows_; row += slices) {
-          add<A, G>(row, run, terms, [&](int i) -> Pair<C>& { return sums[i]; });
+          add<A, G>(row, run, weigh, terms, [&](int i) -> Pair<C>& { return sums[i]; });
         }
       }
       int place = slice;
@@ -105,11 +107,13 @@ class Matrix {
       C* const second = room + blockDim.x * N;
       if (place < slices) {
         const int at = (place * width + threadIdx.x % width) * N;
+        C values[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          room[at + i] = sums[i].first;
-          if (SECOND) second[at + i] = sums[i].second;
-        }
+        for (int i = 0; i < N; ++i) values[i] = sums[i].first;
+        put_run(room + at, values);
+#pragma unroll
+        for (int i = 0; i < N; ++i) values[i] = sums[i].second;
+        if (SECOND) put_run(second + at, values);
       }
       __syncthreads();
 #pragma unroll 1
@@ -126,25 +130,43 @@ class Matrix {
   }
 
  private:
-  template <bool A, bool G, typename Terms, typename To>
-  __device__ __forceinline__ void add(int row, int run, const Terms& terms, const To& to) const {
+  template <bool A, bool G, typename Weigh, typename Terms, typename To>
+  __device__ __forceinline__ void add(int row, int run, const Weigh& weigh, const Terms& terms, const To& to) const {
     T a[N] = {}, g[N] = {};
     const int64_t at = static_cast<int64_t>(row) * stride_ + run * N;
     if (A) load_run(activation_ + at, a);
     if (G) load_run(gradient_ + at, g);
+    C weights[N] = {};
+    weigh(row, run, weights);
 #pragma unroll
-    for (int i = 0; i < N; ++i) terms(load(a[i]), load(g[i]), row, run * N + i, to(i));
+    for (int i = 0; i < N; ++i) terms(load(a[i]), load(g[i]), weights[i], to(i));
   }
 
   const T *activation_, *gradient_;
   int rows_, runs_, stride_;
 };
 
+// The weights of up to CHANNELS channels in shared memory. Read in runs of two 16-byte words, they lie parted, so that
+// the lanes of a warp meet all banks.
+template <typename C, int N>
+struct Weights {
+  static constexpr int WORD = 16 / sizeof(C);
+  int half;
+
+  __host__ __device__ explicit Weights(int channels) : half((min_of(channels) + 63) / 64 * 32 + 16) {}
+  __host__ __device__ static int min_of(int channels) { return channels < CHANNELS ? channels : CHANNELS; }
+  __host__ __device__ int size() const { return 2 * half; }
+  __device__ __forceinline__ int place(int channel) const {
+    return N <= WORD ? channel : channel % N / WORD * half + channel / N * WORD + channel % WORD;
+  }
+};
+
 template <typename T, int N>
 __device__ __forceinline__ void cam_of_image(const Cam<T>& a, char* shared) {
   using C = compute_t<T>;
   C* const weights = reinterpret_cast<C*>(shared);
-  C* const room = weights + min(a.channels, CHANNELS);
+  const Weights<C, N> places(a.channels);
+  C* const room = weights + places.size();
   const int64_t image = static_cast<int64_t>(blockIdx.x) * a.channels * a.pixels;
   C* const out = a.out + static_cast<int64_t>(blockIdx.x) * a.pixels;
 #pragma unroll 1
@@ -156,39 +178,52 @@ __device__ __forceinline__ void cam_of_image(const Cam<T>& a, char* shared) {
     const Matrix<T, N> matrix(a.activation + at, a.gradient + at, rows, columns,
                               a.channels_last ? a.channels : a.pixels);
 
-    const auto mean = [&](C, C g, int, int, Pair<C>& to) { to.first += g; };
-    const auto ratio = [&](C value, C g, int, int, Pair<C>& to) {
+    const auto nothing = [](int, int, C(&)[N]) {};
+    const auto of_row = [&](int row, int, C(&to)[N]) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) to[i] = weights[places.place(row)];
+    };
+    const auto of_columns = [&](int, int run, C(&to)[N]) {
+      constexpr int WORD = N < places.WORD ? N : places.WORD;
+#pragma unroll
+      for (int i = 0; i < N; i += WORD) {
+        C word[WORD];
+        load_run(weights + places.place(run * N + i), word);
+#pragma unroll
+        for (int j = 0; j < WORD; ++j) to[i + j] = word[j];
+      }
+    };
+    const auto mean = [](C, C g, C, Pair<C>& to) { to.first += g; };
+    const auto ratio = [](C value, C g, C, Pair<C>& to) {
       to.first += g * value;
       to.second += value + C(1e-8);
     };
-    const auto weight = [&](int channel, const Pair<C>& sums) {
-      weights[channel] = a.method == GRADCAM ? sums.first / C(a.pixels) : sums.first / sums.second;
-    };
-    const auto weighted = [&](C value, C, int row, int column, Pair<C>& to) {
-      to.first += weights[a.channels_last ? column : row] * value;
-    };
-    const auto local = [&](C value, C g, int, int, Pair<C>& to) {
+    const auto weighted = [](C value, C, C weight, Pair<C>& to) { to.first += weight * value; };
+    const auto local = [&](C value, C g, C, Pair<C>& to) {
       to.first += (a.method == LAYERCAM && g < 0 ? C(0) : g) * value;
+    };
+    const auto weight = [&](int channel, const Pair<C>& sums) {
+      weights[places.place(channel)] = a.method == GRADCAM ? sums.first / C(a.pixels) : sums.first / sums.second;
     };
     const auto finish = [&](int pixel, const Pair<C>& sums) {
       const C sum = from == 0 ? sums.first : out[pixel] + sums.first;
       out[pixel] = last && sum < 0 ? C(0) : sum;
     };
     if (a.channels_last) {
-      if (a.method == GRADCAM) matrix.template over_columns<false, true, false>(room, mean, weight);
-      if (a.method == XGRADCAM) matrix.template over_columns<true, true, true>(room, ratio, weight);
+      if (a.method == GRADCAM) matrix.template over_columns<false, true, false>(room, nothing, mean, weight);
+      if (a.method == XGRADCAM) matrix.template over_columns<true, true, true>(room, nothing, ratio, weight);
       if (a.method <= XGRADCAM) {
-        matrix.template over_rows<true, false>(weighted, finish);
+        matrix.template over_rows<true, false>(of_columns, weighted, finish);
       } else {
-        matrix.template over_rows<true, true>(local, finish);
+        matrix.template over_rows<true, true>(nothing, local, finish);
       }
     } else {
-      if (a.method == GRADCAM) matrix.template over_rows<false, true>(mean, weight);
-      if (a.method == XGRADCAM) matrix.template over_rows<true, true>(ratio, weight);
+      if (a.method == GRADCAM) matrix.template over_rows<false, true>(nothing, mean, weight);
+      if (a.method == XGRADCAM) matrix.template over_rows<true, true>(nothing, ratio, weight);
       if (a.method <= XGRADCAM) {
-        matrix.template over_columns<true, false, false>(room, weighted, finish);
+        matrix.template over_columns<true, false, false>(room, of_row, weighted, finish);
       } else {
-        matrix.template over_columns<true, true, false>(room, local, finish);
+        matrix.template over_columns<true, true, false>(room, nothing, local, finish);
       }
     }
   }
@@ -216,7 +251,7 @@ Tensor cam(const Tensor& activation, const Tensor& gradient, int64_t method) {
                   !activation.is_contiguous(), false};
       a.aligned = aligned_16(a.activation, a.gradient) && (a.channels_last ? channels : h * w) % N == 0;
       const auto run = [&](auto kernel, int run_length) {
-        const size_t values = std::min<int64_t>(channels, CHANNELS) + 2 * CAM_BLOCK * run_length;
+        const size_t values = Weights<C, 1>(a.channels).size() + 2 * CAM_BLOCK * run_length;
         launch(kernel, static_cast<unsigned>(n), CAM_BLOCK, values * sizeof(C), activation, a);
       };
       if (a.aligned) {
