@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """An interpreted launch takes up to a second, so the widest tests run a part there. Their k shares no factor with
-    the number of dtypes, layouts and so on; so a part still meets each of them, and most pairs of them."""
+    the number of dtypes, layouts and so on, so that a part still meets each of them."""
     if not INTERPRETED:
         return
     seen: dict[str, int] = {}
