@@ -48,7 +48,7 @@ class Matrix {
     int lanes = 1;
     while (lanes < 32 && lanes < runs_) lanes *= 2;
     const int group = threadIdx.x / lanes, groups = blockDim.x / lanes, lane = threadIdx.x % lanes;
-    constexpr int AT_ONCE = N == 1 ? 1 : 2;
+    constexpr int AT_ONCE = N == 1 || N == 8 ? 1 : 2;
 #pragma unroll 1
     for (int base = 0; base < rows_; base += groups * AT_ONCE) {
       Pair<C> sums[AT_ONCE];
