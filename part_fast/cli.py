@@ -62,6 +62,8 @@ class Evaluate:
     """The folder to write to; default: the run folder, or the checkpoint's."""
     overwrite: bool = False
     """Replace an evaluation with other settings."""
+    resume: bool = False
+    """Do not repeat an attack whose result the folder holds."""
     dataset: str | None = None
     """demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]; default: the run's."""
     model: str | None = None
@@ -221,6 +223,28 @@ class Reproduce:
 
 
 @dataclass
+class Study:
+    """AT against PART with other maps in the CAM's place and other rules: does it matter which pixels keep eps?"""
+
+    out: Path
+    """The folder to make or to go on with: a run folder per arm and seed, study.json, two tables, study.png."""
+    seeds: int = 5
+    """Runs of each arm."""
+    root: str | None = None
+    """The only folder to look for Fashion-MNIST in."""
+    download: bool = False
+    """Download it where it is not found."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+
+    def run(self) -> None:
+        from part_fast.study import CONFIG, study
+
+        config = dataclasses.replace(CONFIG, root=self.root, download=self.download, device=self.device)
+        study(self.out, config=config, seeds=self.seeds)
+
+
+@dataclass
 class Demo:
     """Train AT and PART on 6,000 real images in some minutes on two CPU cores, and compare them."""
 
@@ -249,7 +273,7 @@ class Info:
         print(json.dumps(record, indent=2) if self.json else environment_text(record))
 
 
-Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Demo | Info
+Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Info
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
@@ -257,6 +281,7 @@ COMMANDS: dict[str, type[Command]] = {
     "export": Export,
     "bench": Bench,
     "reproduce": Reproduce,
+    "study": Study,
     "demo": Demo,
     "info": Info,
 }

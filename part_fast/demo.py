@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from part_fast import report
+from part_fast.compare import difference, mean_and_spread, right
 from part_fast.config import PRESETS, TrainConfig
 from part_fast.evaluate import evaluate, masks
 from part_fast.train import train
@@ -58,7 +57,7 @@ def demo(
     runs: list[dict[str, Any]] = []
     warm_curve = {row["epoch"]: [row["test_natural"]] for row in warm_rows}
     curves: dict[str, dict[int, list[float]]] = {"warm-up (AT)": warm_curve}
-    right: dict[str, dict[str, list[Tensor]]] = {name: {key: [] for key in MEASURES} for name in METHODS}
+    hits: dict[str, dict[str, list[Tensor]]] = {name: {key: [] for key in MEASURES} for name in METHODS}
     for seed in seeds:
         for name, method in METHODS.items():
             folder = out / f"{method}-seed{seed}"
@@ -78,15 +77,15 @@ def demo(
             for row in rows:
                 line.setdefault(config.warmup_epochs + row["epoch"], []).append(row["test_natural"])
             for key in MEASURES:
-                right[name][key].append(_right(folder, key))
+                hits[name][key].append(right(folder, key))
             accuracies = {key: tested["results"][key]["accuracy"] for key in MEASURES}
             errors = {f"{key}_standard_error": tested["results"][key]["standard_error"] for key in MEASURES}
             speed = statistics.mean(row["images_per_second"] for row in rows)
             runs.append({"method": name, "seed": seed, **accuracies, **errors, "images_per_second": speed})
 
-    results = {name: {key: [float(r.float().mean()) for r in right[name][key]] for key in MEASURES} for name in METHODS}
+    results = {name: {key: [float(r.float().mean()) for r in hits[name][key]] for key in MEASURES} for name in METHODS}
     summary = {name: {key: mean_and_spread(values) for key, values in by.items()} for name, by in results.items()}
-    differences = {key: difference(right["AT"][key], right["PART"][key]) for key in MEASURES}
+    differences = {key: difference(hits["AT"][key], hits["PART"][key]) for key in MEASURES}
     report.draw_comparison(out / "curves.png", curves, results)
     masks(out / f"part-seed{seeds[0]}", out / "masks.png")
     verdicts = [_verdict(MEASURES[key].removesuffix(" %"), d) for key, d in differences.items()]
@@ -105,31 +104,6 @@ def demo(
     log(text)
     log(f"\n{record['seconds']:.0f} s; results.json, results.csv, curves.png and masks.png are in {out}")
     return record
-
-
-def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, and the sample standard deviation: 0 for one value."""
-    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
-
-
-def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, Any]:
-    """How much more often `after` is right than `before`: bool (N,) per seed, the same N images and seeds in both.
-
-    mean: of the difference in accuracy; spread: its sample standard deviation over seeds; standard_error: what the
-    choice of test images adds, from the differences on each image; significant: whether the mean is more than
-    both the spread and two standard errors (never with a single seed).
-    """
-    change = torch.stack(list(after)).double() - torch.stack(list(before)).double()
-    over_seeds = mean_and_spread(change.mean(1).tolist())
-    error = float(change.mean(0).std()) / math.sqrt(change.shape[1])
-    significant = len(change) > 1 and abs(over_seeds["mean"]) > max(over_seeds["spread"], 2 * error)
-    return {**over_seeds, "standard_error": error, "significant": significant}
-
-
-def _right(folder: Path, key: str) -> Tensor:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "evaluation_images.safetensors")[key]
 
 
 def _table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:

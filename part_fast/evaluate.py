@@ -93,6 +93,7 @@ def evaluate(
     n: int | None = None,
     out: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     dataset: str | None = None,
     model: str | None = None,
     root: str | None = None,
@@ -109,8 +110,7 @@ def evaluate(
     where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, with `dataset`
         and `model` named. attacks: see `correct`. n: a balanced subset of the test images; default: those of the run.
     out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks that it holds
-        are kept where they were made with the same settings.
-
+        are kept where they were made with the same settings. resume: do not repeat an attack whose result it holds.
     sanity_images: on so many of the images, look for signs that gradients mislead the attacks (`part_fast.sanity`).
     Accuracies in an order that no sound attack gives are always looked for. What is found is under "warnings".
 
@@ -126,6 +126,8 @@ def evaluate(
     from safetensors.torch import load_file, save_file
 
     check_attacks(attacks)
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)
     checks.count("seed", seed)
     checks.count("sanity_images", sanity_images)
@@ -158,6 +160,8 @@ def evaluate(
         results, images = before["results"], load_file(per_image)
     out.mkdir(parents=True, exist_ok=True)
     for name in attacks:
+        if resume and name in results:
+            continue
         begin = time.perf_counter()
         keep = out / f"evaluation_aa_{_digest(settings, batch_size)}.safetensors" if name == "aa" else None
         right = correct(net, data, name, attack, batch_size, progress=True, keep=keep)

@@ -182,7 +182,32 @@ def draw_comparison(
             middle = sum(natural) / len(natural), sum(robust) / len(robust)
             right.scatter(*middle, color=color, marker="*", s=220, edgecolor="black", label=f"{method}, mean", zorder=3)
         right.set(xlabel="natural test accuracy (%)", ylabel="PGD-20 test accuracy (%)", title="after the last epoch")
+        right.locator_params(axis="x", nbins=5)  # labels of small differences are long
         right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=8, columnspacing=1)
+
+
+def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """A panel per measure, a line per difference: each seed's, the mean, and its two confidence intervals.
+
+    panels: title -> rows of `part_fast.compare.interval` with the name under "difference".
+    """
+    most = max(len(rows) for rows in panels.values())
+    with _figure(path, (10, 1.3 + 0.3 * most), "constrained") as figure:
+        for i, (axes, (title, rows)) in enumerate(zip(_two_panels(figure), panels.items(), strict=True)):
+            for place, row in enumerate(rows):
+                color = VERMILION if row["significant"] else BLUE
+                mean = 100 * row["mean"]
+                axes.errorbar(mean, place, xerr=100 * row["half_width_all"], color=color, linewidth=1, capsize=3)
+                axes.errorbar(mean, place, xerr=100 * row["half_width"], color=color, linewidth=3, marker="o")
+                seeds = [100 * value for value in row["per_seed"]]
+                axes.scatter(seeds, [place + 0.25] * len(seeds), color=GRAY, marker=".", s=14)
+            axes.axvline(0, color=GRAY, linewidth=1)
+            axes.set_yticks(range(len(rows)), [row["difference"] for row in rows] if i == 0 else [""] * len(rows))
+            axes.invert_yaxis()
+            axes.set(xlabel="difference in accuracy (points)", title=title)
+        figure.supxlabel(
+            "thick: 95 % interval; thin: 95 % for all at once; dots: seeds; red: the thin one excludes 0", fontsize=8
+        )
 
 
 def draw_masks(

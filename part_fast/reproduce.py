@@ -119,7 +119,7 @@ def reproduce(
     """Run, or go on with, every row of a table, and print ours beside the poster's.
 
     table: cifar10, svhn or tinyimagenet. scale: full, the poster's setting; small, the same rows on the demo's images
-    and small network, whose numbers are not comparable with the poster's. A run that is finished is only evaluated.
+    and small network, whose numbers are not comparable with the poster's. Finished runs and evaluations are kept.
     dry_run: print the commands and an estimate of their time from a measured step, and do nothing.
     `out` then holds a run folder per row and seed, and reproduce.json and reproduce.csv, which is returned.
 
@@ -139,7 +139,7 @@ def reproduce(
         log(f"{row.name}, seed {row.config.seed}")
         folder = out / row.folder
         train(row.config, folder, resume=(folder / STATE).exists())
-        results = evaluate(folder, tuple(attacks), device=device)["results"]
+        results = evaluate(folder, tuple(attacks), resume=True, device=device)["results"]
         found.setdefault(row.name, []).append({key: 100 * results[key]["accuracy"] for key in attacks})
     records = list(_records(POSTER[table], found, attacks))
     text = comparison(records, attacks, seeds, scale)

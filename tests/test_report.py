@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import functools
 import json
-import math
 import subprocess
 import sys
 
@@ -20,7 +19,7 @@ from part_fast import demo as demonstrating
 from part_fast import report
 from part_fast.config import PRESETS
 from part_fast.data import load
-from part_fast.demo import demo, difference, mean_and_spread
+from part_fast.demo import demo
 
 
 def picture(path):
@@ -111,36 +110,6 @@ def test_masks_with_one_channel_and_a_flat_eps_map(tmp_path):
     assert pixels.std() > 20
     # Nothing changed: the picture of the difference is gray of 0.5.
     assert near(pixels, "#808080", 1) > 150**2
-
-
-def test_difference_of_accuracies_is_paired_and_judged():
-    before = [torch.tensor([True, False] * 50) for _ in range(3)]
-    same = difference(before, before)
-    assert (same["mean"], same["spread"], same["standard_error"], same["significant"]) == (0.0, 0.0, 0.0, False)
-
-    better = []
-    for seed, right in enumerate(before):
-        after = right.clone()
-        after[1 : 41 + 2 * seed : 2] = True  # 20, 21, 22 of 100 images more
-        better.append(after)
-    clear = difference(before, better)
-    assert clear["mean"] == pytest.approx(0.21)
-    assert clear["spread"] == pytest.approx(0.01)
-    changes = torch.stack(better).double().mean(0) - torch.stack(before).double().mean(0)
-    assert clear["standard_error"] == pytest.approx(float(changes.std()) / math.sqrt(100))
-    assert clear["significant"]
-
-    one_image = [right.clone() for right in before]
-    for right in one_image:
-        right[1] = True
-    assert difference(before, one_image)["spread"] == 0
-    assert not difference(before, one_image)["significant"]  # one test image more is chance
-    assert not difference(before[:1], better[:1])["significant"]  # one seed has no spread
-
-
-def test_mean_and_spread():
-    assert mean_and_spread([1.0, 2.0, 3.0]) == {"mean": 2.0, "spread": 1.0}
-    assert mean_and_spread([5.0]) == {"mean": 5.0, "spread": 0.0}
 
 
 def test_demo_in_miniature(tmp_path, monkeypatch):

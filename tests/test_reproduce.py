@@ -68,7 +68,7 @@ def test_small_runs_are_trained_resumed_and_compared(tmp_path, monkeypatch, caps
     monkeypatch.setattr(
         module,
         "evaluate",
-        lambda folder, attacks, device: {
+        lambda folder, attacks, resume, device: {
             "results": {key: {"accuracy": accuracy[key] + 0.01 * int(folder.name[-1])} for key in attacks}
         },
     )

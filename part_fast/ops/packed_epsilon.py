@@ -160,10 +160,11 @@ def eps_arguments(eps: Any, x_adv: Tensor) -> EpsArguments:
     checks.tensor("eps", eps)
     if eps.device != x_adv.device:
         raise ValueError(f"eps must be on the device of x_adv, {x_adv.device}, got {eps.device}")
-    dims = zip(reversed(eps.shape), reversed(x_adv.shape), strict=False)
-    if eps.ndim > 4 or any(d not in (1, full) for d, full in dims):
-        raise ValueError(f"eps must broadcast to the images, {tuple(x_adv.shape)}, got {tuple(eps.shape)}")
-    return eps.expand(x_adv.shape), 0.0, 0.0
+    try:
+        return eps.expand(x_adv.shape), 0.0, 0.0
+    except RuntimeError:  # asking first, dimension by dimension, takes longer than all other checks together
+        shapes = f"{tuple(x_adv.shape)}, got {tuple(eps.shape)}"
+    raise ValueError(f"eps must broadcast to the images, {shapes}")
 
 
 def dense_eps(eps: Tensor | None, eps_high: float, eps_low: float, x_adv: Tensor) -> Tensor | float:

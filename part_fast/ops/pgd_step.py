@@ -112,7 +112,7 @@ def pgd_step(
     Errors: TypeError or ValueError that names the argument, before anything is computed.
     """
     tensors, scalars = _checked(x_adv, grad, x, eps, alpha, clip)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and _asks_gradient(*tensors):
         return _PGDStep.apply(*tensors, *scalars)
     return _pgd_step(*tensors, *scalars)
 
@@ -133,7 +133,7 @@ def pgd_step_(
     tensors, scalars = _checked(x_adv, grad, x, eps, alpha, clip)
     for name, value in zip(("grad", "x", "eps"), tensors[1:], strict=True):
         _apart(name, value, x_adv)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and _asks_gradient(*tensors):
         # The backward reads x_adv as it was, also where it is another argument too.
         kept = x_adv.clone()
         return x_adv.copy_(_PGDStep.apply(*(kept if t is x_adv else t for t in tensors), *scalars))
@@ -142,6 +142,10 @@ def pgd_step_(
         # So that autograd refuses to use a value that was saved before it was overwritten here.
         torch.autograd.graph.increment_version(x_adv)
     return x_adv
+
+
+def _asks_gradient(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None) -> bool:
+    return x_adv.requires_grad or grad.requires_grad or x.requires_grad or (eps is not None and eps.requires_grad)
 
 
 def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
