@@ -5,6 +5,7 @@ step is a function that other code can use alone; see `part_fast.ops`, `part_fas
 """
 
 from part_fast import attacks, losses, models, ops
+from part_fast.attack_model import AttackModel
 from part_fast.attacks import PGD, mma, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
 from part_fast.budget import CamBudget
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PGD",
+    "AttackModel",
     "CamBudget",
     "PackedEpsilon",
     "attacks",

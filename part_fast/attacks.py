@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -9,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast import checks
+from part_fast.attack_model import AttackModel
 from part_fast.eval_mode import eval_mode, uncached_autocast
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
 from part_fast.ops.pgd_step import pgd_step_
 
 Model = nn.Module | Callable[[Tensor], Tensor]
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 STARTS = ("uniform", "zero")
 LOSSES = ("ce", "kl", "margin")
@@ -62,7 +64,7 @@ def pgd(
         if x.shape[0] == 0:
             return x_adv
         clean = clean_logits(model, x) if loss == "kl" else None
-        return ascend(model, x_adv, x, y, eps, alpha, steps, objective(loss, clean), clip)
+        return ascend(model, x_adv, x, y, eps, alpha, steps, *objective(loss, clean), clip=clip)
 
 
 def clean_logits(model: Model, x: Tensor) -> Tensor:
@@ -107,13 +109,10 @@ def mma(
         wrong = logits.float().scatter(1, y[:, None], -torch.inf).topk(k, dim=1).indices
         n, target = x.shape[0], wrong.T.reshape(-1)
 
-        def towards(logits: Tensor, y: Tensor) -> Tensor:
-            return -(_logit(logits, y) - _logit(logits, target) + 50).clamp(min=0)
-
         xs, ys = _repeat(x, k), y.repeat(k)
         eps = _repeat_eps(eps, n, k)
         begin = _start(xs, eps, _repeat(plain(start), k) if isinstance(start, Tensor) else start, (0.0, 1.0))
-        x_adv = ascend(model, begin, xs, ys, eps, alpha, steps, towards)
+        x_adv = ascend(model, begin, xs, ys, eps, alpha, steps, towards, (target,))
         logits = clean_logits(model, x_adv)
         best = (_logit(logits, target) - _logit(logits, ys)).view(k, n).argmax(0)
         chosen = best * n + torch.arange(n, device=x.device)
@@ -129,41 +128,93 @@ def ascend(
     alpha: float,
     steps: int,
     loss: Loss,
+    extra: tuple[Tensor, ...] = (),
+    *,
     clip: tuple[float, float] | None = (0.0, 1.0),
 ) -> Tensor:
     """`steps` PGD steps from x_adv, which is overwritten and returned; what every attack here runs.
 
-    loss: callable(logits, y), increased; its result is summed, so that no image's step depends on the batch.
+    loss: callable(logits, y, *extra), increased; its result is summed, so that no image's step depends on the batch.
+    With an AttackModel that captures CUDA graphs the steps are one launch; `extra` and `loss` are then what the loss
+    reads, and a function that stays the same object.
     """
-    with eval_mode(model), torch.enable_grad():
-        for step in range(steps):
-            leaf = x_adv.detach().requires_grad_()
-            logits = model(leaf)
-            if step == 0:
-                checks.labels("y", y, x, _classes(logits, x))
-            (grad,) = torch.autograd.grad(loss(logits, y).sum(), leaf, allow_unused=True)
-            if grad is None:
-                raise ValueError("model must lead from its input to the loss, got a loss that does not depend on x_adv")
-            del logits, leaf  # the graph is done; x_adv may be overwritten
-            with torch.no_grad():
-                pgd_step_(x_adv, grad if _usable(grad) else grad.contiguous(), x, eps, alpha, clip)
+
+    def run(x_adv: Tensor, x: Tensor, y: Tensor, *rest: Tensor) -> None:
+        held, others = _held_eps(eps, rest)
+        with eval_mode(model), torch.enable_grad():
+            for step in range(steps):
+                leaf = x_adv.detach().requires_grad_()
+                logits = model(leaf)
+                if step == 0 and not _capturing(x):
+                    checks.labels("y", y, x, _classes(logits, x))
+                (grad,) = torch.autograd.grad(loss(logits, y, *others).sum(), leaf, allow_unused=True)
+                if grad is None:
+                    raise ValueError(
+                        "model must lead from its input to the loss, got a loss that does not depend on x_adv"
+                    )
+                del logits, leaf  # the graph is done; x_adv may be overwritten
+                with torch.no_grad():
+                    pgd_step_(x_adv, grad if _usable(grad) else grad.contiguous(), x, held, alpha, clip)
+
+    rest = (*_eps_tensors(eps), *extra)
+    if isinstance(model, AttackModel) and model.graphs is not None:
+        model.refresh_if_changed()
+        model.graphs((loss, steps, alpha, clip, _eps_numbers(eps)), run, x_adv, x, y, *rest)
+    else:
+        run(x_adv, x, y, *rest)
     return x_adv
 
 
-def objective(loss: str | Loss, clean: Tensor | None = None) -> Loss:
-    """The attack loss of that name as callable(logits, y) -> (N,); "kl" is against the logits `clean`."""
+def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
+    """What of an eps argument is a tensor; `_held_eps` puts it together again from others in their place."""
+    return (eps.bits,) if isinstance(eps, PackedEpsilon) else (eps,) if isinstance(eps, Tensor) else ()
+
+
+def _eps_numbers(eps: float | Tensor | PackedEpsilon) -> object:
+    return (eps.eps, eps.eps_low) if isinstance(eps, PackedEpsilon) else None if isinstance(eps, Tensor) else eps
+
+
+def _held_eps(
+    eps: float | Tensor | PackedEpsilon, tensors: tuple[Tensor, ...]
+) -> tuple[float | Tensor | PackedEpsilon, tuple[Tensor, ...]]:
+    """An eps argument like `eps` of the first of `tensors`, if it has one, and the other tensors."""
+    if isinstance(eps, PackedEpsilon):
+        return dataclasses.replace(eps, bits=tensors[0]), tensors[1:]
+    return (tensors[0], tensors[1:]) if isinstance(eps, Tensor) else (eps, tensors)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def objective(loss: str | Loss, clean: Tensor | None = None) -> tuple[Loss, tuple[Tensor, ...]]:
+    """The attack loss of that name as callable(logits, y, *extra) -> (N,), and its extra; "kl" is against `clean`."""
     if callable(loss):
-        return loss
+        return loss, ()
     if loss == "kl":
         if clean is None:
             raise ValueError("clean must be the clean logits for loss 'kl', got None")
-        target = clean.detach().float().softmax(1)
-        return lambda logits, y: F.kl_div(logits.float().log_softmax(1), target, reduction="none").sum(1)
+        return divergence, (clean.detach().float().softmax(1),)
     if loss == "ce":
-        return lambda logits, y: F.cross_entropy(logits.float(), y, reduction="none")
+        return cross_entropy, ()
     if loss == "margin":
-        return margin
+        return margin, ()
     raise ValueError(f"loss must be one of {', '.join(LOSSES)} or callable(logits, y), got {loss!r}")
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each image, (N,)."""
+    return F.cross_entropy(logits.float(), y, reduction="none")
+
+
+def divergence(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """KL divergence of each image's softmax from the probabilities `target` (N,classes), (N,)."""
+    return F.kl_div(logits.float().log_softmax(1), target, reduction="none").sum(1)
+
+
+def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The minimum-margin attack's loss towards the classes `target` (N,), (N,)."""
+    return -(_logit(logits, y) - _logit(logits, target) + 50).clamp(min=0)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ def trades_loss(
     perturb_steps: int = 10,
     beta: float = 6.0,
     distance: str = "l_inf",
+    *,
+    attack_model: nn.Module | None = None,
 ) -> Tensor:
     """TRADES: clean cross-entropy plus beta times the divergence between the clean and the adversarial softmax.
 
@@ -31,6 +33,7 @@ def trades_loss(
     step_size, epsilon: image units. epsilon: a float, a tensor that broadcasts to the images, a PackedEpsilon, or a
         CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway.
     distance: "l_inf".
+    attack_model: what is attacked in the model's place, an `AttackModel` of it; default: the model.
     The attack starts at x + 0.001 N(0,1) and runs in eval mode. A model in eval mode is put in train mode, as
     published; one in train mode keeps what its submodules have (frozen BatchNorm, say). The clean batch is
     forwarded once, where the published loop does it twice: the loss and its gradient are the same, and
@@ -47,8 +50,9 @@ def trades_loss(
         eps, clean = epsilon.with_logits(x_natural)
     else:
         eps = epsilon
-        clean = attacks.clean_logits(model, x_natural.detach())
-    x_adv = _attack(model, x_natural, y, eps, step_size, perturb_steps, attacks.objective("kl", clean))
+        clean = attacks.clean_logits(attack_model or model, x_natural.detach())
+    loss = attacks.objective("kl", clean)
+    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, *loss)
     _begin(model, optimizer)
     return trades_objective(model(x_natural), model(x_adv), y, beta)
 
@@ -73,6 +77,8 @@ def mart_loss(
     perturb_steps: int = 10,
     beta: float = 6.0,
     distance: str = "l_inf",
+    *,
+    attack_model: nn.Module | None = None,
 ) -> Tensor:
     """MART: boosted cross-entropy on the adversarial images plus a divergence weighted by the clean error.
 
@@ -86,7 +92,8 @@ def mart_loss(
     """
     beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance)
     eps = epsilon(x_natural) if isinstance(epsilon, CamBudget) else epsilon
-    x_adv = _attack(model, x_natural, y, eps, step_size, perturb_steps, attacks.objective("ce"))
+    loss = attacks.objective("ce")
+    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, *loss)
     _begin(model, optimizer)
     return mart_objective(model(x_natural), model(x_adv), y, beta)
 
@@ -131,10 +138,11 @@ def _attack(
     step_size: float,
     steps: int,
     loss: attacks.Loss,
+    extra: tuple[Tensor, ...],
 ) -> Tensor:
     x = x.detach()
     x_adv = x + (0.001 * torch.randn_like(x, dtype=checks.compute_dtype(x))).to(x.dtype)
-    return attacks.ascend(model, x_adv, x, y, eps, step_size, steps, loss).clamp_(0, 1)
+    return attacks.ascend(model, x_adv, x, y, eps, step_size, steps, loss, extra).clamp_(0, 1)
 
 
 def _begin(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from part_fast.attacks import clean_logits, margin, objective, pgd
+from part_fast.attacks import clean_logits, cross_entropy, margin, pgd
 from part_fast.eval_mode import eval_mode
 
 # Directions tried by the random search, and restarts by the gradient attack: a gradient that says anything beats
@@ -43,7 +43,7 @@ def gradient_flags(
     """
     leaf = x.detach().clone().requires_grad_()
     with eval_mode(model), torch.enable_grad():
-        (grad,) = torch.autograd.grad(objective("ce")(model(leaf), y).sum(), leaf)
+        (grad,) = torch.autograd.grad(cross_entropy(model(leaf), y).sum(), leaf)
     zero = float((grad == 0).flatten(1).all(1).float().mean())
 
     def start() -> Tensor:

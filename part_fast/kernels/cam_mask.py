@@ -18,8 +18,8 @@ BITS, BYTES, EPS = (tl.constexpr(form) for form in range(3))
 
 @triton.jit
 def write_image(
-    cam, out, high_value, low_value, k,
-    RULE: tl.constexpr, FORM: tl.constexpr, TILES: tl.constexpr,
+    cam, out, high_value, low_value, k, tiles,
+    RULE: tl.constexpr, FORM: tl.constexpr,
     MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def write_image(
 
     if RULE == ZSCORE:
         total = zero
-        for tile in range(TILES):
+        for tile in range(tiles):
             row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
             u = enlarged(
                 cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
@@ -45,7 +45,7 @@ def write_image(
             total += tl.where(inside & evidence, u, zero)
         mean = (sum_of(total) / PIXELS).to(DTYPE)
         total = zero
-        for tile in range(TILES):
+        for tile in range(tiles):
             row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
             u = enlarged(
                 cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
@@ -55,7 +55,7 @@ def write_image(
 
     if RULE == RELEASED:
         counts = tl.zeros((256,), tl.int32)
-        for tile in range(TILES):
+        for tile in range(tiles):
             row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
             u = enlarged(
                 cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
@@ -71,26 +71,27 @@ def write_image(
         digit = tl.arange(0, 256)
         need = tl.zeros((1,), tl.int32) + k
         known = tl.zeros((1,), KEY)
-        for step in tl.static_range(BITS_OF_KEY // 8):
+        settled = tl.zeros((1,), KEY)
+        for step in range(BITS_OF_KEY // 8):
+            shift = tl.zeros((1,), tl.int32) + (BITS_OF_KEY - 8 - 8 * step)
             counts = tl.zeros((256,), tl.int32)
-            for tile in range(TILES):
+            for tile in range(tiles):
                 row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
                 u = enlarged(
                     cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH,
                     ROWS, COLUMNS, TABLE, DTYPE,
                 )  # fmt: skip
                 key = tl.reshape(key_of(tl.where(evidence & inside, u, zero)), (ROWS * COLUMNS,))
-                candidate = tl.reshape(inside, (ROWS * COLUMNS,))
-                if step > 0:
-                    candidate = candidate & ((key >> (BITS_OF_KEY - 8 * step)) == (known >> (BITS_OF_KEY - 8 * step)))
-                counts += tl.histogram(((key >> (BITS_OF_KEY - 8 - 8 * step)) & 255).to(tl.int32), 256, mask=candidate)
+                candidate = tl.reshape(inside, (ROWS * COLUMNS,)) & (((key ^ known) & settled) == 0)
+                counts += tl.histogram(((key >> shift.to(KEY)) & 255).to(tl.int32), 256, mask=candidate)
             at_least = tl.cumsum(counts, 0, reverse=True)
             chosen = tl.sum((at_least >= need).to(tl.int32), 0, keep_dims=True) - 1
             need -= tl.sum(tl.where(digit > chosen, counts, tl.zeros_like(counts)), 0, keep_dims=True)
-            known = known | (chosen.to(KEY) << (BITS_OF_KEY - 8 - 8 * step))
+            known = known | (chosen.to(KEY) << shift.to(KEY))
+            settled = settled | (tl.full((1,), 255, KEY) << shift.to(KEY))
         taken = tl.zeros((1,), tl.int32)
 
-    for tile in range(TILES):
+    for tile in range(tiles):
         row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
         u = enlarged(
             cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
@@ -207,29 +208,14 @@ def between(entry, x0: tl.constexpr, x1: tl.constexpr, y0: tl.constexpr, y1: tl.
 
 @triton.jit
 def cam_mask_kernel(
-    cam, out, k, RULE: tl.constexpr, FORM: tl.constexpr, TILES: tl.constexpr,
+    cam, out, k, tiles, RULE: tl.constexpr, FORM: tl.constexpr,
     MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     write_image(
-        cam,
-        out,
-        1.0,
-        0.0,
-        k,
-        RULE,
-        FORM,
-        TILES,
-        MAP_HEIGHT,
-        MAP_WIDTH,
-        HEIGHT,
-        WIDTH,
-        FLAT,
-        ROWS,
-        COLUMNS,
-        TABLE,
-        DTYPE,
-    )
+        cam, out, 1.0, 0.0, k, tiles, RULE, FORM,
+        MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
+    )  # fmt: skip
 
 
 def cam_mask_launch(cam: Tensor, height: int, width: int, rule: int, k: int, out: Tensor) -> Launch:
@@ -238,8 +224,8 @@ def cam_mask_launch(cam: Tensor, height: int, width: int, rule: int, k: int, out
     form = BYTES if out.dtype == torch.bool else BITS
     return Launch(
         cam_mask_kernel, cam.shape[0] if out.numel() else 0,
-        {"cam": cam, "out": out.view(torch.uint8), "k": k},
-        {"RULE": rule, "FORM": form.value, "TILES": tiles.count, **tiles.constants}, WARPS,
+        {"cam": cam, "out": out.view(torch.uint8), "k": k, "tiles": tiles.count},
+        {"RULE": rule, "FORM": form.value, **tiles.constants}, WARPS,
     )  # fmt: skip
 
 

@@ -14,12 +14,12 @@ from part_fast.kernels.upsample_cam import WARPS, tiles_of
 
 @triton.jit
 def epsilon_map_kernel(
-    cam, out, high_value: tl.float64, low_value: tl.float64, k, RULE: tl.constexpr, TILES: tl.constexpr,
+    cam, out, high_value: tl.float64, low_value: tl.float64, k, tiles, RULE: tl.constexpr,
     MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     write_image(
-        cam, out, high_value, low_value, k, RULE, EPS, TILES,
+        cam, out, high_value, low_value, k, tiles, RULE, EPS,
         MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
     )  # fmt: skip
 
@@ -32,8 +32,8 @@ def epsilon_map_launch(
     high_value = eps - eps_low if rule == SOFT.value else eps
     return Launch(
         epsilon_map_kernel, cam.shape[0] if out.numel() else 0,
-        {"cam": cam, "out": out, "high_value": high_value, "low_value": eps_low, "k": k},
-        {"RULE": rule, "TILES": tiles.count, **tiles.constants}, WARPS,
+        {"cam": cam, "out": out, "high_value": high_value, "low_value": eps_low, "k": k, "tiles": tiles.count},
+        {"RULE": rule, **tiles.constants}, WARPS,
     )  # fmt: skip
 
 
