@@ -88,7 +88,8 @@ class AttackModel(nn.Module):
         for conv, bn in self._pairs:
             norm = model.get_submodule(bn)
             assert isinstance(norm, nn.BatchNorm2d)
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             scale = (norm.running_var + norm.eps).rsqrt()
             scale = scale if norm.weight is None else scale * norm.weight
             bias = theirs.get(f"{conv}.bias")
@@ -110,7 +111,7 @@ class AttackModel(nn.Module):
         """Logits (N,classes), float32 (float64 for a float64 model), of images (N,C,H,W) in [0,1]."""
         self.refresh_if_changed()
         n = len(x)
-        # Hooks, such as CamBudget's, are for a forward that is not differentiated to its input: that one is not compiled.
+        # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
         run, fast = self.module, torch.is_grad_enabled() and x.requires_grad
         if fast:
             run = self._fast  # type: ignore[assignment]
@@ -138,7 +139,7 @@ class _Scaled(torch.autograd.Function):
 
 def _scaled(logits: Tensor) -> Tensor:
     """The logits; gradients that go back through here are FP16_SCALE times as large."""
-    return _Scaled.apply(logits)  # type: ignore[no-any-return]
+    return _Scaled.apply(logits)
 
 
 def _foldable(model: nn.Module) -> list[tuple[str, str]]:

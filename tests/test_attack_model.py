@@ -216,7 +216,7 @@ def test_compiled_serves_the_short_last_batch_without_compiling_anew():
 def test_bad_arguments(arguments, said):
     with pytest.raises(ValueError, match=said):
         AttackModel(trained(), **arguments)
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got function"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
         AttackModel(lambda x: x)
 
 
