@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from part_fast import checks
+from part_fast.attack_model import PRECISIONS
 from part_fast.controls import check_control
 from part_fast.ops.cam import METHODS as CAM_METHODS
 from part_fast.ops.cam_mask import parse_rule
@@ -21,6 +23,8 @@ from part_fast.ops.packed_epsilon import eps_pair
 METHODS = {"at": "at", "part": "at", "trades": "trades", "part-t": "trades", "mart": "mart", "part-m": "mart"}
 WEIGHTED = ("part", "part-t", "part-m")
 ATTACKS = ("pgd", "mma")
+SCHEDULES = ("piecewise", "cosine", "cyclic")
+CYCLIC_PEAK = 0.4  # of the epochs; Wong et al., "Fast is better than free", ICLR 2020
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,15 @@ class TrainConfig:
     warmup_epochs: int = 20
     """Epochs with the plain method first: at before part, trades before part-t, mart before part-m."""
     batch_size: int = 128
-    """Images per batch."""
+    """Images per batch, and per process where there are several."""
+    accumulate: int = 1
+    """Batches whose gradients make one update."""
     lr: float = 0.01
     """Learning rate of SGD."""
     lr_drops: tuple[int, ...] = (60, 90)
     """Epochs, counted from the first of the warm-up, at which the learning rate falls to a tenth."""
+    schedule: str = "piecewise"
+    """Of the learning rate: piecewise (lr_drops), cosine (to 0), or cyclic (up in the first 40 %, then down to 0)."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 2e-4
@@ -85,6 +93,15 @@ class TrainConfig:
     the warm-up, uniform start neither within the eps map nor clipped."""
     cam: str = "gradcam"
     """Class activation map: gradcam, xgradcam, layercam or hirescam."""
+    average: str = "none"
+    """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
+    ends of epochs, from that one on, counted from 1)."""
+    precision: str = "fp32"
+    """Of convolutions and linear layers: fp32, bf16, or fp16 (CUDA)."""
+    compile: bool = False
+    """Run the attack's forward and backward by torch.compile."""
+    cuda_graph: bool = False
+    """Capture the steps of the attack as a CUDA graph."""
     pgd_test_size: int = 500
     """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
     seed: int = 0
@@ -106,12 +123,17 @@ class TrainConfig:
         check_control(self.control)
         if self.released and (self.rule not in ("zscore", "released") or self.control not in ("none", "permuted")):
             raise ValueError(f"released takes no other rule or control, got {self.rule!r} and {self.control!r}")
+        _known("schedule", self.schedule, SCHEDULES)
+        if self.released and self.schedule != "piecewise":
+            raise ValueError(f"released takes schedule piecewise, got {self.schedule!r}")
+        _known("precision", self.precision, PRECISIONS)
+        self.averaging  # noqa: B018 - which checks it
         if self.refresh_epochs and self.mask_rule == "soft":
             raise ValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
         eps_pair(self.eps, self.eps_low)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
         for name in ("warmup_epochs", "steps", "pgd_test_size", "seed"):
             checks.count(name, getattr(self, name))
@@ -144,11 +166,28 @@ class TrainConfig:
         """The method that trains epoch `epoch`, counted from 0."""
         return METHODS[self.method] if epoch < self.warmup_epochs else self.method
 
-    def lr_at(self, epoch: int) -> float:
-        """The learning rate of epoch `epoch`, counted from 0."""
+    def lr_at(self, epoch: float) -> float:
+        """The learning rate of epoch `epoch`, counted from 0; 2.5 is the middle of the third."""
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        if self.schedule == "cyclic":
+            peak = CYCLIC_PEAK * self.epochs
+            return self.lr * (epoch / peak if epoch < peak else (self.epochs - epoch) / (self.epochs - peak))
         if self.released:  # which counts from 1, and from the end of the warm-up
             epoch = max(epoch + 1 - self.warmup_epochs, 0)
         return self.lr * 0.1 ** sum(epoch >= drop for drop in self.lr_drops)
+
+    @property
+    def averaging(self) -> tuple[str, float]:
+        """("none", 0), ("ema", decay) or ("swa", first epoch, counted from 1)."""
+        kind, _, number = self.average.partition(":")
+        if kind == "ema" and number:
+            decay = checks.number("average ema", parse_number(number), 0)
+            if decay < 1:
+                return kind, decay
+        elif (kind == "swa" and number.isdecimal() and int(number) >= 1) or self.average == "none":
+            return kind, int(number or 0)
+        raise ValueError(f"average must be none, ema:DECAY with DECAY < 1, or swa:EPOCH, got {self.average!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them."""

@@ -86,22 +86,25 @@ class Dataset:
         shuffle: bool = False,
         generator: torch.Generator | None = None,
         drop_last: bool = False,
+        order: Tensor | None = None,
     ) -> Iterator[Batch]:
         """One pass over the data set; the order is drawn when this is called. Images stay uint8.
 
-        With drop_last a last batch smaller than batch_size is left out.
+        With drop_last a last batch smaller than batch_size is left out. order: the samples to go over, in this order.
 
         Raises:
             ValueError: batch_size < 1.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size takes an integer >= 1, got {batch_size!r}")
-        if shuffle:
+        if order is not None:
+            order = order.to(self.images.device)
+        elif shuffle:
             device = generator.device if generator is not None else None
             order = torch.randperm(len(self), generator=generator, device=device).to(self.images.device)
         else:
             order = torch.arange(len(self), device=self.images.device)
-        end = len(self) // batch_size * batch_size if drop_last else len(self)
+        end = len(order) // batch_size * batch_size if drop_last else len(order)
         chunks = (order[start : start + batch_size] for start in range(0, end, batch_size))
         return (Batch(self.images[indices], self.labels[indices], indices) for indices in chunks)
 

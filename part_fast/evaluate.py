@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from part_fast import checks, report, sanity
+from part_fast import checks, distributed, report, sanity
 from part_fast.attacks import clean_logits, mma, pgd
 from part_fast.autoattack import autoattack
 from part_fast.budget import CamBudget
@@ -63,27 +63,32 @@ def correct(
     that a result repeats and the global random state stays as it is. The model runs in eval mode and gets its mode
     back. Data and model lie on one device.
     keep: a file that holds what is done after every batch, from which a call that was stopped goes on; for aa.
+    Of several processes each does its share of the batches, with the random numbers of one, and all get the result.
     """
     from safetensors.torch import load_file, save_file
 
     generator = torch.Generator().manual_seed(attack.seed)
     right, done = torch.zeros(len(data), dtype=torch.bool), 0
+    if keep is not None and distributed.size() > 1:
+        keep = keep.with_name(f"{keep.stem}_{distributed.rank()}of{distributed.size()}{keep.suffix}")
     if keep is not None and keep.exists():
         state = load_file(keep)
         right, done = state["right"], int(state["done"])
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
-        for batch in data.batches(batch_size):
-            if int(batch.indices[-1]) < done:
+        for place, batch in enumerate(data.batches(batch_size)):
+            noise = None if name in ("natural", "aa") else torch.rand(batch.images.shape, generator=generator)
+            ours = place % distributed.size() == distributed.rank()
+            if int(batch.indices[-1]) < done or not ours:
                 bar.update(len(batch.images))
                 continue
             x = to_float(batch.images)
-            x_adv = _attacked(model, x, batch.labels, name, attack, generator)
+            x_adv = _attacked(model, x, batch.labels, name, attack, noise)
             right[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
             bar.update(len(x))
             if keep is not None:
                 with report.replacing(keep) as temporary:
                     save_file({"right": right, "done": batch.indices[-1:].cpu() + 1}, temporary)
-    return right
+    return distributed.sum_(right.to(torch.uint8).to(data.images.device)).bool().cpu()
 
 
 def evaluate(
@@ -115,7 +120,8 @@ def evaluate(
     Accuracies in an order that no sound attack gives are always looked for. What is found is under "warnings".
 
     Whether each image was right goes into evaluation_images.safetensors: bool (N,) per attack, and the labels.
-    AutoAttack writes down every batch: stopped, it goes on there when it is asked for again.
+    AutoAttack writes down every batch: stopped, it goes on there when it is asked for again. Under torchrun the
+    processes share the batches, and the first one writes.
 
     Returns: what evaluation.json holds.
 
@@ -131,57 +137,61 @@ def evaluate(
     checks.count("batch_size", batch_size, 1)
     checks.count("seed", seed)
     checks.count("sanity_images", sanity_images)
-    net, config, data, weights = load_trained(
-        where, n, dataset=dataset, model=model, root=root, download=download, device=device
-    )
-    attack = AttackSettings(
-        checks.number("eps", config.eps if eps is None else eps, 0),
-        checks.number("alpha", config.alpha if alpha is None else alpha, 0),
-        seed,
-    )
-    out = (where if where.is_dir() else where.parent) if out is None else out
-    summary, per_image = out / "evaluation.json", out / "evaluation_images.safetensors"
-    settings = {
-        "checkpoint": str(weights),
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-        "dataset": config.dataset,
-        "n": len(data),
-        **dataclasses.asdict(attack),
-    }
-    results, images = {}, {"labels": data.labels.cpu()}
-    if summary.exists() and not overwrite:
-        before = json.loads(summary.read_text())
-        # The same file under another path is the same checkpoint.
-        different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
-        if different:
-            raise ValueError(
-                f"{summary} holds an evaluation with other {', '.join(different)}: choose another --out or --overwrite"
-            )
-        results, images = before["results"], load_file(per_image)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in attacks:
-        if resume and name in results:
-            continue
-        begin = time.perf_counter()
-        keep = out / f"evaluation_aa_{_digest(settings, batch_size)}.safetensors" if name == "aa" else None
-        right = correct(net, data, name, attack, batch_size, progress=True, keep=keep)
-        results[name] = {**accuracy(right), "seconds": round(time.perf_counter() - begin, 3)}
-        images[name] = right
-    record = {**settings, "results": results, "environment": report.environment()}
-    record["warnings"] = sanity.order_flags({name: images[name] for name in results})
-    if sanity_images:
-        few = data.subset(min(sanity_images, len(data)))
-        generator = torch.Generator().manual_seed(seed)
-        flags, record["sanity"] = sanity.gradient_flags(
-            net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator
+    with distributed.process_group(find_device(device)) as place:
+        net, config, data, weights = load_trained(
+            where, n, dataset=dataset, model=model, root=root, download=download, device=str(place)
         )
-        record["warnings"] += flags
-    with report.replacing(per_image) as temporary:
-        save_file(images, temporary)
-    report.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
-    report.write_json(summary, record)
-    for stale in out.glob("evaluation_aa_*.safetensors"):
-        stale.unlink()
+        attack = AttackSettings(
+            checks.number("eps", config.eps if eps is None else eps, 0),
+            checks.number("alpha", config.alpha if alpha is None else alpha, 0),
+            seed,
+        )
+        out = (where if where.is_dir() else where.parent) if out is None else out
+        summary, per_image = out / "evaluation.json", out / "evaluation_images.safetensors"
+        settings = {
+            "checkpoint": str(weights),
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "dataset": config.dataset,
+            "n": len(data),
+            **dataclasses.asdict(attack),
+        }
+        results, images = {}, {"labels": data.labels.cpu()}
+        if summary.exists() and not overwrite:
+            before = json.loads(summary.read_text())
+            # The same file under another path is the same checkpoint.
+            different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
+            if different:
+                raise ValueError(
+                    f"{summary} holds an evaluation with other {', '.join(different)}: "
+                    "choose another --out or --overwrite"
+                )
+            results, images = before["results"], load_file(per_image)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in attacks:
+            if resume and name in results:
+                continue
+            begin = time.perf_counter()
+            keep = out / f"evaluation_aa_{_digest(settings, batch_size)}.safetensors" if name == "aa" else None
+            right = correct(net, data, name, attack, batch_size, progress=True, keep=keep)
+            results[name] = {**accuracy(right), "seconds": round(time.perf_counter() - begin, 3)}
+            images[name] = right
+        record = {**settings, "results": results, "environment": report.environment()}
+        record["warnings"] = sanity.order_flags({name: images[name] for name in results})
+        if sanity_images:
+            few = data.subset(min(sanity_images, len(data)))
+            generator = torch.Generator().manual_seed(seed)
+            flags, record["sanity"] = sanity.gradient_flags(
+                net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator
+            )
+            record["warnings"] += flags
+        if distributed.rank() == 0:
+            with report.replacing(per_image) as temporary:
+                save_file(images, temporary)
+            report.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
+            report.write_json(summary, record)
+            for stale in out.glob("evaluation_aa_*.safetensors"):
+                stale.unlink()
+        distributed.barrier()
     return record
 
 
@@ -306,9 +316,12 @@ def load_trained(
             raise FileNotFoundError(f"{where} holds a run without model.safetensors: no epoch of it is finished")
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     elif where.is_file():
-        if dataset is None or model is None:
+        config, weights = TrainConfig(), where
+        if (where.parent / "config.json").is_file():  # a run's, such as its averaged weights
+            config = read_config(where.parent)
+        elif dataset is None or model is None:
             raise ValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
-        config, weights = TrainConfig(dataset=dataset, model=model), where
+        config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     else:
         raise FileNotFoundError(f"there is no run folder or checkpoint at {where}")
     config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
@@ -334,14 +347,14 @@ def _pgd_steps(name: str) -> int | None:
 
 
 def _attacked(
-    model: nn.Module, x: Tensor, y: Tensor, name: str, attack: AttackSettings, generator: torch.Generator
+    model: nn.Module, x: Tensor, y: Tensor, name: str, attack: AttackSettings, noise: Tensor | None
 ) -> Tensor:
     if name == "natural":
         return x
     if name == "aa":
         return autoattack(model, x, y, attack.eps, attack.seed)
-    noise = torch.rand(x.shape, generator=generator).to(x.device) * 2 - 1
-    start = (x + noise * attack.eps).clamp(0, 1)
+    assert noise is not None
+    start = (x + (noise.to(x.device) * 2 - 1) * attack.eps).clamp(0, 1)
     if name == "mma":
         return mma(model, x, y, attack.eps, attack.alpha, MMA_STEPS, start=start)
     return pgd(model, x, y, attack.eps, attack.alpha, _pgd_steps(name) or 0, start=start)

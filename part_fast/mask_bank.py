@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from part_fast import checks
+from part_fast import checks, distributed
 from part_fast.budget import CamBudget
 from part_fast.data import Augmentation, to_float
 from part_fast.ops.packed_epsilon import PackedEpsilon, bytes_per_mask
@@ -49,6 +49,8 @@ class MaskBank:
     ) -> None:
         """Compute every mask anew by `budget.packed`. images: uint8 (samples,C,H,W), unaugmented.
 
+        Of several processes each computes its share, and all have all masks then.
+
         progress: called with the number of images after each batch.
         Errors: ValueError if the images are not as many and as large as the bank's; rule "soft" has no bits.
         """
@@ -57,11 +59,14 @@ class MaskBank:
         if len(images) != len(self._masks) or tuple(images.shape[2:]) != self._masks.size:
             expected = (len(self._masks), "C", *self._masks.size)
             raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
-        for start in range(0, len(images), batch_size):
+        starts = range(0, len(images), batch_size)
+        self.bits.zero_()
+        for start in (starts[i] for i in distributed.shares(len(starts))):
             chunk = to_float(images[start : start + batch_size])
             self.bits[start : start + batch_size] = budget.packed(chunk).bits
             if progress is not None:
                 progress(len(chunk))
+        distributed.sum_(self.bits)  # where one process has a mask, all others have zeros
 
     def lookup(self, indices: Tensor, augmentation: Augmentation | None = None) -> Tensor:
         """Eps maps (B,M,H,W), float32, of the samples `indices` (B,), augmented as their images were.

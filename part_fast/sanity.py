@@ -82,6 +82,39 @@ def gradient_flags(
     return flags, figures
 
 
+def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
+    """What reduced precision does to the input gradients of the cross-entropy, which PGD reads the signs of.
+
+    model: in full precision. fast: the same in another. x: images (N,C,H,W). y: class indices (N,).
+    Returns: zero_gradients, the share of values that are exactly zero by `fast` and not by `model`; sign_agreement, the
+    share of those that are not zero by `model` whose sign is the same.
+    """
+
+    def gradient(of: nn.Module) -> Tensor:
+        leaf = x.detach().clone().requires_grad_()
+        with eval_mode(of), torch.enable_grad():
+            (grad,) = torch.autograd.grad(cross_entropy(of(leaf), y).sum(), leaf)
+        return grad
+
+    exact, reduced = gradient(model), gradient(fast)
+    same = ((exact > 0) & (reduced > 0)) | ((exact < 0) & (reduced < 0))
+    return {
+        "zero_gradients": float(((reduced == 0) & (exact != 0)).float().mean()),
+        "sign_agreement": float(same.sum() / (exact != 0).sum().clamp(min=1)),
+    }
+
+
+def agreement_warning(agreement: Mapping[str, float]) -> str | None:
+    """What is wrong with gradients of reduced precision, if it is enough to weaken the attack."""
+    zero, same = agreement["zero_gradients"], agreement["sign_agreement"]
+    if zero <= 0.05 and same >= 0.95:
+        return None
+    return (
+        f"{100 * zero:.1f}% of the input gradients have become zero, and {100 * same:.1f}% of what is left points as "
+        "in fp32: the attack is weaker than it looks"
+    )
+
+
 def _share(right: Tensor) -> float:
     return float(right.float().mean())
 

@@ -15,21 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from part_fast import report
+from part_fast import distributed, report
 from part_fast.attacks import mma, pgd
 from part_fast.budget import CamBudget
 from part_fast.config import WEIGHTED, TrainConfig, find_device, read_config
 from part_fast.controls import control_map
-from part_fast.data import Augmentation, draw_augmentation, load, to_float
+from part_fast.data import Augmentation, Dataset, draw_augmentation, load, to_float
+from part_fast.engine import Engine
 from part_fast.evaluate import AttackSettings, correct, evaluation_data
 from part_fast.losses import mart_loss, mart_objective, trades_loss, trades_objective
 from part_fast.mask_bank import MaskBank
-from part_fast.models import build_model, load_weights
+from part_fast.sanity import agreement_warning, gradient_agreement
 
-STATE = "training_state.pt"
-RUN_FILES = ("config.json", "metrics.csv", "model.safetensors", STATE, "environment.json", "curves.png")
+STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.safetensors"
+RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, "environment.json", "curves.png")
 # What others make of a run, stale once it is overwritten.
 DERIVED = (
+    AVERAGED,
     "evaluation.json",
     "evaluation.csv",
     "evaluation_images.safetensors",
@@ -51,9 +53,10 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train one model, with a checkpoint after every epoch, and leave a run folder behind.
 
-    `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png and
-    training_state.pt, from which `resume` goes on exactly as if it had never stopped. Nothing is written before
-    everything that can be checked is; `overwrite` replaces a run that is already there.
+    `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png,
+    averaged.safetensors where weights are averaged, and training_state.pt, from which `resume` goes on exactly as if
+    it had never stopped. Nothing is written before everything that can be checked is; `overwrite` replaces a run that
+    is already there. Under torchrun each process trains on its share of every batch, and the first one writes.
 
     Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
 
@@ -63,89 +66,130 @@ def train(
         RuntimeError: the loss is no longer finite.
     """
     config.check()
-    check_folder(config, out, resume, overwrite)
-    device = find_device(config.device)
-    torch.manual_seed(config.seed)
+    with distributed.process_group(find_device(config.device)) as device:
+        main = distributed.rank() == 0
+        check_folder(config, out, resume, overwrite)
+        distributed.barrier()  # nobody writes before everybody has checked
+        torch.manual_seed(config.seed)
 
-    data = load(config.dataset, "train", config.root, config.download)
-    data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
-    test = evaluation_data(config).to(device)
-    attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
+        data = load(config.dataset, "train", config.root, config.download)
+        data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
+        test = evaluation_data(config).to(device)
+        attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
 
-    model = build_model(config.model, data.num_classes)
-    if config.init is not None and not resume:
-        load_weights(model, config.init)
-    model.to(device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    budget = CamBudget(
-        model, config.eps, config.eps_low, method=config.cam, rule=config.mask_rule, control=config.mask_control
-    )
-    bank = None
-    if config.refresh_epochs and config.method in WEIGHTED:
-        size = (data.images.shape[2], data.images.shape[3])
-        bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
+        engine = Engine(config, data.num_classes, device, load=not resume)
+        model, budget = engine.model, engine.budget
+        bank = None
+        if config.refresh_epochs and config.method in WEIGHTED:
+            size = (data.images.shape[2], data.images.shape[3])
+            bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
-    rows = load_state(out / STATE, model, optimizer, bank) if resume else []
-    if len(rows) > config.epochs:
-        raise ValueError(f"epochs must be at least the {len(rows)} that the run in {out} has done, got {config.epochs}")
-    prepare_folder(config, out, resume, overwrite)
-    if rows:
-        export(out, model, rows)  # the run may have been stopped between its state and these
-    with (
-        tqdm(total=config.epochs * len(data), initial=len(rows) * len(data), unit="img", disable=None) as bar,
-        adversarial_logits(model) as seen,
-        _tensorboard(out) if tensorboard else contextlib.nullcontext() as writer,
-    ):
-        for epoch in range(len(rows), config.epochs):
-            method = config.method_at(epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr_at(epoch)
-            # Sums stay on the device: reading them every batch would make a GPU wait.
-            loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
-            begin = time.perf_counter()
-            if bank is not None and method in WEIGHTED and (epoch - config.warmup_epochs) % config.refresh_epochs == 0:
-                bank.fill(budget, data.images)
-            model.train()
-            for batch in data.batches(config.batch_size, shuffle=True):
-                drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
-                x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
-                epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
-                optimizer.zero_grad()
-                loss = batch_loss(method, model, x, batch.labels, epsilon, optimizer, config)
-                loss.backward()
-                optimizer.step()
-                loss_sum += loss.detach() * len(x)
-                hits += (seen[-1].argmax(1) == batch.labels).sum()
-                bar.update(len(x))
-            train_loss = float(loss_sum) / len(data)
-            seconds = time.perf_counter() - begin
-            if not math.isfinite(train_loss):
-                raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
+        rows = load_state(out / STATE, engine, bank) if resume else []
+        if len(rows) > config.epochs:
+            done = f"the {len(rows)} that the run in {out} has done"
+            raise ValueError(f"epochs must be at least {done}, got {config.epochs}")
+        if main:
+            prepare_folder(config, out, resume, overwrite)
+            if rows:
+                export(out, engine, rows)  # the run may have been stopped between its state and these
+        with (
+            tqdm(
+                total=config.epochs * len(data),
+                initial=len(rows) * len(data),
+                unit="img",
+                disable=None if main else True,
+            ) as bar,
+            adversarial_logits(model) as seen,
+            _tensorboard(out) if tensorboard and main else contextlib.nullcontext() as writer,
+        ):
+            for epoch in range(len(rows), config.epochs):
+                method = config.method_at(epoch)
+                # Sums stay on the device: reading them every batch would make a GPU wait.
+                loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+                begin = time.perf_counter()
+                weighted_epoch = epoch - config.warmup_epochs
+                if bank is not None and method in WEIGHTED and weighted_epoch % config.refresh_epochs == 0:
+                    bank.fill(budget, data.images)
+                order = epoch_order(len(data), config, epoch).to(device)
+                agreement: dict[str, float] = {}
+                model.train()
+                seen_images = 0
+                for batch in data.batches(config.batch_size, order=order):
+                    drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
+                    x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
+                    if seen_images == 0 and config.precision != "fp32":
+                        agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
+                    engine.begin(seen_images, len(order), epoch)
+                    with engine.collecting():
+                        epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
+                        loss = batch_loss(
+                            method, engine.trained, x, batch.labels, epsilon, config, attack_model=engine.attack_model
+                        )
+                        engine.backward(loss, len(x))
+                    engine.end()
+                    seen_images += len(x)
+                    loss_sum += loss.detach() * len(x)
+                    hits += (seen[-1].argmax(1) == batch.labels).sum()
+                    bar.update(len(x) * distributed.size())
+                engine.end_epoch(epoch)
+                images = len(order) * distributed.size()
+                train_loss = float(distributed.sum_(loss_sum)) / images
+                seconds = time.perf_counter() - begin
+                if not math.isfinite(train_loss):
+                    raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
+                if agreement and main and (warning := agreement_warning(agreement)) is not None:
+                    log(f"warning: epoch {epoch + 1}, {config.precision}: {warning}")
 
-            test_attack = AttackSettings(config.eps, config.alpha, config.seed)
-            pgd20 = None if attacked_test is None else correct(model, attacked_test, "pgd20", test_attack)
-            rows.append(
-                {
-                    "epoch": epoch + 1,
-                    "method": method,
-                    "lr": config.lr_at(epoch),
-                    "train_loss": train_loss,
-                    "train_robust": int(hits) / len(data),
-                    "test_natural": float(correct(model, test, "natural", test_attack).float().mean()),
-                    "test_pgd20": None if pgd20 is None else float(pgd20.float().mean()),
-                    "seconds": seconds,
-                    "images_per_second": len(data) / seconds,
-                }
-            )
-            save_state(out, model, optimizer, rows, bank)
-            if writer is not None:
-                _log_scalars(writer, rows[-1])
-            log(_line(rows[-1], config.epochs))
-    title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
-    report.draw_curves(out / "curves.png", rows, title)
+                rows.append(
+                    {
+                        "epoch": epoch + 1,
+                        "method": method,
+                        "lr": config.lr_at(epoch),
+                        "train_loss": train_loss,
+                        "train_robust": int(distributed.sum_(hits)) / images,
+                        **accuracies(engine, test, attacked_test),
+                        **agreement,
+                        "seconds": seconds,
+                        "images_per_second": images / seconds,
+                    }
+                )
+                if main:
+                    save_state(out, engine, rows, bank)
+                    if writer is not None:
+                        _log_scalars(writer, rows[-1])
+                    log(_line(rows[-1], config.epochs))
+                distributed.barrier()
+        if main:
+            title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
+            report.draw_curves(out / "curves.png", rows, title)
     return rows
+
+
+def accuracies(engine: Engine, test: Dataset, attacked_test: Dataset | None) -> dict[str, float | None]:
+    """test_natural and test_pgd20 (None without `attacked_test`), and those of the averaged model if there is one."""
+    config = engine.config
+    attack = AttackSettings(config.eps, config.alpha, config.seed)
+    models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
+    found: dict[str, float | None] = {}
+    for name, model in models.items():
+        for measure, images in (("natural", test), ("pgd20", attacked_test)):
+            right = None if images is None else correct(model, images, measure, attack)
+            found[f"{name}_{measure}"] = None if right is None else float(right.float().mean())
+    return found
+
+
+def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
+    """The samples of an epoch, in the order in which this process takes them, as many in every process.
+
+    Together the processes go over one order: a batch of all of them is made of the batches of each.
+    """
+    if distributed.size() == 1:
+        return torch.randperm(n)
+    # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
+    torch.manual_seed((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank())
+    order = distributed.same_(torch.randperm(n))
+    every = -(-n // distributed.size()) * distributed.size()
+    return order[torch.arange(every) % n][distributed.shares(every)]
 
 
 def batch_epsilon(
@@ -170,19 +214,26 @@ def batch_loss(
     x: Tensor,
     y: Tensor,
     epsilon: float | Tensor | CamBudget,
-    optimizer: torch.optim.Optimizer,
     config: TrainConfig,
+    *,
+    attack_model: nn.Module | None = None,
 ) -> Tensor:
-    """The training loss, a scalar, of images x (N,C,H,W) in [0,1], labels y (N,); the model is left in train mode."""
+    """The training loss, a scalar, of images x (N,C,H,W) in [0,1], labels y (N,); the model is left in train mode.
+
+    attack_model: what is attacked in the model's place; default: the model.
+    """
+    attacked = model if attack_model is None else attack_model
     trades, mart = method in ("trades", "part-t"), method in ("mart", "part-m")
     if config.attack == "pgd" and (trades or mart):
         robust_loss = trades_loss if trades else mart_loss
-        return robust_loss(model, x, y, optimizer, config.alpha, epsilon, config.steps, config.beta)
+        return robust_loss(
+            model, x, y, None, config.alpha, epsilon, config.steps, config.beta, attack_model=attack_model
+        )
     eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
     # The published start: every pixel within the whole eps, not clipped to [0,1].
     start = x + (2 * torch.rand_like(x) - 1) * config.eps if config.released else "uniform"
     attack = mma if config.attack == "mma" else pgd
-    x_adv = attack(model, x, y, eps, config.alpha, config.steps, start=start)
+    x_adv = attack(attacked, x, y, eps, config.alpha, config.steps, start=start)
     if trades or mart:
         objective = trades_objective if trades else mart_objective
         return objective(model(x), model(x_adv), y, config.beta)
@@ -241,13 +292,10 @@ def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool
     report.write_json(out / "config.json", config.to_json())
 
 
-def save_state(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rows: list[dict[str, Any]], bank: MaskBank | None
-) -> None:
+def save_state(out: Path, engine: Engine, rows: list[dict[str, Any]], bank: MaskBank | None) -> None:
     """After an epoch: everything that resuming needs, in one file, and then `export`."""
     state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **engine.state_dict(),
         "rows": rows,
         "cpu_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -255,21 +303,21 @@ def save_state(
     }
     with report.replacing(out / STATE) as temporary:
         torch.save(state, temporary)
-    export(out, model, rows)
+    export(out, engine, rows)
 
 
-def export(out: Path, model: nn.Module, rows: list[dict[str, Any]]) -> None:
-    """model.safetensors and metrics.csv, for everybody else."""
+def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
+    """model.safetensors, averaged.safetensors where weights are averaged, and metrics.csv, for everybody else."""
     from safetensors.torch import save_file
 
-    with report.replacing(out / "model.safetensors") as temporary:
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, temporary)
+    models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
+    for name, model in models.items():
+        with report.replacing(out / name) as temporary:
+            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
     report.write_csv(out / "metrics.csv", rows)
 
 
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, bank: MaskBank | None
-) -> list[dict[str, Any]]:
+def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[str, Any]]:
     """Put everything where `save_state` left it; the rows so far, none without a file."""
     if not path.is_file():
         return []
@@ -279,8 +327,7 @@ def load_state(
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} cannot be read: {reason}") from error
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    engine.load_state_dict(state)
     torch.set_rng_state(state["cpu_rng"])
     # Runs may go on on a machine with other devices; there the random numbers are others anyway.
     if len(state["cuda_rng"]) == torch.cuda.device_count():

@@ -134,11 +134,11 @@ def test_interrupted_in_the_second_epoch_resumes_exactly(tmp_path, monkeypatch):
     train(TINY, whole, log=lambda line: None)
     real, calls = batch_loss, []
 
-    def stop_at_the_fourth(*arguments):
+    def stop_at_the_fourth(*arguments, **named):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "batch_loss", stop_at_the_fourth)
@@ -150,7 +150,7 @@ def test_interrupted_in_the_second_epoch_resumes_exactly(tmp_path, monkeypatch):
 
 
 def test_interrupted_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch):
-    def stop(*arguments):
+    def stop(*arguments, **named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -287,7 +287,7 @@ def test_perturbation_obeys_its_map(method, monkeypatch):
     model.register_forward_pre_hook(keep_input)
     budget = training.CamBudget(model, config.eps, config.eps_low)
     epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, config)
-    batch_loss(method, model, x, y, epsilon, torch.optim.SGD(model.parameters(), 0.1), config)
+    batch_loss(method, model, x, y, epsilon, config)
     assert model.training
     change = (inputs[-1] - x).abs()
     rounding = 1e-7  # of x + eps near 1 in float32
@@ -311,7 +311,7 @@ def test_robust_accuracy_is_that_of_the_adversarial_forward(method):
     with adversarial_logits(model) as seen:
         budget = training.CamBudget(model)
         epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, tiny(steps=2))
-        batch_loss(method, model, x, y, epsilon, torch.optim.SGD(model.parameters(), 0.1), tiny(steps=2))
+        batch_loss(method, model, x, y, epsilon, tiny(steps=2))
         logits = seen[-1].clone()
     assert not torch.equal(inputs[-1], x)
     model.train()
@@ -327,7 +327,7 @@ def test_every_method_with_every_attack_gives_gradients(method, attack):
     config = tiny(steps=1, attack=attack, method=method)
     model = build_model("resnet-small", 10)
     epsilon = batch_epsilon(method, training.CamBudget(model), None, torch.arange(10), None, config)
-    loss = batch_loss(method, model, x, y, epsilon, torch.optim.SGD(model.parameters(), 0.1), config)
+    loss = batch_loss(method, model, x, y, epsilon, config)
     loss.backward()
     assert math.isfinite(loss.item())
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -388,7 +388,7 @@ def test_released_start_is_neither_within_the_map_nor_clipped(monkeypatch):
     model = build_model("resnet-small", 10)
     config = tiny(method="part", released=True)
     epsilon = torch.zeros(4, 1, 32, 32)
-    batch_loss("part", model, x, torch.arange(4), epsilon, torch.optim.SGD(model.parameters(), 0.1), config)
+    batch_loss("part", model, x, torch.arange(4), epsilon, config)
     moved = (starts[0] - x).abs()
     assert starts[0].max() > 1
     assert 0.9 * config.eps < moved.max() <= config.eps + 1e-6
