@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from part_fast import backends, report
+from part_fast.bench_baselines import published_epsilon_map
 from part_fast.ops import (
     PackedEpsilon,
     cam,
@@ -255,7 +256,7 @@ def map_case(
         near=2e-6,
         away=0.0 if rule in ("", "soft") else 1e-4,
         vectorised=True,
-        published=partial(published_epsilon_map, size=size, rule=rule) if release else None,
+        published=partial(published_epsilon_map, size=size, rule=rule, eps=EPS, eps_low=EPS_LOW) if release else None,
         quick=quick,
     )
 
@@ -313,25 +314,6 @@ def _weights(size_in: int, size_out: int, device: torch.device) -> Tensor:
     """Keys bicubic interpolation as a matrix (size_out, size_in)."""
     index, weight = keys_taps(size_in, size_out, torch.float32, device)
     return weight.new_zeros(size_out, size_in).scatter_add_(1, index, weight)
-
-
-def published_epsilon_map(cam: Tensor, *, size: tuple[int, int], rule: str) -> Tensor:
-    """epsilon_map as published PART code does it: one image at a time through PIL, matplotlib's colours and numpy.
-
-    rule: "released" is that code's own; "zscore" is the same without the colours.
-    """
-    import matplotlib
-    from PIL import Image
-
-    colour = matplotlib.colormaps["jet"]
-    result = []
-    for one in cam.cpu().numpy():
-        scaled = (one - one.min()) / (one.max() - one.min())
-        u = np.asarray(Image.fromarray(scaled).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-        values = colour(u**2)[..., :3].transpose(2, 0, 1) if rule == "released" else u[None]
-        mask = (values - values.mean()) / values.std() > 1
-        result.append(torch.from_numpy(np.where(mask, np.float32(EPS), np.float32(EPS_LOW))))
-    return torch.stack(result).to(cam.device)
 
 
 # --- providers, bytes, correctness ------------------------------------------------------------------------------------
@@ -653,7 +635,7 @@ def ops(
     rounds = (7 if quick else 21) if rounds is None else rounds
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")
-    where = _device(device)
+    where = device_called(device)
     files = [out / name for name in ("ops.csv", "ratios.csv", "ops.png", "environment.json")]
     there = [path.name for path in files if path.exists()]
     if there and not overwrite:
@@ -693,7 +675,7 @@ def ops(
     return rows
 
 
-def _device(name: str) -> torch.device:
+def device_called(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,445 @@
+"""bench step: published loops are the authors', pairs that differ are refused, times add up, files are written."""
+
+import ast
+import contextlib
+import csv
+import inspect
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from golden_attack import EXPECTED, golden_net
+from PIL import Image
+
+from part_fast import bench, bench_baselines, bench_step, models
+
+CPU = torch.device("cpu")
+X, Y = EXPECTED["x"], EXPECTED["y"]
+EPS, EPS_LOW, ALPHA = 8 / 255, 7 / 255, 2 / 255
+
+
+def config(**changed):
+    return bench_step.configuration("resnet-small", changed.pop("batch", 2), **changed)
+
+
+# --- the published loops ----------------------------------------------------------------------------------------------
+
+
+def test_published_loops_share_nothing_with_ours():
+    tree = ast.parse((ROOT / "part_fast" / "bench_baselines.py").read_text())
+    imported = [
+        node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert not [name for name in imported if name.startswith("part_fast")]
+
+
+def attacked_by(step, *args):
+    """(images that the golden network was trained on and that are not X, loss, gradients), no weight decay."""
+    net = golden_net()
+    seen = []
+    net.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0].detach().clone())))
+    loss = step(net, torch.optim.SGD(net.parameters(), 0.1), X, Y, EXPECTED["eps"], ALPHA, 10, *args)
+    trained = [image for training, image in seen if training and not torch.equal(image, X)]
+    return trained[-1], loss, net, len(seen)
+
+
+def test_published_masks_are_the_authors():
+    net = golden_net()
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    found = bench_baselines.hooked_eps_map(net, net.relu2, X, EPS, EPS_LOW)
+    assert torch.equal(found, EXPECTED["eps"])
+    assert not net.relu2._forward_hooks
+    # What makes them slow: gradients of all parameters, of layers before the target too.
+    assert not torch.equal(net.conv1.weight.grad, torch.ones_like(net.conv1.weight))
+
+
+def test_flat_map_gives_eps_low():
+    flat = torch.ones(1, 4, 4)
+    for rule in ("released", "zscore"):
+        found = bench_baselines.published_epsilon_map(flat, size=(8, 8), rule=rule, eps=EPS, eps_low=EPS_LOW)
+        assert (found == torch.tensor(EPS_LOW)).all()
+
+
+def test_published_at_is_the_authors():
+    x_adv, _, net, forwards = attacked_by(bench_baselines.madry_step, EXPECTED["start_uniform"])
+    # As in test_attacks: a gradient of rounding size may have another sign elsewhere.
+    assert (x_adv != EXPECTED["pgd_ce"]).float().mean() < 1e-3
+    assert forwards == 11
+    assert net.training
+
+
+def test_published_trades_is_the_authors():
+    x_adv, loss, net, forwards = attacked_by(bench_baselines.trades_step, EXPECTED["start_normal"], 6.0)
+    assert (x_adv != EXPECTED["pgd_kl"]).float().mean() < 5e-3
+    torch.testing.assert_close(loss[None], EXPECTED["trades.loss"], rtol=1e-3, atol=0)
+    assert forwards == 10 * 2 + 3  # the clean batch again in every step, and twice in the loss
+    gradient = (EXPECTED["state.fc.weight"] - net.fc.weight.detach()) / 0.1
+    torch.testing.assert_close(gradient, EXPECTED["trades.grad.fc"], rtol=0.05, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("step", "extra", "times"),
+    [
+        (bench_baselines.madry_step, (), 3 + 1),
+        (bench_baselines.input_gradient_step, (), 1),
+        (bench_baselines.trades_step, (6.0,), 1),
+    ],
+)
+def test_whose_attack_computes_parameter_gradients(step, extra, times):
+    net, computed = golden_net(), []
+    net.conv1.weight.register_hook(lambda gradient: computed.append(1))
+    step(net, torch.optim.SGD(net.parameters(), 0.1), X, Y, EPS, ALPHA, 3, None, *extra)
+    assert len(computed) == times
+
+
+@pytest.mark.parametrize("eps", [EPS, EXPECTED["eps"]], ids=["float", "map"])
+def test_random_start_is_the_published_one(eps):
+    """In +-8/255 for every pixel, whatever its own eps, and not clipped."""
+    np.random.seed(0)
+    noise = bench_baselines._uniform(X, eps) - X
+    assert 0.95 * EPS < noise.abs().max() <= EPS + 1e-7
+    assert noise.abs().mean() == pytest.approx(EPS / 2, rel=0.05)
+
+
+# --- the same result --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    return config(batch=3, steps=3, alpha=4 / 255)
+
+
+def arena(small):
+    return bench_step.Arena(small, CPU, 16, torch.float64)
+
+
+@pytest.mark.parametrize("pair", bench_step.PAIRS, ids=" = ".join)
+def test_pairs_compute_the_same(small, pair):
+    row = bench_step.compare(arena(small), *pair)
+    assert row["images_off"] == 0
+    assert row["masks_off"] == (0 if "PART" in pair[0] else None)
+    assert row["update_off"] < (1e-6 if pair[0] == "PART-T" else 1e-12)
+
+
+def changed(name, **arguments):
+    """The baseline with arguments exchanged: a value, or a function of the one given."""
+    right = getattr(bench_baselines, name)
+    signature = inspect.signature(right)
+
+    def wrong(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        for key, value in arguments.items():
+            bound.arguments[key] = value(bound.arguments[key]) if callable(value) else value
+        return right(*bound.args, **bound.kwargs)
+
+    return name, wrong
+
+
+def trained_mode(model, *args):
+    """An attack that forgot eval mode."""
+    kept, model.eval = model.eval, lambda: model
+    try:
+        return bench_baselines_madry(model, *args)
+    finally:
+        model.eval = kept
+
+
+bench_baselines_madry = bench_baselines.madry_step
+AT, LIBRARY, PART, PART_T = bench_step.PAIRS
+
+
+@pytest.mark.parametrize(
+    ("pair", "planted", "what"),
+    [
+        (AT, changed("madry_step", alpha=lambda alpha: 1.01 * alpha), "images_off"),
+        (AT, changed("madry_step", eps=7.9 / 255), "images_off"),
+        (AT, changed("madry_step", steps=2), "images_off"),
+        (AT, changed("madry_step", y=lambda y: y.roll(1)), "images_off"),
+        (AT, ("madry_step", trained_mode), "images_off"),
+        (AT, ("_update", lambda model, optimizer, objective: model.train() and objective().detach()), "update_off"),
+        (LIBRARY, changed("input_gradient_step", start=lambda start: start + 1e-6), "images_off"),
+        (PART, changed("hooked_eps_map", eps_low=6.9 / 255), "masks_off"),
+        (PART, changed("published_epsilon_map", rule="zscore"), "masks_off"),
+        (PART, changed("published_epsilon_map", cam=lambda cam: cam.flip(2)), "masks_off"),
+        (PART_T, changed("trades_step", beta=5.9), "update_off"),
+        (PART_T, changed("trades_step", eps=8 / 255), "images_off"),
+    ],
+)
+def test_wrong_baseline_is_refused(small, monkeypatch, pair, planted, what):
+    name, wrong = planted
+    monkeypatch.setattr(bench_baselines, name, wrong)
+    with pytest.raises(
+        bench.MismatchError, match=rf"{pair[1]} computes something else than {pair[0]}: {what} .*: not timed$"
+    ):
+        bench_step.compare(arena(small), *pair)
+
+
+def test_wrong_training_of_ours_is_refused(small, monkeypatch):
+    monkeypatch.setattr(
+        bench_step, "batch_loss", lambda *args, right=bench_step.batch_loss, **more: 1.001 * right(*args, **more)
+    )
+    with pytest.raises(bench.MismatchError, match="update_off"):
+        bench_step.compare(arena(small), *AT)
+
+
+def test_attacks_of_the_check_meet_every_bound():
+    """So that a pair with another eps anywhere is told apart, from TRADES's start beside the images too."""
+    checked = bench_step.Arena, []
+
+    def keep(*args):
+        checked[1].append(checked[0](*args))
+        return checked[1][-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_step, "Arena", keep)
+        bench_step.check(config(), CPU)
+    (small,) = {(made.config.steps, made.config.alpha, made.config.precision) for made in checked[1]}
+    assert small[0] * small[1] > EPS + 0.004  # TRADES starts some 0.001 N(0,1) away
+    assert small[2] == "fp32"
+    assert {made.x.dtype for made in checked[1]} == {torch.float64}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_flop_are_in_forwards():
+    """PGD-10 is 10 forwards and input gradients, training a forward and twice that; published loops do more."""
+    flop = bench_step.count_flop(config(), CPU)
+    forward = flop["clean logits"]
+
+    def forwards(name):
+        return flop[name] / forward
+
+    # The first layer of a training step has no input gradient, and the mask's backward stops at the target layer.
+    assert forwards("AT") == pytest.approx(20 + 3, abs=0.1)
+    assert forwards("PART") == pytest.approx(21 + 3, abs=0.1)
+    assert forwards("TRADES") == pytest.approx(21 + 6, abs=0.2)
+    assert forwards("PART-T") == pytest.approx(21 + 6, abs=0.2)
+    assert forwards("published AT") == pytest.approx(30 + 3, abs=0.1)
+    assert forwards("input-gradient AT") == pytest.approx(20 + 3, abs=0.1)
+    assert forwards("published PART") == pytest.approx(30 + 3 + 3, abs=0.2)
+    assert forwards("published PART-T") == pytest.approx(30 + 9 + 3, abs=0.3)
+    assert forwards("refresh") == pytest.approx(bench_step.BANK_BATCHES, abs=0.01)
+    assert flop["lookup"] == 0
+
+
+def test_flop_of_a_product_and_a_convolution():
+    with bench_step.FlopCount() as count:
+        torch.ones(3, 4) @ torch.ones(4, 5)
+    assert count.total == 2 * 3 * 4 * 5
+    with bench_step.FlopCount() as count:
+        torch.nn.functional.conv2d(torch.ones(2, 3, 8, 8), torch.ones(5, 3, 3, 3), padding=1)
+    assert count.total == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
+
+
+def test_stopwatch_gives_time_to_the_innermost_part_but_a_cam_keeps_its_own(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    waited = []
+    watch = bench_step.Stopwatch(lambda: waited.append(now[0]))
+
+    def work(seconds, inner=()):
+        for name, part in inner:
+            watch.timed(name, lambda part=part: work(*part))()
+        now[0] += seconds
+
+    forward = ("attack forward", (2.0, [("refresh of AttackModel", (0.5,))]))
+    with watch.part("other"):
+        work(1.0)
+        watch.timed("CAM", lambda: work(4.0, [forward, ("attack backward", (8.0,))]))()
+        work(16.0, [forward])
+    expected = {"CAM": 14.0, "refresh of AttackModel": 1.0, "attack forward": 2.0, "other": 17.0}
+    assert {name: value for name, value in watch.seconds.items() if value} == expected
+    assert len(waited) == 14  # before every reading
+
+
+def test_profile_covers_every_part_and_puts_everything_back():
+    rows = bench_step.profile(config(), CPU, 1)
+    of = {(row["method"], row["part"]): row for row in rows}
+    assert len(rows) == len(bench_step.METHODS) * (len(bench_step.PARTS) + 1)
+    for method in bench_step.METHODS:
+        parts = {part: of[method, part]["median_s"] for part in bench_step.PARTS}
+        assert sum(parts.values()) == pytest.approx(of[method, "total"]["median_s"])
+        assert (parts["CAM"] > 0) == method.startswith("part")
+        for part in set(parts) - {"CAM"}:
+            assert parts[part] > 0, part
+        assert max(parts, key=parts.get) in ("attack forward", "attack backward")
+    assert torch.autograd.grad.__module__ == "torch.autograd"
+    assert bench_step.attacks.pgd_step_.__module__ == "part_fast.ops.pgd_step"
+
+
+def row(name, seconds, peak=None, model="resnet18", batch=32):
+    median = float(np.median(seconds))
+    return {"model": model, "batch": batch, "name": name, "seconds": seconds, "median_s": median, "peak_bytes": peak}
+
+
+def test_ratios_from_medians_with_their_goals():
+    names = {"AT fp32": 10.0, "TRADES": 12.0, "PART-T": 12.06, "published AT": 35.0, "published PART": 39.0}
+    names |= {"published PART-T": 36.0, "input-gradient AT": 11.0, "PART, refresh 1": 10.5, "PART, refresh 10": 10.04}
+    names |= {"mask": 0.4, "clean logits": 0.3, "lookup": 0.01, "refresh": 3.2}
+    rows = [row(name, [seconds] * 3) for name, seconds in names.items()]
+    rows += [row("AT", [10.0, 9.0, 20.0], peak=100), row("PART", [10.3, 9.9, 20.0], peak=106)]
+    found = {each["what"]: each for each in bench_step.ratios(rows)}
+    assert list(found) == [goal.title for goal in bench_step.GOALS]
+    assert found["AT step"]["value"] == pytest.approx(3.5)
+    assert found["AT step"]["goal"] == 3.3
+    assert found["AT step"]["met"] is True
+    assert found["PART-T step"]["met"] is False
+    assert found["AT step, all fp32"]["met"] is False
+    part = found["PART over AT, refresh every batch"]
+    assert part["value"] == pytest.approx(0.03)
+    assert part["by_parts"] == pytest.approx(0.04)
+    assert part["p80"] == pytest.approx(0.03 + 0.6 * 0.07)  # of each round's own ratio: 0.03, 0.1, 0
+    assert found["PART over AT, refresh 1"]["by_parts"] == pytest.approx((0.01 + 3.2 / 8) / 10)
+    assert found["PART over AT, refresh 10"]["by_parts"] == pytest.approx((0.01 + 3.2 / 80) / 10)
+    assert found["PART over AT, refresh 1"]["met"] is False
+    assert found["PART over AT, refresh 10"]["met"] is True
+    assert found["PART-T over TRADES"]["by_parts"] == pytest.approx(0.1 / 12)
+    assert found["peak memory, PART over AT"]["value"] == pytest.approx(1.06)
+    assert found["peak memory, PART over AT"]["met"] is False
+    others = bench_step.ratios([{**each, "batch": 16} for each in rows])
+    assert {(each["goal"], each["met"]) for each in others} == {(None, None)}
+
+
+def test_bf16_where_the_hardware_has_it(monkeypatch):
+    for amx, avx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert bench_step.auto_precision(CPU)[0] == expected
+    assert bench_step.auto_precision(torch.device("cuda"))[0] == "bf16"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run in bf16, which has all rows: its folder, what it returned and printed."""
+    out = tmp_path_factory.mktemp("bench") / "deep"
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(bench_step, "MATMUL_SIZE", {"cpu": 64})
+        rows = bench_step.steps(out, batch_size=2, quick=True, rounds=2, precision="bf16", device="cpu")
+    return out, rows, printed.getvalue()
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_command_writes_what_it_prints(finished):
+    out, rows, printed = finished
+    assert sorted(path.name for path in out.iterdir()) == sorted(bench_step.FILES)
+    assert "precision bf16 (as asked); medians of 2 interleaved rounds" in printed
+    markdown = (out / "step.md").read_text()
+    written = read(out / "step.csv")
+    assert [each["name"] for each in written] == [each["name"] for each in rows]
+    names = {each["name"] for each in written}
+    assert names >= {name for goal in bench_step.GOALS for name in (goal.step, goal.other)}
+    precision = {each["name"]: each["precision"] for each in written}
+    assert precision["PART-T"] == precision["PART, refresh 10"] == precision["mask"] == "bf16"
+    assert precision["AT fp32"] == precision["published PART"] == precision["matmul fp32"] == "fp32"
+    lines = [line.split() for line in printed.splitlines()]
+    for each in written:
+        median, gflop = (float(each[key]) for key in ("median_s", "gflop"))
+        shown = [each["precision"], f"{1e3 * median:.1f}"]
+        line = next(line for line in lines if line[: len(each["name"].split()) + 2] == each["name"].split() + shown)
+        assert f"{gflop:.1f}" in line
+        assert f"| {each['name']} | {' | '.join(shown)} |" in markdown
+        assert float(each["gflop_per_s"]) == pytest.approx(gflop / median)
+        if each["images_per_s"] and each["name"] != "refresh":
+            assert float(each["images_per_s"]) == pytest.approx(2 / median)
+    for each in read(out / "step_ratios.csv"):
+        value = float(each["value"])
+        text = f"{100 * value:.2f}%" if each["kind"] == "extra" else f"{value:.3f}x"
+        assert any(line.startswith(each["what"]) and text in line.split() for line in printed.splitlines())
+        assert f"| {each['what']} | resnet-small | 2 | {text} |" in markdown
+    for each in read(out / "step_profile.csv"):
+        text = f"{1e3 * float(each['median_s']):.1f} ({float(each['percent']):.2f})"
+        assert any(line.startswith(each["part"]) and text in line for line in printed.splitlines())
+        assert any(line.startswith(f"| {each['part']} |") and f"| {text} |" in line for line in markdown.splitlines())
+
+
+def test_rows_are_consistent(finished):
+    _, rows, _ = finished
+    of = {each["name"]: each for each in rows}
+    bank, refresh = (np.array(of[name]["seconds"]) for name in ("PART, bank", "refresh"))
+    for every in (1, 10):
+        amortised = bank + refresh / 8 / every
+        assert of[f"PART, refresh {every}"]["seconds"] == pytest.approx(amortised.tolist())
+    for each in rows:
+        assert each["p20_s"] <= each["median_s"] <= each["p80_s"]
+        assert len(each["seconds"]) == each["rounds"] == 2
+    for name in ("matmul fp32", "matmul bf16"):
+        assert of[name]["percent_of_matmul"] == pytest.approx(100)
+    share = 100 * of["AT fp32"]["gflop_per_s"] / of["matmul fp32"]["gflop_per_s"]
+    assert of["AT fp32"]["percent_of_matmul"] == pytest.approx(share)
+    # At the least all gradients, which a step ends with.
+    weights = 4 * sum(p.numel() for p in models.build_model("resnet-small").parameters())
+    assert all(each["peak_bytes"] > weights for each in rows if each["peak_bytes"] is not None)
+    assert of["PART"]["peak_bytes"] >= of["AT"]["peak_bytes"]
+
+
+def test_record(finished):
+    out, rows, _ = finished
+    record = json.loads((out / "step.json").read_text())
+    assert record["torch"] == torch.__version__
+    assert record["bench"] == {
+        "device": "cpu",
+        "models": ["resnet-small"],
+        "batches": [2],
+        "precision": "bf16",
+        "precision_because": "as asked",
+        "compile": False,
+        "cuda_graph": False,
+        "quick": True,
+        "rounds": 2,
+        "profile_rounds": 2,
+        "attack_steps": 10,
+    }
+    assert record["steps"] == rows
+    assert [row["published"] for row in record["checked"]] == [published for _, published in bench_step.PAIRS]
+    assert all(row["images_off"] == 0 for row in record["checked"])
+    with Image.open(out / "step.png") as picture:
+        assert min(picture.size) > 300
+        assert len(set(picture.convert("RGB").resize((64, 64)).get_flattened_data())) > 5
+
+
+def test_command_refuses_to_overwrite(finished):
+    out, _, _ = finished
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=r"^out must be .*step\.csv.*--overwrite$"):
+        bench_step.steps(out, device="cpu", quick=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_command_shows_nothing_after_a_mismatch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(*([bench_baselines, *changed("madry_step", steps=2)]))
+    with pytest.raises(bench.MismatchError, match="published AT"):
+        bench_step.steps(tmp_path, device="cpu", quick=True, rounds=1)
+    assert "median" not in capsys.readouterr().out.replace("medians of", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rounds": 0}, "rounds must be >= 1, got 0$"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0$"),
+        ({"device": "mps"}, "device must be auto, cpu or a CUDA device, got 'mps'$"),
+        ({"precision": "int8"}, "precision must be one of .*int8"),
+        ({"models": ["resnet19"]}, "model takes one of .*resnet19"),
+    ],
+)
+def test_errors(tmp_path, given, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        bench_step.steps(tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
