@@ -256,8 +256,9 @@ def silent(what: str, total: int) -> Step:
 def check(config: TrainConfig, device: torch.device, progress: Progress = silent) -> list[dict[str, Any]]:
     """Compare every pair on the config's model; a row for each with what was found.
 
-    Columns: step, published; images_off, masks_off, shares of values that differ (masks_off None without a mask);
-    update_off, the length of the difference of both updates over an update's length; loss_off.
+    Columns: step, published; images_off, masks_off, shares of values that differ, and masked, share of mask values with
+    the full eps (both None without a mask); update_off, the length of the difference of both updates over an update's
+    length; loss_off.
     Errors: MismatchError, naming the pair and what differs.
     """
     # Steps so large that three of them meet the bounds of eps, from TRADES's start beside the images too.
@@ -275,8 +276,9 @@ def compare(arena: Arena, step: str, published: str) -> dict[str, Any]:
     method = {"AT fp32": "at", "PART": "part", "PART-T": "part-t"}[step]
     x, config = arena.x, arena.config
     eps: Any = config.eps if method == "at" else arena.engine.budget(x)
-    row: dict[str, Any] = {"step": step, "published": published, "masks_off": None}
+    row: dict[str, Any] = {"step": step, "published": published, "masks_off": None, "masked": None}
     if method != "at":
+        row["masked"] = float((eps == eps.max()).double().mean())
         row["masks_off"] = float((arena.published_eps_map() != eps).double().mean())
 
     # Ours draws its start by itself: this is the same draw.

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -164,18 +164,28 @@ class Export:
 
 @dataclass
 class Bench:
-    """Time the ops by every backend beside torch.compile and a copy: tables, ops.csv, ratios.csv, ops.png."""
+    """Time the ops beside torch.compile and a copy, or training steps beside published loops: tables, CSV, plots."""
 
-    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ops")] = "ops"
-    """What to time: ops."""
+    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ops|step")] = "ops"
+    """What to time: ops or step."""
     out: Path = Path("runs/bench")
     """The folder to make."""
     only: tuple[str, ...] = ()
-    """Ops to time; default: all."""
+    """ops: those to time; default: all."""
+    models: tuple[str, ...] = ()
+    """step: networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    batch_size: int | None = None
+    """step: images; default: 32, of wrn-34-10 4."""
+    precision: str = "auto"
+    """step: of ours, fp32, bf16 or fp16; auto: bf16 where the hardware multiplies in it, else fp32."""
+    compile: bool = False
+    """step: run our attacks by torch.compile."""
+    cuda_graph: bool = False
+    """step: capture the steps of our attacks as a CUDA graph."""
     quick: bool = False
-    """One or two cases of each op, fewer rounds."""
+    """One or two cases of each op, or a small network; fewer rounds."""
     rounds: int | None = None
-    """Rounds, each of which times every provider once; default: 21, with --quick 7."""
+    """Rounds, each of which times everything once; default: 21 for ops, 7 for step, with --quick 7 and 3."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -183,12 +193,33 @@ class Bench:
 
     def run(self) -> None:
         from part_fast.bench import ops
+        from part_fast.bench_step import steps
 
-        if self.what != "ops":
-            raise ValueError(f"bench takes ops, got {self.what!r}")
-        ops(
-            self.out, only=self.only, device=self.device, quick=self.quick, rounds=self.rounds, overwrite=self.overwrite
-        )
+        common: dict[str, Any] = {
+            "device": self.device,
+            "quick": self.quick,
+            "rounds": self.rounds,
+            "overwrite": self.overwrite,
+        }
+        of_ops: dict[str, Any] = {"only": self.only}
+        of_step: dict[str, Any] = {
+            "models": self.models,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+            "compile": self.compile,
+            "cuda_graph": self.cuda_graph,
+        }
+        if self.what not in ("ops", "step"):
+            raise ValueError(f"bench takes ops or step, got {self.what!r}")
+        others = of_step if self.what == "ops" else of_ops
+        given = [name for name in others if getattr(self, name) != getattr(Bench, name)]
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"bench {self.what} takes no {flags}")
+        if self.what == "ops":
+            ops(self.out, **of_ops, **common)
+        else:
+            steps(self.out, **of_step, **common)
 
 
 @dataclass

@@ -125,6 +125,7 @@ def test_pairs_compute_the_same(small, pair):
     row = bench_step.compare(arena(small), *pair)
     assert row["images_off"] == 0
     assert row["masks_off"] == (0 if "PART" in pair[0] else None)
+    assert row["masked"] is None or 0.05 < row["masked"] < 0.5
     assert row["update_off"] < (1e-6 if pair[0] == "PART-T" else 1e-12)
 
 

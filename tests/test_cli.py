@@ -296,4 +296,27 @@ def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
     ((out, flags),) = calls
     assert out == tmp_path
     assert flags == {"only": ("cam", "pgd_step"), "device": "auto", "quick": True, "rounds": None, "overwrite": False}
-    assert "bench takes ops, got 'step'" in error_of(capsys, "bench", "step")
+    assert "bench takes ops or step, got 'speed'" in error_of(capsys, "bench", "speed")
+    assert "bench ops takes no --batch-size, --compile" in error_of(capsys, "bench", "--compile", "--batch-size", "4")
+
+
+def test_bench_step_takes_its_flags(tmp_path, capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr("part_fast.bench_step.steps", lambda out, **flags: calls.append((out, flags)))
+    assert main(["bench", "step", "--out", str(tmp_path), "--models", "resnet18", "wrn-34-10", "--rounds", "9"]) == 0
+    assert calls.pop() == (
+        tmp_path,
+        {
+            "models": ("resnet18", "wrn-34-10"),
+            "batch_size": None,
+            "precision": "auto",
+            "compile": False,
+            "cuda_graph": False,
+            "device": "auto",
+            "quick": False,
+            "rounds": 9,
+            "overwrite": False,
+        },
+    )
+    assert "bench step takes no --only" in error_of(capsys, "bench", "step", "--only", "cam")
+    assert calls == []
