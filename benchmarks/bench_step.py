@@ -1,0 +1,60 @@
+"""Training steps beside the published loops. As tables, CSV and plot: `part-fast bench step`.
+
+ResNet-18 at batch 32; with --full WRN-34-10 at batch 4 too. The network is measured once, all its steps in interleaved
+rounds, after each published loop was compared with ours; a test takes its step's row from there into `extra_info`
+(images/s, GFLOP/s, % of matmul, peak memory), with the goals' ratios that it is part of. pytest-benchmark's own columns
+are of one call made after that: use `extra_info` to compare. The published loops are in `part_fast/bench_baselines.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from part_fast import bench_step
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDS = 7
+STEPS = ("AT", "PART", "TRADES", "PART-T", *dict.fromkeys(published for _, published in bench_step.PAIRS))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    models = bench_step.MODELS if metafunc.config.getoption("--full") else bench_step.MODELS[:1]
+    metafunc.parametrize(("model", "step"), [(model, step) for model in models for step in STEPS])
+
+
+@pytest.fixture(scope="module")
+def measured() -> Callable[[str], Any]:
+    """(arena, rows, ratios) of a network; the last one is kept, for its tests come together."""
+    kept: dict[str, Any] = {}
+
+    def of(model: str) -> Any:
+        if model not in kept:
+            kept.clear()
+            precision, _ = bench_step.auto_precision(DEVICE)
+            batch = bench_step.BATCHES.get(model, bench_step.BATCH)
+            config = bench_step.configuration(model, batch, precision=precision)
+            bench_step.check(config, DEVICE)
+            rows = bench_step.measure(config, DEVICE, ROUNDS)
+            kept[model] = bench_step.Arena(config, DEVICE), rows, bench_step.ratios(rows)
+        return kept[model]
+
+    return of
+
+
+def test_speed(benchmark: Any, measured: Callable[[str], Any], model: str, step: str) -> None:
+    arena, rows, ratios = measured(model)
+    (row,) = [row for row in rows if row["name"] == step]
+    part_of = [goal.title for goal in bench_step.GOALS if step in (goal.step, goal.other)]
+    benchmark.group = f"{model}, batch {row['batch']}"
+    benchmark.extra_info.update(row)
+    benchmark.extra_info.update({each["what"]: each["value"] for each in ratios if each["what"] in part_of})
+    call = arena.steps()[step]
+
+    def finished() -> None:
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize(DEVICE)
+
+    benchmark.pedantic(finished, rounds=1)
