@@ -1,9 +1,10 @@
 """Training steps beside the published loops. As tables, CSV and plot: `part-fast bench step`.
 
-ResNet-18 at batch 32; with --full WRN-34-10 at batch 4 too. The network is measured once, all its steps in interleaved
-rounds, after each published loop was compared with ours; a test takes its step's row from there into `extra_info`
-(images/s, GFLOP/s, % of matmul, peak memory), with the goals' ratios that it is part of. pytest-benchmark's own columns
-are of one call made after that: use `extra_info` to compare. The published loops are in `part_fast/bench_baselines.py`.
+The demo's small ResNet at batch 32; with --full ResNet-18 at batch 32 and WRN-34-10 at batch 4, for which there are
+goals. A network is measured once, all its steps in interleaved rounds, after each published loop was compared with
+ours; a test takes its step's row from there into `extra_info` (images/s, GFLOP/s, % of matmul, peak memory), with the
+goals' ratios that it is part of. pytest-benchmark's own columns are of one call made after that: use `extra_info` to
+compare. The published loops are in `part_fast/bench_baselines.py`.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ STEPS = ("AT", "PART", "TRADES", "PART-T", *dict.fromkeys(published for _, publi
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    models = bench_step.MODELS if metafunc.config.getoption("--full") else bench_step.MODELS[:1]
+    models = bench_step.MODELS if metafunc.config.getoption("--full") else ("resnet-small",)
     metafunc.parametrize(("model", "step"), [(model, step) for model in models for step in STEPS])
 
 
