@@ -363,14 +363,17 @@ class FlopCount(TorchDispatchMode):
         return result
 
 
-def count_flop(config: TrainConfig, device: torch.device) -> dict[str, float]:
+def count_flop(config: TrainConfig, device: torch.device, progress: Progress = silent) -> dict[str, float]:
     """FLOP of each step and piece of an Arena at the config's batch size, counted on one image."""
     eager = dataclasses.replace(config, batch_size=1, compile=False, cuda_graph=False)
     arena = Arena(eager, device)
     found = {}
-    for name, step in {**arena.steps(), **arena.pieces()}.items():
+    counted = {**arena.steps(), **arena.pieces()}
+    tick = progress("counting FLOP", len(counted))
+    for name, step in counted.items():
         with FlopCount() as count:
             step()
+        tick()
         found[name] = float(count.total * config.batch_size)
     return found
 
@@ -383,7 +386,7 @@ def measure(
     Columns: model, batch, kind (step, piece, matmul), name, precision, median_s, p20_s, p80_s, images_per_s, gflop,
     gflop_per_s, percent_of_matmul, peak_bytes (None where it was not measured), rounds, seconds (of every round).
     """
-    flop = count_flop(config, device)
+    flop = count_flop(config, device, progress)
     arena, clock = Arena(config, device), clock_for(device)
     steps, pieces = arena.steps(), arena.pieces()
     ours = {"PART", "AT", "PART, bank", "TRADES", "PART-T"}
