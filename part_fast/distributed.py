@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
-from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, by nccl on GPUs and gloo elsewhere; gives this process its device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        yield device
-        return
+def join(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started, by nccl on GPUs and gloo elsewhere; gives this process its device.
+
+    They part when the process ends: torch cannot join twice. Errors: ValueError for more processes than GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ValueError(f"torchrun takes as many processes as there are GPUs, {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return device
 
 
 def rank() -> int:

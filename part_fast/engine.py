@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
@@ -54,14 +55,18 @@ class Engine:
         kind, decay = config.averaging
         self.averaged: AveragedModel | None = None
         if kind != "none":
-            average = get_ema_multi_avg_fn(decay) if kind == "ema" else get_swa_multi_avg_fn()
-            self.averaged = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
+            # Not torch's function for many tensors: BatchNorm's integer counters stop it.
+            average = get_ema_avg_fn(decay) if kind == "ema" else get_swa_avg_fn()
+            self.averaged = AveragedModel(self.model, avg_fn=average, use_buffers=True)
         self.trained: nn.Module = self.model
         if distributed.size() > 1:
-            # Methods forward twice before one backward, which buffers broadcast in between would break.
-            self.trained = DistributedDataParallel(
-                self.model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
-            )
+            # Methods forward twice before one backward, which buffers broadcast in between would break. The argument
+            # has another name from torch 2.14 on, which says so.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.trained = DistributedDataParallel(
+                    self.model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+                )
         self._group = 0
         self._last = True
 

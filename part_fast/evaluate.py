@@ -137,61 +137,60 @@ def evaluate(
     checks.count("batch_size", batch_size, 1)
     checks.count("seed", seed)
     checks.count("sanity_images", sanity_images)
-    with distributed.process_group(find_device(device)) as place:
-        net, config, data, weights = load_trained(
-            where, n, dataset=dataset, model=model, root=root, download=download, device=str(place)
-        )
-        attack = AttackSettings(
-            checks.number("eps", config.eps if eps is None else eps, 0),
-            checks.number("alpha", config.alpha if alpha is None else alpha, 0),
-            seed,
-        )
-        out = (where if where.is_dir() else where.parent) if out is None else out
-        summary, per_image = out / "evaluation.json", out / "evaluation_images.safetensors"
-        settings = {
-            "checkpoint": str(weights),
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-            "dataset": config.dataset,
-            "n": len(data),
-            **dataclasses.asdict(attack),
-        }
-        results, images = {}, {"labels": data.labels.cpu()}
-        if summary.exists() and not overwrite:
-            before = json.loads(summary.read_text())
-            # The same file under another path is the same checkpoint.
-            different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
-            if different:
-                raise ValueError(
-                    f"{summary} holds an evaluation with other {', '.join(different)}: "
-                    "choose another --out or --overwrite"
-                )
-            results, images = before["results"], load_file(per_image)
-        out.mkdir(parents=True, exist_ok=True)
-        for name in attacks:
-            if resume and name in results:
-                continue
-            begin = time.perf_counter()
-            keep = out / f"evaluation_aa_{_digest(settings, batch_size)}.safetensors" if name == "aa" else None
-            right = correct(net, data, name, attack, batch_size, progress=True, keep=keep)
-            results[name] = {**accuracy(right), "seconds": round(time.perf_counter() - begin, 3)}
-            images[name] = right
-        record = {**settings, "results": results, "environment": report.environment()}
-        record["warnings"] = sanity.order_flags({name: images[name] for name in results})
-        if sanity_images:
-            few = data.subset(min(sanity_images, len(data)))
-            generator = torch.Generator().manual_seed(seed)
-            flags, record["sanity"] = sanity.gradient_flags(
-                net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator
+    place = distributed.join(find_device(device))
+    net, config, data, weights = load_trained(
+        where, n, dataset=dataset, model=model, root=root, download=download, device=str(place)
+    )
+    attack = AttackSettings(
+        checks.number("eps", config.eps if eps is None else eps, 0),
+        checks.number("alpha", config.alpha if alpha is None else alpha, 0),
+        seed,
+    )
+    out = (where if where.is_dir() else where.parent) if out is None else out
+    summary, per_image = out / "evaluation.json", out / "evaluation_images.safetensors"
+    settings = {
+        "checkpoint": str(weights),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "dataset": config.dataset,
+        "n": len(data),
+        **dataclasses.asdict(attack),
+    }
+    results, images = {}, {"labels": data.labels.cpu()}
+    if summary.exists() and not overwrite:
+        before = json.loads(summary.read_text())
+        # The same file under another path is the same checkpoint.
+        different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
+        if different:
+            raise ValueError(
+                f"{summary} holds an evaluation with other {', '.join(different)}: choose another --out or --overwrite"
             )
-            record["warnings"] += flags
-        if distributed.rank() == 0:
-            with report.replacing(per_image) as temporary:
-                save_file(images, temporary)
-            report.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
-            report.write_json(summary, record)
-            for stale in out.glob("evaluation_aa_*.safetensors"):
-                stale.unlink()
-        distributed.barrier()
+        results, images = before["results"], load_file(per_image)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in attacks:
+        if resume and name in results:
+            continue
+        begin = time.perf_counter()
+        keep = out / f"evaluation_aa_{_digest(settings, batch_size)}.safetensors" if name == "aa" else None
+        right = correct(net, data, name, attack, batch_size, progress=True, keep=keep)
+        results[name] = {**accuracy(right), "seconds": round(time.perf_counter() - begin, 3)}
+        images[name] = right
+    record = {**settings, "results": results, "environment": report.environment()}
+    record["warnings"] = sanity.order_flags({name: images[name] for name in results})
+    if sanity_images:
+        few = data.subset(min(sanity_images, len(data)))
+        generator = torch.Generator().manual_seed(seed)
+        flags, record["sanity"] = sanity.gradient_flags(
+            net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator
+        )
+        record["warnings"] += flags
+    if distributed.rank() == 0:
+        with report.replacing(per_image) as temporary:
+            save_file(images, temporary)
+        report.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
+        report.write_json(summary, record)
+        for stale in out.glob("evaluation_aa_*.safetensors"):
+            stale.unlink()
+    distributed.barrier()
     return record
 
 

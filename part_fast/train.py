@@ -66,102 +66,102 @@ def train(
         RuntimeError: the loss is no longer finite.
     """
     config.check()
-    with distributed.process_group(find_device(config.device)) as device:
-        main = distributed.rank() == 0
-        check_folder(config, out, resume, overwrite)
-        distributed.barrier()  # nobody writes before everybody has checked
-        torch.manual_seed(config.seed)
+    device = distributed.join(find_device(config.device))
+    main = distributed.rank() == 0
+    check_folder(config, out, resume, overwrite)
+    distributed.barrier()  # nobody writes before everybody has checked
+    torch.manual_seed(config.seed)
 
-        data = load(config.dataset, "train", config.root, config.download)
-        data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
-        test = evaluation_data(config).to(device)
-        attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
+    data = load(config.dataset, "train", config.root, config.download)
+    data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
+    test = evaluation_data(config).to(device)
+    attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
 
-        engine = Engine(config, data.num_classes, device, load=not resume)
-        model, budget = engine.model, engine.budget
-        bank = None
-        if config.refresh_epochs and config.method in WEIGHTED:
-            size = (data.images.shape[2], data.images.shape[3])
-            bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
+    engine = Engine(config, data.num_classes, device, load=not resume)
+    model, budget = engine.model, engine.budget
+    bank = None
+    if config.refresh_epochs and config.method in WEIGHTED:
+        size = (data.images.shape[2], data.images.shape[3])
+        bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
-        rows = load_state(out / STATE, engine, bank) if resume else []
-        if len(rows) > config.epochs:
-            done = f"the {len(rows)} that the run in {out} has done"
-            raise ValueError(f"epochs must be at least {done}, got {config.epochs}")
-        if main:
-            prepare_folder(config, out, resume, overwrite)
-            if rows:
-                export(out, engine, rows)  # the run may have been stopped between its state and these
-        with (
-            tqdm(
-                total=config.epochs * len(data),
-                initial=len(rows) * len(data),
-                unit="img",
-                disable=None if main else True,
-            ) as bar,
-            adversarial_logits(model) as seen,
-            _tensorboard(out) if tensorboard and main else contextlib.nullcontext() as writer,
-        ):
-            for epoch in range(len(rows), config.epochs):
-                method = config.method_at(epoch)
-                # Sums stay on the device: reading them every batch would make a GPU wait.
-                loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
-                begin = time.perf_counter()
-                weighted_epoch = epoch - config.warmup_epochs
-                if bank is not None and method in WEIGHTED and weighted_epoch % config.refresh_epochs == 0:
-                    bank.fill(budget, data.images)
-                order = epoch_order(len(data), config, epoch).to(device)
-                agreement: dict[str, float] = {}
-                model.train()
-                seen_images = 0
-                for batch in data.batches(config.batch_size, order=order):
-                    drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
-                    x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
-                    if seen_images == 0 and config.precision != "fp32":
-                        agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
-                    engine.begin(seen_images, len(order), epoch)
-                    with engine.collecting():
-                        epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
-                        loss = batch_loss(
-                            method, engine.trained, x, batch.labels, epsilon, config, attack_model=engine.attack_model
-                        )
-                        engine.backward(loss, len(x))
-                    engine.end()
-                    seen_images += len(x)
-                    loss_sum += loss.detach() * len(x)
-                    hits += (seen[-1].argmax(1) == batch.labels).sum()
-                    bar.update(len(x) * distributed.size())
-                engine.end_epoch(epoch)
-                images = len(order) * distributed.size()
-                train_loss = float(distributed.sum_(loss_sum)) / images
-                seconds = time.perf_counter() - begin
-                if not math.isfinite(train_loss):
-                    raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
-                if agreement and main and (warning := agreement_warning(agreement)) is not None:
-                    log(f"warning: epoch {epoch + 1}, {config.precision}: {warning}")
+    rows = load_state(out / STATE, engine, bank) if resume else []
+    if len(rows) > config.epochs:
+        done = f"the {len(rows)} that the run in {out} has done"
+        raise ValueError(f"epochs must be at least {done}, got {config.epochs}")
+    if main:
+        prepare_folder(config, out, resume, overwrite)
+        if rows:
+            export(out, engine, rows)  # the run may have been stopped between its state and these
+    with (
+        tqdm(
+            total=config.epochs * len(data),
+            initial=len(rows) * len(data),
+            unit="img",
+            disable=None if main else True,
+        ) as bar,
+        adversarial_logits(model) as seen,
+        _tensorboard(out) if tensorboard and main else contextlib.nullcontext() as writer,
+    ):
+        for epoch in range(len(rows), config.epochs):
+            method = config.method_at(epoch)
+            # Sums stay on the device: reading them every batch would make a GPU wait.
+            loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+            begin = time.perf_counter()
+            weighted_epoch = epoch - config.warmup_epochs
+            if bank is not None and method in WEIGHTED and weighted_epoch % config.refresh_epochs == 0:
+                bank.fill(budget, data.images)
+            order = epoch_order(len(data), config, epoch).to(device)
+            agreement: dict[str, float] = {}
+            model.train()
+            seen_images = 0
+            for batch in data.batches(config.batch_size, order=order):
+                drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
+                x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
+                if seen_images == 0 and config.precision != "fp32":
+                    agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
+                engine.begin(seen_images, len(order), epoch)
+                with engine.collecting():
+                    epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
+                    loss = batch_loss(
+                        method, engine.trained, x, batch.labels, epsilon, config, attack_model=engine.attack_model
+                    )
+                    engine.backward(loss, len(x))
+                engine.end()
+                seen_images += len(x)
+                loss_sum += loss.detach() * len(x)
+                hits += (seen[-1].argmax(1) == batch.labels).sum()
+                bar.update(len(x) * distributed.size())
+            engine.end_epoch(epoch)
+            images = len(order) * distributed.size()
+            train_loss = float(distributed.sum_(loss_sum)) / images
+            seconds = time.perf_counter() - begin
+            if not math.isfinite(train_loss):
+                raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
+            if agreement and main and (warning := agreement_warning(agreement)) is not None:
+                log(f"warning: epoch {epoch + 1}, {config.precision}: {warning}")
 
-                rows.append(
-                    {
-                        "epoch": epoch + 1,
-                        "method": method,
-                        "lr": config.lr_at(epoch),
-                        "train_loss": train_loss,
-                        "train_robust": int(distributed.sum_(hits)) / images,
-                        **accuracies(engine, test, attacked_test),
-                        **agreement,
-                        "seconds": seconds,
-                        "images_per_second": images / seconds,
-                    }
-                )
-                if main:
-                    save_state(out, engine, rows, bank)
-                    if writer is not None:
-                        _log_scalars(writer, rows[-1])
-                    log(_line(rows[-1], config.epochs))
-                distributed.barrier()
-        if main:
-            title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
-            report.draw_curves(out / "curves.png", rows, title)
+            rows.append(
+                {
+                    "epoch": epoch + 1,
+                    "method": method,
+                    "lr": config.lr_at(epoch),
+                    "train_loss": train_loss,
+                    "train_robust": int(distributed.sum_(hits)) / images,
+                    **accuracies(engine, test, attacked_test),
+                    **agreement,
+                    "seconds": seconds,
+                    "images_per_second": images / seconds,
+                }
+            )
+            if main:
+                save_state(out, engine, rows, bank)
+                if writer is not None:
+                    _log_scalars(writer, rows[-1])
+                log(_line(rows[-1], config.epochs))
+            distributed.barrier()
+    if main:
+        title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
+        report.draw_curves(out / "curves.png", rows, title)
     return rows
 
 

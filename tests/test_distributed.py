@@ -1,0 +1,120 @@
+"""Two processes under torchrun train what one does on batches of twice the size; each writes nothing twice."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from part_fast.config import TrainConfig
+from part_fast.data import load
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+# BatchNorm would normalise a batch by the share that each process sees, and starts are drawn by each for its own.
+WORK = """
+    import sys
+    import torch
+    import part_fast.attacks as attacks, part_fast.engine as engine, part_fast.losses as losses
+    from part_fast import distributed
+    from part_fast.config import TrainConfig
+    from part_fast.evaluate import evaluate
+    from part_fast.train import train
+    from pathlib import Path
+
+    class Plain(torch.nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            conv = lambda i, o: torch.nn.Conv2d(i, o, 3, padding=1, stride=2)
+            self.layer4 = torch.nn.Sequential(conv(3, 8), torch.nn.ReLU(), conv(8, 16), torch.nn.ReLU())
+            self.linear = torch.nn.Linear(16, classes)
+
+        def forward(self, x):
+            return self.linear(self.layer4(x).mean((2, 3)))
+
+    import part_fast.evaluate as evaluating
+    engine.build_model = evaluating.build_model = lambda name, classes: Plain(classes)
+    draw = torch.randn_like
+    torch.randn_like = lambda x, **k: torch.zeros_like(x)
+    attacks._start = lambda x, *rest: x.clone()
+    torch.randperm = lambda n, **k: torch.arange(n)
+    out, config = Path(sys.argv[1]), TrainConfig(**eval(sys.argv[2]))
+    rows = train(config, out, log=print)
+    evaluate(out, ("natural", "pgd20"), batch_size=7)
+"""
+SETTINGS = {
+    "method": "part", "epochs": 2, "warmup_epochs": 1, "train_size": 80, "test_size": 40, "steps": 2, "lr": 0.1,
+    "augment": False, "pgd_test_size": 20, "lr_drops": (), "device": "cpu",
+}  # fmt: skip
+
+
+def run(folder, processes, tmp_path, **changes):
+    script = tmp_path / "work.py"
+    script.write_text(textwrap.dedent(WORK))
+    settings = {**SETTINGS, **changes}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    root = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [sys.executable, *launcher, str(script), str(folder), repr(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"method": "part-t", "beta": 2.0, "accumulate": 2, "average": "ema:0.5", "refresh": "1", "schedule": "cosine"},
+    ],
+    ids=["part", "part-t, accumulated, averaged, mask bank"],
+)
+def test_two_processes_train_what_one_does_on_batches_of_twice_the_size(changes, tmp_path):
+    one = run(tmp_path / "one", 1, tmp_path, batch_size=16, **changes)
+    two = run(tmp_path / "two", 2, tmp_path, batch_size=8, **changes)
+    assert one.count("epoch 1/2") == two.count("epoch 1/2") == 1, "one process speaks"
+    for name in ("model.safetensors", *(["averaged.safetensors"] if "average" in changes else [])):
+        single, shared = (load_file(tmp_path / folder / name) for folder in ("one", "two"))
+        for key, value in single.items():
+            # Gradients are summed in another order; what rounding does to a sign moves a pixel of many.
+            torch.testing.assert_close(shared[key], value, rtol=1e-3, atol=1e-5)
+    rows = [(tmp_path / folder / "metrics.csv").read_text().splitlines() for folder in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 3
+    for line, other in zip(*(table[1:] for table in rows), strict=True):
+        fields, others = line.split(",")[3:7], other.split(",")[3:7]  # loss and the accuracies
+        assert [float(v) for v in others] == pytest.approx([float(v) for v in fields], rel=1e-3)
+    results = [json.loads((tmp_path / folder / "evaluation.json").read_text())["results"] for folder in ("one", "two")]
+    assert {k: v["correct"] for k, v in results[0].items()} == {k: v["correct"] for k, v in results[1].items()}
+    images = [load_file(tmp_path / folder / "evaluation_images.safetensors") for folder in ("one", "two")]
+    assert all(torch.equal(value, images[1][key]) for key, value in images[0].items())
+    if "refresh" in changes:
+        masks = [torch.load(tmp_path / f / "training_state.pt", weights_only=True)["masks"] for f in ("one", "two")]
+        assert masks[0].any()
+        # Of 80 masks of 1,024 pixels: those at their threshold may fall otherwise.
+        differing = (masks[0] ^ masks[1]).count_nonzero() / masks[0].numel()
+        assert differing < 0.02
+
+
+def test_an_epoch_is_shared_evenly_and_wholly(monkeypatch):
+    import part_fast.distributed as distributed
+    from part_fast.train import epoch_order
+
+    monkeypatch.setattr(distributed, "same_", lambda value: value.copy_(torch.arange(len(value)).flip(0)))
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    orders = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        orders.append(epoch_order(10, TrainConfig(), 0))
+    assert [len(order) for order in orders] == [4, 4, 4], "or one would wait for the others for ever"
+    together = torch.stack(orders, 1).flatten()
+    assert together.tolist() == [*range(9, -1, -1), 9, 8]
+
+
+def test_the_demo_set_has_what_is_tested_here():
+    assert len(load("demo", "train")) >= SETTINGS["train_size"]
+    assert {field.name for field in dataclasses.fields(TrainConfig)} >= set(SETTINGS)
