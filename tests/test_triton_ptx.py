@@ -385,6 +385,8 @@ def representative(launches) -> dict[str, object]:
     call("pgd_step_bwd float32", "pgd_step_bwd", x, x, x, x, x, 0.0, 0.0, *SCALARS)
     call("project_linf float32", "project_linf", x, x, None, EPS, 0.0)
     call("project_linf_bwd float32", "project_linf_bwd", x, x, x, None, EPS, 0.0)
+    x = images_of(F64)
+    call("pgd_step float64, float eps", "pgd_step", x, x, x, None, EPS, 0.0, *SCALARS)
     features = torch.zeros(2, 640, 8, 8)
     call("cam gradcam float32", "cam", features, features, 0)
     call("cam xgradcam bfloat16 channels_last", "cam",
@@ -395,6 +397,7 @@ def representative(launches) -> dict[str, object]:
     call("cam_mask zscore bits 8x8 to 32x32", "cam_mask", maps, 32, 32, 0, 0, True)
     for rule, name in enumerate(CAM_MASK.RULES):
         call(f"epsilon_map {name} 8x8 to 32x32", "epsilon_map", maps, 32, 32, rule, 100 * (rule == 2), EPS, EPS_LOW)
+    call("epsilon_map quantile float64 8x8 to 32x32", "epsilon_map", maps.double(), 32, 32, 2, 100, EPS, EPS_LOW)
     call("epsilon_map zscore 7x7 to 224x224", "epsilon_map", torch.zeros(2, 7, 7), 224, 224, 0, 0, EPS, EPS_LOW)
     return found
 
@@ -460,7 +463,7 @@ def sass_row(name: str, launch, cc: int, folder: Path) -> dict[str, object]:
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     shared = kernel.metadata.shared
     per_warp = math.ceil(registers / 8) * 8 * 32
-    blocks = min(REGISTERS // (per_warp * launch.num_warps), WARPS_OF[cc] // launch.num_warps)
+    blocks = min(REGISTERS // (per_warp * launch.num_warps), WARPS_OF[cc] // launch.num_warps, WARPS_OF[cc] // 2)
     if shared:
         blocks = min(blocks, (100 if cc == 120 else 164) * 1024 // (shared + 1024))
     return {
@@ -482,9 +485,16 @@ def show(rows: list[dict[str, object]]) -> None:
 def assert_sass(row: dict[str, object]) -> None:
     assert row["local_bytes"] == 0, row
     assert row["local_accesses"] == 0, row
-    # The others have a program per image, so that a batch of the usual size leaves most of the chip's warps unused.
-    if row["kernel"].startswith(("pgd_step", "project_linf")):
-        assert row["occupancy"] >= 0.75, row
+    name, least = row["kernel"], 0.75
+    if "float64" in name:
+        least = 0.375  # twice the registers
+    elif "224x224" in name:
+        # Here u is made anew in each pass, and a tile's rows span the width, so that a thread keeps four values of the
+        # map enlarged along its rows; with 40 registers it would spill. A batch of 256 has two such images for each
+        # multiprocessor, whose two blocks of 16 warps are half of what fits.
+        least = 0.5
+    assert row["occupancy"] >= least, row
+    if name.startswith(("pgd_step", "project_linf")):
         assert row["LDG.128"], row
         assert row["STG.128"], row
 

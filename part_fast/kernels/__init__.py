@@ -79,3 +79,20 @@ def clamp(value, low, high):
 def divide(a, b):
     """a / b, correctly rounded."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def divide_by(a, b, reciprocal):
+    """a / b, correctly rounded, from 1 / b correctly rounded; of a size where nothing under- or overflows.
+
+    The quotient by the reciprocal is less than two units off. A correction with the exact remainder makes it less than
+    one, and a second one then rounds right (Markstein, 1990). A division has a branch and a call, which cost registers.
+    """
+    if INTERPRETER:
+        # There an fma rounds twice.
+        result = divide(a, b)
+    else:
+        result = a * reciprocal
+        result = tl.fma(tl.fma(-result, b, a), reciprocal, result)
+        result = tl.fma(tl.fma(-result, b, a), reciprocal, result)
+    return result

@@ -11,9 +11,10 @@ from part_fast.kernels import INTERPRETED, Launch, divide, widen
 
 GRADCAM, XGRADCAM, LAYERCAM = (tl.constexpr(method) for method in range(3))  # hirescam is the last
 
-# Elements of one tensor that a program holds at a time: 8 a thread; with 16 half as many programs fit.
+# Elements of one tensor that a program holds at a time: 4 a thread; with 8, xgradcam's registers leave half of a
+# multiprocessor's warps without room.
 TILE = 2048
-WARPS = 8
+WARPS = 16
 
 
 @triton.jit

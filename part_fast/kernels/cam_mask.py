@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from part_fast.kernels import Launch
-from part_fast.kernels.upsample_cam import WARPS, enlarged, extrema, pixels_of, table_of, tiles_of
+from part_fast.kernels.upsample_cam import enlarged, extrema, pixels_of, table_of, tiles_of
 
 # ops.cam_mask.RULES in this order
 ZSCORE, RELEASED, QUANTILE, SOFT = (tl.constexpr(rule) for rule in range(4))
@@ -19,11 +19,11 @@ BITS, BYTES, EPS = (tl.constexpr(form) for form in range(3))
 @triton.jit
 def write_image(
     cam, out, high_value, low_value, k, tiles,
-    RULE: tl.constexpr, FORM: tl.constexpr,
+    RULE: tl.constexpr, FORM: tl.constexpr, KEPT: tl.constexpr,
     MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The program's image, whole. u is made anew in each pass: that is cheaper than memory for it."""
+    """The program's image, whole. KEPT: it is one tile, whose u stays in registers; else each pass makes u anew."""
     PIXELS: tl.constexpr = HEIGHT * WIDTH
     PLANES: tl.constexpr = 3 if RULE == RELEASED else 1
     image = tl.program_id(0).to(tl.int64)
@@ -32,37 +32,46 @@ def write_image(
     low, high = extrema(cam, MAP_HEIGHT * MAP_WIDTH, DTYPE)
     # Nothing can be said from a flat map, nor from one with NaN or infinities.
     evidence = (high > low) & (tl.abs(high - low) < float("inf"))
+    if RULE != SOFT:
+        # Then u is 0 everywhere.
+        low, high = tl.where(evidence, low, 0.0), tl.where(evidence, high, 0.0)
     table = table_of(cam, low, high, MAP_HEIGHT, MAP_WIDTH, WIDTH, COLUMNS, TABLE, DTYPE)
     zero = tl.zeros((ROWS, COLUMNS), DTYPE)
+    kept = zero
+    if KEPT:
+        kept, pixel, inside = u_of(
+            0, zero, cam, table, low, high, False,
+            MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
+        )  # fmt: skip
 
     if RULE == ZSCORE:
         total = zero
         for tile in range(tiles):
-            row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-            u = enlarged(
-                cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
-            )
-            total += tl.where(inside & evidence, u, zero)
+            u, pixel, inside = u_of(
+                tile, kept, cam, table, low, high, KEPT,
+                MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
+            )  # fmt: skip
+            total += u
         mean = (sum_of(total) / PIXELS).to(DTYPE)
         total = zero
         for tile in range(tiles):
-            row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-            u = enlarged(
-                cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
-            )
-            total += tl.where(inside & evidence, (u - mean) * (u - mean), zero)
+            u, pixel, inside = u_of(
+                tile, kept, cam, table, low, high, KEPT,
+                MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
+            )  # fmt: skip
+            total += tl.where(inside, (u - mean) * (u - mean), zero)
         std = tl.sqrt(sum_of(total) / PIXELS).to(DTYPE)
 
     if RULE == RELEASED:
         counts = tl.zeros((256,), tl.int32)
         for tile in range(tiles):
-            row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-            u = enlarged(
-                cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
-            )
-            entry = tl.reshape(entry_of(tl.where(evidence & inside, u, zero)), (ROWS * COLUMNS,))
+            u, pixel, inside = u_of(
+                tile, kept, cam, table, low, high, KEPT,
+                MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
+            )  # fmt: skip
+            entry = tl.reshape(entry_of(u), (ROWS * COLUMNS,))
             counts += tl.histogram(entry, 256, mask=tl.reshape(inside, (ROWS * COLUMNS,)))
-        colours = colours_kept(counts.to(tl.float64), PIXELS)
+        colours = tl.where(evidence, colours_kept(counts.to(tl.float64), PIXELS), 0)
 
     if RULE == QUANTILE:
         # The key of the k-th largest pixel, eight bits at a time from the top, by counting.
@@ -76,12 +85,11 @@ def write_image(
             shift = tl.zeros((1,), tl.int32) + (BITS_OF_KEY - 8 - 8 * step)
             counts = tl.zeros((256,), tl.int32)
             for tile in range(tiles):
-                row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-                u = enlarged(
-                    cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH,
-                    ROWS, COLUMNS, TABLE, DTYPE,
+                u, pixel, inside = u_of(
+                    tile, kept, cam, table, low, high, KEPT,
+                    MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
                 )  # fmt: skip
-                key = tl.reshape(key_of(tl.where(evidence & inside, u, zero)), (ROWS * COLUMNS,))
+                key = tl.reshape(key_of(u), (ROWS * COLUMNS,))
                 candidate = tl.reshape(inside, (ROWS * COLUMNS,)) & (((key ^ known) & settled) == 0)
                 counts += tl.histogram(((key >> shift.to(KEY)) & 255).to(tl.int32), 256, mask=candidate)
             at_least = tl.cumsum(counts, 0, reverse=True)
@@ -89,25 +97,24 @@ def write_image(
             need -= tl.sum(tl.where(digit > chosen, counts, tl.zeros_like(counts)), 0, keep_dims=True)
             known = known | (chosen.to(KEY) << shift.to(KEY))
             settled = settled | (tl.full((1,), 255, KEY) << shift.to(KEY))
+        # Without evidence the keys are all equal, and none of them is taken.
+        need = tl.where(evidence, need, 0)
         taken = tl.zeros((1,), tl.int32)
 
     for tile in range(tiles):
-        row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-        u = enlarged(
-            cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
-        )
+        u, pixel, inside = u_of(
+            tile, kept, cam, table, low, high, KEPT,
+            MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
+        )  # fmt: skip
         if RULE == SOFT:
             # low_value + spread * clamp(u, 0, 1); high_value is the spread, rounded once from float64.
             share = tl.where(u < 0, zero, tl.where(u > 1, zero + 1, u))
             value = tl.full((1,), low_value, DTYPE) + tl.full((1,), high_value, DTYPE) * share
             tl.store(out + pixel, value, mask=inside)
         else:
-            u = tl.where(evidence & inside, u, zero)
             if RULE == ZSCORE:
                 mask = u - mean > std
-                write_plane(
-                    out, mask & evidence, high_value, low_value, tile, pixel, inside, PIXELS, FORM, ROWS, COLUMNS, WIDTH
-                )
+                write_plane(out, mask, high_value, low_value, tile, pixel, inside, PIXELS, FORM, ROWS, COLUMNS, WIDTH)
             elif RULE == QUANTILE:
                 key = key_of(u)
                 tie = (key == known) & inside
@@ -115,17 +122,35 @@ def write_image(
                 # Pixels with exactly the key: the first `need` of them in row-major order.
                 rank = tl.reshape(tl.cumsum(count, 0) - count, (ROWS, COLUMNS)) + taken
                 taken += tl.sum(count, 0, keep_dims=True)
-                mask = ((key > known) | (tie & (rank < need))) & evidence
+                mask = (key > known) | (tie & (rank < need))
                 write_plane(out, mask, high_value, low_value, tile, pixel, inside, PIXELS, FORM, ROWS, COLUMNS, WIDTH)
             else:
                 entry = tl.reshape(entry_of(u), (ROWS * COLUMNS,))
-                kept = tl.reshape(tl.gather(colours, entry, 0), (ROWS, COLUMNS))
+                colour = tl.reshape(tl.gather(colours, entry, 0), (ROWS, COLUMNS))
                 for plane in tl.static_range(3):
-                    mask = (((kept >> plane) & 1) != 0) & evidence
+                    mask = ((colour >> plane) & 1) != 0
                     start = out + plane * ((PIXELS + 7) // 8 if FORM == BITS else PIXELS)
                     write_plane(
                         start, mask, high_value, low_value, tile, pixel, inside, PIXELS, FORM, ROWS, COLUMNS, WIDTH
                     )
+
+
+@triton.jit
+def u_of(
+    tile, kept, cam, table, low, high, KEPT: tl.constexpr,
+    MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """(u of a tile's pixels, 0 past the image; their row-major index; whether they are in the image)."""
+    row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
+    if KEPT:
+        u = kept
+    else:
+        u = enlarged(
+            cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
+        )
+        u = tl.where(inside, u, tl.zeros_like(u))
+    return u, pixel, inside
 
 
 @triton.jit
@@ -208,12 +233,12 @@ def between(entry, x0: tl.constexpr, x1: tl.constexpr, y0: tl.constexpr, y1: tl.
 
 @triton.jit
 def cam_mask_kernel(
-    cam, out, k, tiles, RULE: tl.constexpr, FORM: tl.constexpr,
+    cam, out, k, tiles, RULE: tl.constexpr, FORM: tl.constexpr, KEPT: tl.constexpr,
     MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     write_image(
-        cam, out, 1.0, 0.0, k, tiles, RULE, FORM,
+        cam, out, 1.0, 0.0, k, tiles, RULE, FORM, KEPT,
         MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
     )  # fmt: skip
 
@@ -225,7 +250,7 @@ def cam_mask_launch(cam: Tensor, height: int, width: int, rule: int, k: int, out
     return Launch(
         cam_mask_kernel, cam.shape[0] if out.numel() else 0,
         {"cam": cam, "out": out.view(torch.uint8), "k": k, "tiles": tiles.count},
-        {"RULE": rule, "FORM": form.value, **tiles.constants}, WARPS,
+        {"RULE": rule, "FORM": form.value, "KEPT": tiles.count == 1, **tiles.constants}, tiles.warps,
     )  # fmt: skip
 
 

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from part_fast.kernels import Launch
 from part_fast.kernels.cam_mask import EPS, RELEASED, SOFT, write_image
-from part_fast.kernels.upsample_cam import WARPS, tiles_of
+from part_fast.kernels.upsample_cam import tiles_of
 
 
 @triton.jit
 def epsilon_map_kernel(
-    cam, out, high_value: tl.float64, low_value: tl.float64, k, tiles, RULE: tl.constexpr,
+    cam, out, high_value: tl.float64, low_value: tl.float64, k, tiles, RULE: tl.constexpr, KEPT: tl.constexpr,
     MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     write_image(
-        cam, out, high_value, low_value, k, tiles, RULE, EPS,
+        cam, out, high_value, low_value, k, tiles, RULE, EPS, KEPT,
         MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
     )  # fmt: skip
 
@@ -33,7 +33,7 @@ def epsilon_map_launch(
     return Launch(
         epsilon_map_kernel, cam.shape[0] if out.numel() else 0,
         {"cam": cam, "out": out, "high_value": high_value, "low_value": eps_low, "k": k, "tiles": tiles.count},
-        {"RULE": rule, **tiles.constants}, WARPS,
+        {"RULE": rule, "KEPT": tiles.count == 1, **tiles.constants}, tiles.warps,
     )  # fmt: skip
 
 

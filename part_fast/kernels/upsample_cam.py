@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from part_fast.kernels import INTERPRETED, Launch, divide, narrow, widen
+from part_fast.kernels import INTERPRETED, Launch, divide, divide_by, narrow, widen
 
-WARPS = 4
-# Most pixels of a tile: 8 a thread.
-LIMIT = 1024
+# Pixels of a thread: with four, the weights of their rows take so many registers that a multiprocessor holds half of
+# its warps.
+EACH = 2
+MOST_WARPS = 16
+BWD_WARPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +26,21 @@ class Tiles:
     A tile is ROWS whole rows, COLUMNS wide with padding. An image whose rows are no whole bytes of bits, or too long,
     is cut FLAT: a tile is COLUMNS pixels in a row-major walk. TABLE: the map enlarged along its rows alone fits on the
     chip, so that a pixel takes four values of it instead of sixteen of the map.
+
+    A small image has fewer warps, so that a multiprocessor holds more of them. A block never has several images: a
+    batch of the usual size has about as many images as a chip has multiprocessors, and none should be left without.
     """
 
     count: int
+    warps: int
     constants: dict[str, Any]
 
 
 def tiles_of(cam: Tensor, height: int, width: int) -> Tiles:
     """The tiles for maps `cam` (N,h,w)."""
-    limit = 1 << 18 if INTERPRETED else LIMIT
+    pixels = triton.next_power_of_2(max(1, height)) * triton.next_power_of_2(max(8, width))
+    warps = max(2, min(MOST_WARPS, pixels // (32 * EACH)))
+    limit = 1 << 18 if INTERPRETED else 32 * MOST_WARPS * EACH
     flat = width % 8 != 0 or width > limit
     if flat:
         rows, columns = 1, max(8, min(triton.next_power_of_2(height * width), limit // 2))
@@ -43,9 +51,10 @@ def tiles_of(cam: Tensor, height: int, width: int) -> Tiles:
         count = triton.cdiv(height, rows)
     small_height, small_width = cam.shape[1:]
     # Triton 3.8 does not compile a gather from fewer elements than the program has threads.
-    table_rows = max(triton.next_power_of_2(small_height), 32 * WARPS // columns)
+    table_rows = max(triton.next_power_of_2(small_height), 32 * warps // columns)
     return Tiles(
         count,
+        warps,
         {
             "MAP_HEIGHT": small_height, "MAP_WIDTH": small_width, "HEIGHT": height, "WIDTH": width,
             "FLAT": flat, "ROWS": rows, "COLUMNS": columns,
@@ -81,7 +90,8 @@ def keys_taps(position, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, DTYPE: tl
     # Shifted by one period, since division of a negative number would not round down.
     left = (centre + 2 * SIZE_OUT) // (2 * SIZE_OUT) - 1
     remainder = (centre - left * (2 * SIZE_OUT)).to(DTYPE)
-    phase = divide(remainder, tl.zeros_like(remainder) + 2 * SIZE_OUT)
+    period = tl.full(remainder.shape, 2 * SIZE_OUT, DTYPE)
+    phase = divide_by(remainder, period, tl.full(remainder.shape, 1 / (2 * SIZE_OUT), DTYPE))
     w0, w1, w2, w3 = outer_tap(phase + 1), inner_tap(phase), inner_tap(1 - phase), outer_tap(2 - phase)
     zero = tl.zeros_like(phase)
     w0 = tl.where((left >= 1) & (left - 1 < SIZE_IN), w0, zero)
@@ -89,7 +99,9 @@ def keys_taps(position, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, DTYPE: tl
     w2 = tl.where((left >= -1) & (left + 1 < SIZE_IN), w2, zero)
     w3 = tl.where((left >= -2) & (left + 2 < SIZE_IN), w3, zero)
     total = ((w0 + w1) + w2) + w3
-    return left - 1, divide(w0, total), divide(w1, total), divide(w2, total), divide(w3, total)
+    inverse = divide(zero + 1, total)
+    w0, w1 = divide_by(w0, total, inverse), divide_by(w1, total, inverse)
+    return left - 1, w0, w1, divide_by(w2, total, inverse), divide_by(w3, total, inverse)
 
 
 @triton.jit
@@ -196,7 +208,7 @@ def upsample_cam_launch(cam: Tensor, height: int, width: int, out: Tensor) -> La
     tiles = tiles_of(cam, height, width)
     return Launch(
         upsample_cam_fwd_kernel, cam.shape[0] * tiles.count,
-        {"cam": cam, "out": out, "tiles": tiles.count}, tiles.constants, WARPS,
+        {"cam": cam, "out": out, "tiles": tiles.count}, tiles.constants, tiles.warps,
     )  # fmt: skip
 
 
@@ -209,8 +221,7 @@ def upsample_cam(cam: Tensor, height: int, width: int) -> Tensor:
 @triton.jit
 def upsample_cam_bwd_kernel(
     grad_out, cam, out, MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
-    TILES: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, SPAN: tl.constexpr,
+    DOWN: tl.constexpr, ACROSS: tl.constexpr, SPAN: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """A program per image. The map's gradient is made in tiles of DOWN x ACROSS from SPAN pixels of a row at a time."""
     image = tl.program_id(0).to(tl.int64)
@@ -229,42 +240,54 @@ def upsample_cam_bwd_kernel(
         lowest += tl.sum((value == low).to(DTYPE), 0, keep_dims=True)
         highest += tl.sum((value == high).to(DTYPE), 0, keep_dims=True)
 
-    # The minimum's and the maximum's share: sums over the map of grad and scaled * grad, which are sums over the
-    # pixels, since the weights of a pixel's taps sum to 1 and the scaled map's weighted sum is u.
-    table = table_of(cam, low, high, MAP_HEIGHT, MAP_WIDTH, WIDTH, COLUMNS, TABLE, DTYPE)
-    straight = tl.zeros((ROWS, COLUMNS), DTYPE)
-    weighted = tl.zeros((ROWS, COLUMNS), DTYPE)
-    for tile in range(TILES):
-        row, column, pixel, inside = pixels_of(tile, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-        u = enlarged(
-            cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE
-        )
-        g = widen(tl.load(grad_out + pixel, mask=inside, other=0)).to(DTYPE)
-        straight += g
-        weighted += tl.where(inside, u, tl.zeros_like(u)) * g
-    all_straight = tl.sum(tl.sum(straight, 1), 0, keep_dims=True)
-    all_weighted = tl.sum(tl.sum(weighted, 1), 0, keep_dims=True)
-    from_low = (all_weighted - all_straight) / lowest
-    from_high = -all_weighted / highest
-
+    # What the minimum and the maximum get for having set the scale: sums over the map of the scaled map's gradient and
+    # of its product with the scaled map. A map of more than one tile has its gradient made twice.
+    ONE: tl.constexpr = (MAP_HEIGHT <= DOWN) & (MAP_WIDTH <= ACROSS)
+    straight = tl.zeros((1,), DTYPE)
+    weighted = tl.zeros((1,), DTYPE)
+    grad = tl.zeros((DOWN, ACROSS), DTYPE)
     for down in range(0, MAP_HEIGHT, DOWN):
         for across in range(0, MAP_WIDTH, ACROSS):
             j = down + tl.arange(0, DOWN)[:, None]
             i = across + tl.arange(0, ACROSS)[None, :]
-            grad = tl.zeros((DOWN, ACROSS), DTYPE)
-            for first in range(0, WIDTH, SPAN):
-                x = first + tl.arange(0, SPAN)[:, None]
-                # Past the row's end no tap falls on the map, and its weights are 0 / 0.
-                across_weight = tl.where(x < WIDTH, weight_on(x, i, MAP_WIDTH, WIDTH, DTYPE), 0.0)
-                for y in range(HEIGHT):
-                    g = widen(tl.load(grad_out + y * WIDTH + x, mask=x < WIDTH, other=0)).to(DTYPE)
-                    part = tl.sum(g * across_weight, 0, keep_dims=True)
-                    grad += weight_on(tl.zeros_like(j) + y, j, MAP_HEIGHT, HEIGHT, DTYPE) * part
             inside = (j < MAP_HEIGHT) & (i < MAP_WIDTH)
+            grad = scaled_gradient(grad_out, j, i, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, DOWN, ACROSS, SPAN, DTYPE)
+            grad = tl.where(inside, grad, 0.0)
             value = widen(tl.load(cam + j * MAP_WIDTH + i, mask=inside, other=0))
-            grad += tl.where(value == low, from_low, 0.0) + tl.where(value == high, from_high, 0.0)
-            grad = tl.where(spread == 0, 0.0, grad / spread)
-            tl.store(out + j * MAP_WIDTH + i, narrow(grad, out.dtype.element_ty), mask=inside)
+            scaled = tl.where(inside & (spread != 0), (value - low) / spread, 0.0)
+            straight += tl.sum(tl.sum(grad, 1), 0, keep_dims=True)
+            weighted += tl.sum(tl.sum(scaled * grad, 1), 0, keep_dims=True)
+    from_low = (weighted - straight) / lowest
+    from_high = -weighted / highest
+    for down in range(0, MAP_HEIGHT, DOWN):
+        for across in range(0, MAP_WIDTH, ACROSS):
+            j = down + tl.arange(0, DOWN)[:, None]
+            i = across + tl.arange(0, ACROSS)[None, :]
+            inside = (j < MAP_HEIGHT) & (i < MAP_WIDTH)
+            if not ONE:
+                grad = scaled_gradient(grad_out, j, i, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, DOWN, ACROSS, SPAN, DTYPE)
+            value = widen(tl.load(cam + j * MAP_WIDTH + i, mask=inside, other=0))
+            result = grad + tl.where(value == low, from_low, 0.0) + tl.where(value == high, from_high, 0.0)
+            result = tl.where(spread == 0, 0.0, result / spread)
+            tl.store(out + j * MAP_WIDTH + i, narrow(result, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scaled_gradient(
+    grad_out, j, i, MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    DOWN: tl.constexpr, ACROSS: tl.constexpr, SPAN: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the scaled map at rows j (DOWN, 1) and columns i (1, ACROSS)."""
+    grad = tl.zeros((DOWN, ACROSS), DTYPE)
+    for first in range(0, WIDTH, SPAN):
+        x = first + tl.arange(0, SPAN)[:, None]
+        # Past the row's end no tap falls on the map, and its weights are 0 / 0.
+        across_weight = tl.where(x < WIDTH, weight_on(x, i, MAP_WIDTH, WIDTH, DTYPE), 0.0)
+        for y in range(HEIGHT):
+            g = widen(tl.load(grad_out + y * WIDTH + x, mask=x < WIDTH, other=0)).to(DTYPE)
+            part = tl.sum(g * across_weight, 0, keep_dims=True)
+            grad += weight_on(tl.zeros_like(j) + y, j, MAP_HEIGHT, HEIGHT, DTYPE) * part
+    return grad
 
 
 @triton.jit
@@ -278,15 +301,15 @@ def weight_on(position, index, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, DT
 
 
 def upsample_cam_bwd_launch(grad_out: Tensor, cam: Tensor, out: Tensor) -> Launch:
-    height, width = grad_out.shape[1:]
-    tiles = tiles_of(cam, height, width)
+    (small_height, small_width), (height, width) = cam.shape[1:], grad_out.shape[1:]
     constants = {
-        **tiles.constants, "TILES": tiles.count,
-        "DOWN": min(triton.next_power_of_2(cam.shape[1]), 32), "ACROSS": min(triton.next_power_of_2(cam.shape[2]), 16),
+        "MAP_HEIGHT": small_height, "MAP_WIDTH": small_width, "HEIGHT": height, "WIDTH": width,
+        "DOWN": min(triton.next_power_of_2(small_height), 32), "ACROSS": min(triton.next_power_of_2(small_width), 16),
         "SPAN": min(triton.next_power_of_2(max(1, width)), 256),
+        "DTYPE": tl.float64 if cam.dtype == torch.float64 else tl.float32,
     }  # fmt: skip
     return Launch(
-        upsample_cam_bwd_kernel, cam.shape[0], {"grad_out": grad_out, "cam": cam, "out": out}, constants, WARPS
+        upsample_cam_bwd_kernel, cam.shape[0], {"grad_out": grad_out, "cam": cam, "out": out}, constants, BWD_WARPS
     )
 
 
