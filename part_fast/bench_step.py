@@ -657,7 +657,8 @@ def steps(
     of our attacks. rounds: 7, quick 3; of the profile at most PROFILE_ROUNDS.
     Returns: the rows of step.csv, see `measure`.
     Errors: MismatchError where a published step computes something else; ValueError for rounds or batch_size < 1, what
-    no training takes either, and for a folder that holds results already, unless `overwrite`. Nothing is written then.
+    no training takes either, and for a folder that holds results already, unless `overwrite`. Nothing is written then,
+    but of the models before one with a mismatch.
     """
     from tqdm import tqdm
 
@@ -689,6 +690,19 @@ def steps(
     settings = f"precision {chosen} ({why}){', compiled' if compile else ''}{', CUDA graphs' if cuda_graph else ''}"
     heading = f"{environment_line(record, where)}\n{settings}; medians of {rounds} interleaved rounds"
     print(heading)
+    record["bench"] = {
+        "device": str(where),
+        "models": list(names),
+        "batches": [config.batch_size for config in configs],
+        "precision": chosen,
+        "precision_because": why,
+        "compile": compile,
+        "cuda_graph": cuda_graph,
+        "quick": quick,
+        "rounds": rounds,
+        "profile_rounds": min(rounds, PROFILE_ROUNDS),
+        "attack_steps": configs[0].steps,
+    }
     rows: list[dict[str, Any]] = []
     checked: list[dict[str, Any]] = []
     profiled: list[dict[str, Any]] = []
@@ -708,30 +722,19 @@ def steps(
             profiled += of_profile
             for title, header, cells in _tables(of_model, of_profile):
                 bar.write(f"\n{title}\n{report.table(header, cells)}")
-    compared = ratios(rows)
-    title, header, cells = _ratio_table(compared)
+            # After each model: the next one may take half an hour.
+            compared = ratios(rows)
+            report.write_csv(files[0], [{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+            report.write_csv(files[1], compared)
+            report.write_csv(files[2], profiled)
+            report.write_json(
+                files[3], {**record, "checked": checked, "steps": rows, "ratios": compared, "profile": profiled}
+            )
+            with report.replacing(files[4]) as temporary:
+                temporary.write_text(markdown(heading, rows, compared, profiled))
+            draw(files[5], rows, profiled, heading)
+    title, header, cells = _ratio_table(ratios(rows))
     print(f"\n{title}\n{report.table(header, cells)}")
-
-    record["bench"] = {
-        "device": str(where),
-        "models": list(names),
-        "batches": [config.batch_size for config in configs],
-        "precision": chosen,
-        "precision_because": why,
-        "compile": compile,
-        "cuda_graph": cuda_graph,
-        "quick": quick,
-        "rounds": rounds,
-        "profile_rounds": min(rounds, PROFILE_ROUNDS),
-        "attack_steps": configs[0].steps,
-    }
-    report.write_csv(files[0], [{key: value for key, value in row.items() if key != "seconds"} for row in rows])
-    report.write_csv(files[1], compared)
-    report.write_csv(files[2], profiled)
-    report.write_json(files[3], {**record, "checked": checked, "steps": rows, "ratios": compared, "profile": profiled})
-    with report.replacing(files[4]) as temporary:
-        temporary.write_text(markdown(heading, rows, compared, profiled))
-    draw(files[5], rows, profiled, heading)
     print(f"\nwritten: {', '.join(map(str, files))}")
     return rows
 

@@ -430,6 +430,23 @@ def test_command_shows_nothing_after_a_mismatch(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_finished_models_are_kept_when_a_later_one_fails(finished, tmp_path, monkeypatch):
+    record = json.loads((finished[0] / "step.json").read_text())
+
+    def check(config, device, progress):
+        if config.model != "resnet-small":
+            raise bench.MismatchError("planted")
+        return record["checked"]
+
+    monkeypatch.setattr(bench_step, "check", check)
+    monkeypatch.setattr(bench_step, "measure", lambda *_: record["steps"])
+    monkeypatch.setattr(bench_step, "profile", lambda *_: record["profile"])
+    with pytest.raises(bench.MismatchError, match="planted"):
+        bench_step.steps(tmp_path, models=["resnet-small", "wrn-10-1"], device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(bench_step.FILES)
+    assert json.loads((tmp_path / "step.json").read_text())["steps"] == record["steps"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
