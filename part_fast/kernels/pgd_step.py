@@ -20,10 +20,30 @@ from part_fast.kernels.project_linf import (
 
 
 @triton.jit
-def moved_by(x_adv, grad, natural, alpha, DTYPE: tl.constexpr):
-    """x_adv + alpha * sign(grad) - x, where the sign of NaN is 0."""
-    sign = (grad > 0).to(DTYPE) - (grad < 0).to(DTYPE)
+def moved_by(x_adv, sign, natural, alpha, DTYPE: tl.constexpr):
+    """x_adv + alpha * sign(grad) - x."""
     return x_adv + tl.full((1,), alpha, DTYPE) * sign - natural
+
+
+@triton.jit
+def sign_of(grad, images, first, start, span, inside, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Sign of a tile's gradient, from its position `first` on, in DTYPE; that of NaN is 0."""
+    WIDTH: tl.constexpr = grad.dtype.element_ty.primitive_bitwidth
+    if images.dtype.element_ty.primitive_bitwidth == WIDTH:
+        value = widen(tl.load(grad + first + tl.arange(0, BLOCK), mask=inside))
+        sign = (value > 0).to(DTYPE) - (value < 0).to(DTYPE)
+    else:
+        # Of another width than the images: were both loaded by the threads that hold the same elements, 16 bytes of the
+        # narrower would be 32 of the wider, and each of its accesses would use half of every sector. In a shape of its
+        # own each has full accesses, and what becomes of the sign changes threads once, through shared memory.
+        EACH: tl.constexpr = 128 // WIDTH
+        offset = tl.arange(0, BLOCK // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+        if inside is None:
+            value = widen(tl.load(grad + first + offset))
+        else:
+            value = widen(tl.load(grad + first + offset, mask=start + offset < span))
+        sign = tl.reshape((value > 0).to(tl.int8) - (value < 0).to(tl.int8), (BLOCK,)).to(DTYPE)
+    return sign
 
 
 @triton.jit
@@ -38,9 +58,8 @@ def pgd_step_tile(
     for repeat in range(REPEAT):
         place = first + repeat * span + tl.arange(0, BLOCK)
         natural = widen(tl.load(x + place, mask=inside))
-        moved = moved_by(
-            widen(tl.load(x_adv + place, mask=inside)), widen(tl.load(grad + place, mask=inside)), natural, alpha, DTYPE
-        )
+        sign = sign_of(grad, x, first + repeat * span, start, span, inside, BLOCK, DTYPE)
+        moved = moved_by(widen(tl.load(x_adv + place, mask=inside)), sign, natural, alpha, DTYPE)
         result = clamp(natural + clamp(moved, -bound, bound), low, high)
         tl.store(out + place, narrow(result, out.dtype.element_ty), mask=inside)
 
@@ -80,9 +99,8 @@ def pgd_step_bwd_tile(
     for repeat in range(REPEAT):
         place = first + repeat * span + tl.arange(0, BLOCK)
         natural = widen(tl.load(x + place, mask=inside))
-        moved = moved_by(
-            widen(tl.load(x_adv + place, mask=inside)), widen(tl.load(grad + place, mask=inside)), natural, alpha, DTYPE
-        )
+        sign = sign_of(grad, x, first + repeat * span, start, span, inside, BLOCK, DTYPE)
+        moved = moved_by(widen(tl.load(x_adv + place, mask=inside)), sign, natural, alpha, DTYPE)
         result = natural + clamp(moved, -bound, bound)
         through = widen(tl.load(grad_out + place, mask=inside))
         through = tl.where((result < low) | (result > high), tl.zeros_like(through), through)
