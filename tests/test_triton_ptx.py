@@ -71,8 +71,9 @@ def compiled(launch, cc=80, backend="cuda"):
     source, _ = source_of(launch)
     key = source.hash(), cc, backend, launch.num_warps, launch.fuse
     if key not in _compiled:
-        target = triton.backends.compiler.GPUTarget(backend, cc, 32 if backend == "cuda" else 64)
-        options = {"num_warps": launch.num_warps, "enable_fp_fusion": launch.fuse}
+        lanes = 32 if backend == "cuda" else 64
+        target = triton.backends.compiler.GPUTarget(backend, cc, lanes)
+        options = {"num_warps": launch.warps(lanes), "enable_fp_fusion": launch.fuse}
         _compiled[key] = triton.compile(source, target=target, options=options)
     return _compiled[key]
 

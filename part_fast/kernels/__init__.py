@@ -14,6 +14,8 @@ from torch import Tensor
 from part_fast.backends import INTERPRETED
 
 INTERPRETER = tl.constexpr(INTERPRETED)
+# Threads of a warp: AMD's data-centre GPUs have twice as many.
+LANES = 64 if torch.version.hip else 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Launch:
     """One kernel launch: all that a GPU needs, also for a test that compiles and runs it elsewhere.
 
     arguments: by name, in the kernel's order; tensors, ints, floats (float64 in the kernel) or None.
-    constants: the kernel's constexprs. fuse: whether a*b+c may become one fma, which changes bits.
+    constants: the kernel's constexprs. num_warps: of 32 threads.
+    fuse: whether a*b+c may become one fma, which changes bits.
     """
 
     kernel: Any
@@ -31,6 +34,10 @@ class Launch:
     num_warps: int
     fuse: bool = False
 
+    def warps(self, lanes: int = LANES) -> int:
+        """Warps of `lanes` threads that make the same block: Triton cannot gather from fewer elements than threads."""
+        return max(1, self.num_warps * 32 // lanes)
+
     def run(self) -> None:
         """Launch on the current stream of the arguments' device; nothing for no programs. Never waits."""
         if self.programs == 0:
@@ -38,7 +45,7 @@ class Launch:
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.kernel[(self.programs,)](
-                **self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=self.fuse
+                **self.arguments, **self.constants, num_warps=self.warps(), enable_fp_fusion=self.fuse
             )
 
 
