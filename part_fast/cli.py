@@ -112,7 +112,7 @@ class Masks:
     n: int = 8
     """Images, from a balanced subset."""
     rule: str | None = None
-    """zscore, released, quantile:Q or soft; default: the run's."""
+    """zscore, released, quantile:Q or soft; default: the run's. With commas: an eps map by each."""
     overwrite: bool = False
     """Replace the files."""
     dataset: str | None = None
@@ -230,10 +230,10 @@ class Reproduce:
     """cifar10, svhn or tinyimagenet."""
     out: Path = Path("runs/reproduce")
     """The folder to make or to go on with: a run folder per row and seed, reproduce.json, reproduce.csv."""
-    seeds: int = 3
-    """Runs of each row."""
+    seeds: int | None = None
+    """Runs of each row; default: 3, with --scale small 1."""
     scale: str = "full"
-    """full: the poster's setting; small: the same rows on the demo's images and small network."""
+    """full: the poster's setting; small: the same rows on the demo's images and small network, 64 test images."""
     attacks: str = "natural,pgd20,mma,aa"
     """Separated by commas: natural, pgdSTEPS, mma, aa."""
     dry_run: bool = False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from part_fast import checks, distributed, report, sanity
+from part_fast.attack_model import AttackModel
 from part_fast.attacks import clean_logits, mma, pgd
 from part_fast.autoattack import autoattack
 from part_fast.budget import CamBudget
@@ -60,8 +61,8 @@ def correct(
 
     natural: no attack. pgdSTEPS: cross-entropy PGD of so many steps from one uniform start. mma: minimum margin, 20
     steps, three targets. aa: AutoAttack, standard. Random numbers come from `attack.seed`, on the CPU but for aa, so
-    that a result repeats and the global random state stays as it is. The model runs in eval mode and gets its mode
-    back. Data and model lie on one device.
+    that a result repeats and the global random state stays as it is. Attacks run on an `AttackModel` of the model;
+    the model itself judges what they found, in eval mode, and gets its mode back. Data and model lie on one device.
     keep: a file that holds what is done after every batch, from which a call that was stopped goes on; for aa.
     Of several processes each does its share of the batches, with the random numbers of one, and all get the result.
     """
@@ -74,6 +75,7 @@ def correct(
     if keep is not None and keep.exists():
         state = load_file(keep)
         right, done = state["right"], int(state["done"])
+    attacked = AttackModel(model) if name != "natural" else model  # the same gradients, sooner
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for place, batch in enumerate(data.batches(batch_size)):
             noise = None if name in ("natural", "aa") else torch.rand(batch.images.shape, generator=generator)
@@ -82,7 +84,7 @@ def correct(
                 bar.update(len(batch.images))
                 continue
             x = to_float(batch.images)
-            x_adv = _attacked(model, x, batch.labels, name, attack, noise)
+            x_adv = _attacked(attacked, x, batch.labels, name, attack, noise)
             right[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
             bar.update(len(x))
             if keep is not None:
@@ -223,7 +225,8 @@ def masks(
 ) -> dict[str, Any]:
     """A PNG grid, a row per image: n test images, their CAM, eps map, adversarial image and difference x8.
 
-    where, dataset, model: as in `evaluate`. The attack is the training's, within the eps map. What the titles say goes
+    where, dataset, model: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps map each,
+    and the first one is the attack's. The attack is the training's, within the eps map. What the titles say goes
     into a JSON file beside `out` too: labels, predictions, the share of pixels that keep the full eps.
 
     Returns: what the JSON file holds.
@@ -241,30 +244,34 @@ def masks(
     net, config, data, weights = load_trained(
         where, n, dataset=dataset, model=model, root=root, download=download, device=device
     )
-    config = dataclasses.replace(config, rule=config.rule if rule is None else rule)
-    config.check()
+    rules = [config.rule] if rule is None else [name.strip() for name in rule.split(",")]
+    for name in rules:
+        dataclasses.replace(config, rule=name).check()
+    config = dataclasses.replace(config, rule=rules[0])
     x, y = to_float(data.images), data.labels
-    budget = CamBudget(net, config.eps, config.eps_low, method=config.cam, rule=config.rule)
-    eps = budget(x)
+    maps = {name: CamBudget(net, config.eps, config.eps_low, method=config.cam, rule=name)(x) for name in rules}
+    eps = maps[rules[0]]
     # What the soft rule gives between 0 and 1 is the enlarged CAM itself.
     cams = CamBudget(net, 1.0, 0.0, method=config.cam, rule="soft")(x)[:, 0]
     start = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
     x_adv = pgd(net, x, y, eps, config.alpha, config.steps, start=(x + start * eps).clamp(0, 1))
     predicted, attacked = (clean_logits(net, images).argmax(1) for images in (x, x_adv))
     names = data.class_names
-    full = (eps > (config.eps + config.eps_low) / 2).float().mean((1, 2, 3))
+    middle = (config.eps + config.eps_low) / 2
+    full = {name: (values > middle).float().mean((1, 2, 3)) for name, values in maps.items()}
     rows = [
         {
             "label": names[y[i]],
             "predicted": names[predicted[i]],
             "predicted_under_attack": names[attacked[i]],
-            "share_of_full_eps": round(float(full[i]), 4),
+            "share_of_full_eps": round(float(full[rules[0]][i]), 4),
+            **{f"share_of_full_eps_{name}": round(float(full[name][i]), 4) for name in rules[1:]},
         }
         for i in range(len(data))
     ]
     record = {
         "checkpoint": str(weights),
-        "rule": config.rule,
+        "rule": ",".join(rules),
         "cam": config.cam,
         "eps": config.eps,
         "eps_low": config.eps_low,
@@ -274,11 +281,11 @@ def masks(
     }
     titles = [(f"{r['label']} -> {r['predicted']}", f"-> {r['predicted_under_attack']}") for r in rows]
     caption = (
-        f"{config.cam}, rule {config.rule}, eps {255 * config.eps:g}/255 and {255 * config.eps_low:g}/255, "
+        f"{config.cam}, rule {' and '.join(rules)}, eps {255 * config.eps:g}/255 and {255 * config.eps_low:g}/255, "
         f"PGD-{config.steps} within the eps map"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    report.draw_masks(out, x, cams, eps, x_adv, titles, caption)
+    report.draw_masks(out, x, cams, maps, x_adv, titles, caption)
     report.write_json(record_path, record)
     return record
 

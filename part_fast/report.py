@@ -211,12 +211,18 @@ def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def draw_masks(
-    path: Path, x: Tensor, cams: Tensor, eps: Tensor, x_adv: Tensor, titles: Sequence[tuple[str, str]], caption: str
+    path: Path,
+    x: Tensor,
+    cams: Tensor,
+    maps: Mapping[str, Tensor],
+    x_adv: Tensor,
+    titles: Sequence[tuple[str, str]],
+    caption: str,
 ) -> None:
-    """A PNG grid with a row per image: image, CAM over it, eps map, adversarial image, difference x8.
+    """A PNG grid with a row per image: image, CAM over it, eps map by each rule, adversarial image, difference x8.
 
-    x, x_adv: (N,C,H,W) in [0,1], C 1 or 3; cams: (N,H,W) in [0,1]; eps: (N,M,H,W), the mean over M is drawn; titles:
-    for each image one above it and one above its adversarial image; caption: one line at the top.
+    x, x_adv: (N,C,H,W) in [0,1], C 1 or 3; cams: (N,H,W) in [0,1]; maps: rule -> (N,M,H,W), the mean over M is drawn;
+    titles: for each image one above it and one above its adversarial image; caption: one line at the top.
     """
     from matplotlib.colors import Normalize
 
@@ -226,12 +232,14 @@ def draw_masks(
         return value.detach().float().cpu().numpy()
 
     images, adversarial = (pixels(value.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)) for value in (x, x_adv))
-    heat, levels = pixels(cams), 255 * pixels(eps.mean(1))
-    low, high = float(levels.min()), float(levels.max())
+    heat, levels = pixels(cams), [255 * pixels(eps.mean(1)) for eps in maps.values()]
+    low, high = min(float(v.min()) for v in levels), max(float(v.max()) for v in levels)
     scale = Normalize(low, high if high > low else low + 1)
-    heads = ("image\nlabel -> prediction", "CAM", "eps map", "adversarial image\n-> prediction", "difference, x8")
+    rules = ["eps map"] if len(maps) == 1 else [f"eps map,\n{rule}" for rule in maps]
+    heads = ("image\nlabel -> prediction", "CAM", *rules, "adversarial image\n-> prediction", "difference, x8")
+    columns = len(heads)
     side, gap, top, bottom = 1.6, 0.22, 0.75, 0.65  # inches
-    width, height = 5 * side + 0.3, n * (side + gap) + top + bottom
+    width, height = columns * side + 0.3, n * (side + gap) + top + bottom
     with _figure(path, (width, height)) as figure:
         figure.text(0.5, 1 - 0.12 / height, caption, ha="center", va="top", fontsize=9)
 
@@ -241,16 +249,18 @@ def draw_masks(
 
         for i in range(n):
             up = height - top - (i + 1) * (side + gap) + 0.04
-            image, cam, shades, attacked, difference = (place(column, up, side - 0.08) for column in range(5))
+            panels = [place(column, up, side - 0.08) for column in range(columns)]
+            image, cam, *shades, attacked, difference = panels
             image.imshow(images[i], vmin=0, vmax=1)
             cam.imshow(images[i].mean(2), cmap="gray", vmin=0, vmax=1)
             warmth = cam.imshow(heat[i], cmap="inferno", vmin=0, vmax=1, alpha=0.6)
-            shade = shades.imshow(levels[i], cmap="cividis", norm=scale, interpolation="nearest")
+            for axes, values in zip(shades, levels, strict=True):
+                shade = axes.imshow(values[i], cmap="cividis", norm=scale, interpolation="nearest")
             attacked.imshow(adversarial[i], vmin=0, vmax=1)
             difference.imshow((0.5 + 8 * (adversarial[i] - images[i])).clip(0, 1))
             for axes, title in ((image, titles[i][0]), (attacked, titles[i][1])):
                 axes.set_title(title, fontsize=7.5, pad=3)
-            for column, axes in enumerate((image, cam, shades, attacked, difference)):
+            for column, axes in enumerate(panels):
                 axes.set(xticks=[], yticks=[])
                 if i == 0:
                     head = 1 - (top + 0.02) / height

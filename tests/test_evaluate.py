@@ -254,8 +254,14 @@ def test_mask_grid_repeats_and_follows_the_rule(run, tmp_path):
 
 def test_grid_shows_the_attack_within_the_eps_map(run, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report, "draw_masks", lambda path, x, cams, eps, x_adv, titles, caption: drawn.update(locals()))
-    masks(run, tmp_path / "grid.png", n=4)
+    monkeypatch.setattr(
+        report, "draw_masks", lambda path, x, cams, maps, x_adv, titles, caption: drawn.update(locals())
+    )
+    record = masks(run, tmp_path / "grid.png", n=4, rule="zscore, released")
+    drawn["eps"] = drawn["maps"]["zscore"]
+    assert drawn["maps"]["released"].shape[1] == 3
+    assert record["rule"] == "zscore,released"
+    assert 0 < record["images"][0]["share_of_full_eps_released"] < 1
     change = (drawn["x_adv"] - drawn["x"]).abs()
     assert bool((change <= drawn["eps"] + 1e-7).all())  # rounding of x + eps near 1
     assert float(change.max()) > CONFIG.eps_low + 1e-6

@@ -105,7 +105,9 @@ def test_comparison_shows_both_methods(tmp_path):
 
 def test_masks_with_one_channel_and_a_flat_eps_map(tmp_path):
     x = torch.rand(1, 1, 8, 8)
-    report.draw_masks(tmp_path / "m.png", x, torch.zeros(1, 8, 8), torch.full((1, 1, 8, 8), 0.03), x, [("a", "b")], "c")
+    report.draw_masks(
+        tmp_path / "m.png", x, torch.zeros(1, 8, 8), {"soft": torch.full((1, 1, 8, 8), 0.03)}, x, [("a", "b")], "c"
+    )
     pixels = picture(tmp_path / "m.png")
     assert pixels.std() > 20
     # Nothing changed: the picture of the difference is gray of 0.5.

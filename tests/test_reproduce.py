@@ -62,6 +62,7 @@ def test_small_runs_are_trained_resumed_and_compared(tmp_path, monkeypatch, caps
         done.append((out.name, resume))
         out.mkdir(exist_ok=True)
         (out / module.STATE).touch()
+        return [{"seconds": 1.5}, {"seconds": 2.5}]
 
     monkeypatch.setattr(module, "train", train)
     accuracy = {"natural": 0.80, "pgd20": 0.50}
@@ -69,7 +70,9 @@ def test_small_runs_are_trained_resumed_and_compared(tmp_path, monkeypatch, caps
         module,
         "evaluate",
         lambda folder, attacks, resume, device: {
-            "results": {key: {"accuracy": accuracy[key] + 0.01 * int(folder.name[-1])} for key in attacks}
+            "results": {
+                key: {"accuracy": accuracy[key] + 0.01 * int(folder.name[-1]), "seconds": 0.25} for key in attacks
+            }
         },
     )
     (tmp_path / "at-seed0").mkdir()
@@ -84,9 +87,15 @@ def test_small_runs_are_trained_resumed_and_compared(tmp_path, monkeypatch, caps
     text = capsys.readouterr().out
     assert "82.58 (-2.08)" in text
     assert "not comparable" in text
+    assert "PART (s=1), seed 1: training 4.0 s, natural 0.2 s, pgd20 0.2 s" in text
     saved = json.loads((tmp_path / "reproduce.json").read_text())
     assert saved["text"] in text
     assert len((tmp_path / "reproduce.csv").read_text().splitlines()) == 10
+
+
+def test_seeds_by_default():
+    assert len(plan("svhn")) == 27
+    assert len(plan("svhn", scale="small")) == 9
 
 
 def test_dry_run_prints_commands_and_an_estimate_and_writes_nothing(tmp_path, capsys):
