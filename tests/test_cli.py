@@ -189,7 +189,7 @@ def test_missing_data_set_names_every_place_and_the_cure(capsys, tmp_path):
 
 
 def test_bad_commands(capsys, tmp_path):
-    assert "known: train, evaluate, masks, export, bench, reproduce, demo, info" in error_of(capsys, "trian")
+    assert "known: train, evaluate, masks, export, bench, reproduce, study, demo, info" in error_of(capsys, "trian")
     assert "--out" in error_of(capsys, "train")
     assert "no run folder or checkpoint at" in error_of(capsys, "evaluate", tmp_path / "absent")
     assert "holds no run" in error_of(capsys, "masks", tmp_path, "--out", tmp_path / "grid.png")
@@ -218,7 +218,7 @@ def test_second_run_in_a_folder_is_refused_and_changes_nothing(capsys, tmp_path)
 
 
 def test_interruption_says_how_to_go_on(capsys, tmp_path, monkeypatch):
-    def stop(*arguments):
+    def stop(*arguments, **named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
