@@ -1,13 +1,18 @@
 """AutoAttack through pyautoattack: its budget, that it repeats and leaves no trace; at length on a trained model."""
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 from golden_attack import EXPECTED, assert_untouched, golden_net, snapshot
+from safetensors.torch import load_file
 
 from part_fast import pgd
 from part_fast.autoattack import autoattack
+from part_fast.config import PRESETS
+from part_fast.evaluate import evaluate
+from part_fast.train import train
 
 pytest.importorskip("pyautoattack", reason="the package pyautoattack is not installed")
 X = EXPECTED["x"]
@@ -24,6 +29,23 @@ def test_stays_within_eps_beats_pgd_repeats_and_leaves_no_trace():
     robust = net(x_adv).argmax(1) == y
     assert robust.sum() <= (net(pgd(net, X, y, 0.03, 0.0075, 20)).argmax(1) == y).sum()
     assert torch.equal(autoattack(net, X, y, eps=0.03, seed=1), x_adv)
+
+
+@pytest.mark.slow
+def test_a_trained_model_on_64_images_repeats_and_is_no_better_than_under_pgd(tmp_path):
+    """Real images, an adversarially trained network, the evaluation as a user calls it."""
+    config = dataclasses.replace(
+        PRESETS["demo"], method="at", train_size=2000, epochs=3, warmup_epochs=0, lr_drops=(2,)
+    )
+    train(config, tmp_path / "run", log=lambda line: None)
+    for out in ("first", "again"):
+        evaluate(tmp_path / "run", ("natural", "pgd20", "aa"), n=64, batch_size=32, out=tmp_path / out)
+    first, again = (load_file(tmp_path / out / "evaluation_images.safetensors") for out in ("first", "again"))
+    assert torch.equal(first["aa"], again["aa"])
+    assert not (first["aa"] & ~first["natural"]).any(), "what is wrong without an attack is not right under one"
+    assert 0.1 < first["aa"].float().mean() < first["natural"].float().mean()
+    # One image is 1.6 points; two standard errors of a paired difference of a few images are about three images.
+    assert first["aa"].sum() <= first["pgd20"].sum() + 3
 
 
 def test_few_classes():
