@@ -13,10 +13,9 @@ from typing import Any
 import torch
 
 from part_fast import checks, report
-from part_fast.budget import CamBudget
 from part_fast.config import TrainConfig, preset
+from part_fast.engine import Engine
 from part_fast.evaluate import check_attacks, evaluate
-from part_fast.models import build_model
 from part_fast.train import STATE, batch_epsilon, batch_loss, train
 
 # Zhang et al., ICML 2024, the poster: natural, PGD-20, MMA, AutoAttack, in %.
@@ -230,15 +229,17 @@ def _images(config: TrainConfig) -> int:
 def _seconds_per_image(config: TrainConfig) -> float:
     side = 64 if config.dataset == "tinyimagenet" else 32
     classes = 200 if config.dataset == "tinyimagenet" else 10
-    model = build_model(config.model, classes)
     with torch.random.fork_rng():
+        engine = Engine(dataclasses.replace(config, batch_size=4), classes, torch.device("cpu"))
         x, y = torch.rand(4, 3, side, side), torch.randint(0, classes, (4,))
         taken = []
         for _ in range(2):  # the first one allocates
             begin = time.perf_counter()
-            budget = CamBudget(model, config.eps, config.eps_low)
-            epsilon = batch_epsilon(config.method, budget, None, torch.arange(4), None, config)
-            batch_loss(config.method, model, x, y, epsilon, config).backward()
+            engine.begin(0, len(x), 0)
+            epsilon = batch_epsilon(config.method, engine.budget, None, torch.arange(4), None, config)
+            loss = batch_loss(config.method, engine.trained, x, y, epsilon, config, attack_model=engine.attack_model)
+            engine.backward(loss, len(x))
+            engine.end()
             taken.append(time.perf_counter() - begin)
     return taken[-1] / len(x)
 
