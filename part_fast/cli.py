@@ -233,7 +233,7 @@ class Reproduce:
     seeds: int | None = None
     """Runs of each row; default: 3, with --scale small 1."""
     scale: str = "full"
-    """full: the poster's setting; small: the same rows on the demo's images and small network, 64 test images."""
+    """full: the poster's setting; small: the same rows on the demo's images and small network, 32 test images."""
     attacks: str = "natural,pgd20,mma,aa"
     """Separated by commas: natural, pgdSTEPS, mma, aa."""
     dry_run: bool = False

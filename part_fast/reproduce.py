@@ -64,7 +64,7 @@ SMALL: dict[str, Any] = {
     "steps": 3,
     "lr_drops": (2,),
     "train_size": 1000,
-    "test_size": 64,
+    "test_size": 32,
 }
 
 
@@ -127,7 +127,7 @@ def reproduce(
     """Run, or go on with, every row of a table, and print ours beside the poster's.
 
     table: cifar10, svhn or tinyimagenet. scale: full, the poster's setting; small, the same rows on the demo's images
-    and small network with 64 test images, whose numbers are not comparable with the poster's. Finished runs and
+    and small network with 32 test images, whose numbers are not comparable with the poster's. Finished runs and
     evaluations are kept.
     dry_run: print the commands and an estimate of their time from a measured step, and do nothing.
     `out` then holds a run folder per row and seed, and reproduce.json and reproduce.csv, which is returned.
