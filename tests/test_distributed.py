@@ -14,8 +14,6 @@ from safetensors.torch import load_file
 from part_fast.config import TrainConfig
 from part_fast.data import load
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-
 # BatchNorm would normalise a batch by the share that each process sees, and starts are drawn by each for its own.
 WORK = """
     import sys
