@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 from collections.abc import Callable
@@ -30,9 +31,8 @@ class AttackModel(nn.Module):
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
     follows a convolution folded into it (as torch.fx finds them; a model that it cannot trace keeps all): `folded` says
     how many. Submodules keep their names, so CamBudget finds the target layer in it too; a convolution's output is
-    then what its BatchNorm's was. A forward takes over the
-    model's weights where they were changed in place since the last one, as optimizers do; after parameters were
-    replaced, or written through `.data`, call `refresh`.
+    then what its BatchNorm's was. A forward takes over the model's weights where they were changed in place since the
+    last one, as optimizers do; after parameters were replaced, or written through `.data`, call `refresh`.
 
     Equivalent to: `model.eval()` with every `p.requires_grad_(False)`, up to rounding.
     Errors: TypeError or ValueError that names the argument.
@@ -53,10 +53,9 @@ class AttackModel(nn.Module):
             raise ValueError(f"cuda_graph needs a CUDA model, got one on {device.type}")
         self.precision = precision
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
-        pairs = _foldable(model)
-        self._pairs = pairs
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        for conv, bn in pairs:
+        self._pairs = _foldable(self.module)  # of the copy: in train mode a model may take another way
+        for conv, bn in self._pairs:
             _absorb(self.module, conv, bn)
         if precision != "fp32":
             for module in self.module.modules():
@@ -80,7 +79,9 @@ class AttackModel(nn.Module):
         (model,) = self._source
         self._watched = [*model.parameters(), *model.buffers()]
         self._versions = [tensor._version for tensor in self._watched]
-        theirs = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+        # Under all their names: of a tensor that has two, the copy may have lost the first with a BatchNorm.
+        every = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+        theirs = dict(itertools.chain(*every))
         ours = dict(itertools.chain(self.module.named_parameters(), self.module.named_buffers()))
         folded = {f"{conv}.{kind}" for conv, _ in self._pairs for kind in ("weight", "bias")}
         plain = [name for name in ours if name not in folded]
@@ -143,7 +144,7 @@ def _scaled(logits: Tensor) -> Tensor:
 
 
 def _foldable(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of (convolution, BatchNorm) where the one's output goes to the other alone, each called once."""
+    """Names of (convolution, BatchNorm) where the one's output goes to the other alone, neither used elsewhere too."""
     try:
         graph = torch.fx.Tracer().trace(model)
     except Exception:  # whatever a forward does that cannot be traced; it is then copied as it is
@@ -151,6 +152,7 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
     modules = dict(model.named_modules())
     nodes = [node for node in graph.nodes if node.op == "call_module"]
     calls = [str(node.target) for node in nodes]
+    uses = collections.Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     pairs = []
     for node in nodes:
         bn, before = str(node.target), node.args[0] if node.args else None
@@ -163,6 +165,7 @@ def _foldable(model: nn.Module) -> list[tuple[str, str]]:
             and type(norm) is nn.BatchNorm2d
             and norm.running_mean is not None
             and calls.count(bn) == calls.count(conv) == 1
+            and all(uses[id(parameter)] == 1 for parameter in modules[conv].parameters())
             and not (_is_more(modules[conv]) or _is_more(norm))
         ):
             pairs.append((conv, bn))

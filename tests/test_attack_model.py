@@ -157,6 +157,53 @@ def test_what_cannot_be_folded_is_copied(kind):
     torch.testing.assert_close(input_gradient(fast, x, y), input_gradient(model, x, y))
 
 
+class Tied(nn.Module):
+    """Two convolutions share a weight, and two BatchNorms theirs: folding one pair would change the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.conv3 = nn.Conv2d(3, 3, 3, padding=1)
+        self.conv2.weight = self.conv1.weight
+        self.bn2.weight = self.bn1.weight
+        self.late = nn.BatchNorm2d(3)
+        self.late.weight = self.bn1.weight
+
+    def forward(self, x):
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+        return self.late(self.conv3(x)).mean((2, 3))
+
+
+class OtherwiseInTraining(nn.Module):
+    """In train mode the convolution's output is normalised at once, in eval mode it is looked at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        out = self.conv(x)
+        seen = self.bn(out)
+        return (seen if self.training else seen + out.relu()).mean((2, 3))
+
+
+@pytest.mark.parametrize(("kind", "folded"), [(Tied, 1), (OtherwiseInTraining, 0)])
+def test_only_what_is_used_once_is_folded(kind, folded):
+    torch.manual_seed(0)
+    model, (x, y) = kind(), batch()
+    model(x)  # in train mode: statistics
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    fast = AttackModel(model)
+    assert fast.folded == folded
+    model.eval()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    y = y % 3
+    torch.testing.assert_close(input_gradient(fast, x, y), input_gradient(model, x, y), rtol=1e-4, atol=1e-5)
+
+
 def test_parametrized_and_affineless_layers():
     torch.manual_seed(0)
     model = nn.Sequential(
