@@ -47,6 +47,7 @@ from torch import Tensor
 
 from part_fast import backends, report
 from part_fast.bench_baselines import published_epsilon_map
+from part_fast.config import find_device
 from part_fast.ops import (
     PackedEpsilon,
     cam,
@@ -635,7 +636,7 @@ def ops(
     rounds = (7 if quick else 21) if rounds is None else rounds
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")
-    where = device_called(device)
+    where = find_device(device)
     files = [out / name for name in ("ops.csv", "ratios.csv", "ops.png", "environment.json")]
     there = [path.name for path in files if path.exists()]
     if there and not overwrite:
@@ -673,20 +674,6 @@ def ops(
     report.write_json(files[3], record)
     print(f"\nwritten: {', '.join(map(str, files))}")
     return rows
-
-
-def device_called(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu or a CUDA device, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be there, got {name!r}, and this machine has no CUDA device")
-    return device
 
 
 def environment_line(record: Mapping[str, Any], device: torch.device) -> str:
@@ -735,8 +722,7 @@ _COLOURS = {
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
     """A PNG of bars: a panel per op, a group per case, a bar per provider, as long as its share of the copy's speed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     bars = [row for row in rows if row["provider"] != "copy"]
     panels = [(op, list(group)) for op, group in itertools.groupby(bars, lambda row: row["op"])]
@@ -746,22 +732,21 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
     columns = [(panels[:first], weight[:first]), (panels[first:], weight[first:])]
     columns = [column for column in columns if column[0]]
     tallest = max(sum(heights) for _, heights in columns)
-    figure = Figure(figsize=(8 * len(columns), 0.15 * tallest + 1), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    sides: Any = figure.subfigures(1, len(columns), squeeze=False)
-    for side, (shown, heights) in zip(sides[0], columns, strict=True):
-        spare = tallest - sum(heights)  # so that a bar is as thick in both columns
-        grid = side.subplots(len(shown) + bool(spare), 1, squeeze=False, height_ratios=heights + [spare] * bool(spare))
-        if spare:
-            grid[-1, 0].axis("off")
-        for axes, (op, group) in zip(grid[:, 0], shown, strict=False):
-            _panel(axes, op, group)
-    used = [name for name in _COLOURS if any(row["provider"] == name for row in bars)]
-    handles = [Figure().subplots().barh(0, 1, color=_COLOURS[name])[0] for name in used]
-    figure.legend(handles, used, loc="outside lower center", ncols=len(used))
-    figure.suptitle(f"Speed of the ops, % of a copy of the same bytes\n{caption}", fontsize=10)
-    with report.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with report.drawing(path, (8 * len(columns), 0.15 * tallest + 1), "constrained") as figure:
+        sides: Any = figure.subfigures(1, len(columns), squeeze=False)
+        for side, (shown, heights) in zip(sides[0], columns, strict=True):
+            spare = tallest - sum(heights)  # so that a bar is as thick in both columns
+            grid = side.subplots(
+                len(shown) + bool(spare), 1, squeeze=False, height_ratios=heights + [spare] * bool(spare)
+            )
+            if spare:
+                grid[-1, 0].axis("off")
+            for axes, (op, group) in zip(grid[:, 0], shown, strict=False):
+                _panel(axes, op, group)
+        used = [name for name in _COLOURS if any(row["provider"] == name for row in bars)]
+        handles = [Patch(color=_COLOURS[name]) for name in used]
+        figure.legend(handles, used, loc="outside lower center", ncols=len(used))
+        figure.suptitle(f"Speed of the ops, % of a copy of the same bytes\n{caption}", fontsize=10)
 
 
 def _panel(axes: Any, op: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -57,13 +57,13 @@ from torch.utils.flop_counter import flop_registry
 
 from part_fast import attacks, bench_baselines, report
 from part_fast.attack_model import PRECISIONS, AttackModel
-from part_fast.bench import MismatchError, clock_for, device_called, environment_line, interleave
-from part_fast.config import TrainConfig
+from part_fast.bench import MismatchError, clock_for, environment_line, interleave
+from part_fast.config import TrainConfig, find_device
 from part_fast.data import draw_augmentation
 from part_fast.engine import Engine
 from part_fast.mask_bank import MaskBank
 from part_fast.models import build_model
-from part_fast.train import batch_epsilon, batch_loss
+from part_fast.train import batch_epsilon, train_step
 
 MODELS = ("resnet18", "wrn-34-10")
 BATCH, BATCHES = 32, {"wrn-34-10": 4}
@@ -186,15 +186,8 @@ class Arena:
     def our_step(self, engine: Engine, method: str, bank: MaskBank | None = None, x: Tensor | None = None) -> Tensor:
         """One update as `train` does it; the loss. x: default the arena's batch."""
         x = self.x if x is None else x
-        engine.begin(0, len(x), 0)
-        with engine.collecting():
-            epsilon = batch_epsilon(method, engine.budget, bank, self.indices, self.drawn, engine.config)
-            loss = batch_loss(
-                method, engine.trained, x, self.y, epsilon, engine.config, attack_model=engine.attack_model
-            )
-            engine.backward(loss, len(x))
-        engine.end()
-        return loss.detach()
+        epsilon = batch_epsilon(method, engine.budget, bank, self.indices, self.drawn, engine.config)
+        return train_step(engine, method, x, self.y, epsilon)
 
     def published_step(self, name: str, start: Tensor | None = None) -> Tensor:
         """One update as published code does it; the loss."""
@@ -666,7 +659,7 @@ def steps(
     for argument, value in (("rounds", rounds), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{argument} must be >= 1, got {value}")
-    where = device_called(device)
+    where = find_device(device)
     chosen, why = auto_precision(where) if precision == "auto" else (precision, "as asked")
     names = tuple(models) or (("resnet-small",) if quick else MODELS)
     configs = [
@@ -823,36 +816,30 @@ _PART_COLOURS = {
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], profiled: Sequence[Mapping[str, Any]], caption: str) -> None:
     """A PNG: for each model the time of every step, ours coloured, and the parts of a step of every method, stacked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     models = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
-    figure = Figure(figsize=(14, 4 * len(models) + 1.2), layout="constrained", dpi=110)
-    FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(len(models), 2, squeeze=False)
-    for (model, batch), (left, right) in zip(models, panels, strict=True):
-        shown = [row for row in rows if row["model"] == model and row["kind"] == "step"]
-        theirs = {published for _, published in PAIRS}
-        for y, row in enumerate(shown):
-            colour = report.GRAY if row["name"] in theirs else report.VERMILION
-            errors = [[row["median_s"] - row["p20_s"]], [row["p80_s"] - row["median_s"]]]
-            left.barh(y, row["median_s"], xerr=errors, color=colour)
-            left.text(row["p80_s"], y, f" {row['median_s']:.3g} s", va="center", fontsize=7)
-        left.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize=8)
-        left.invert_yaxis()
-        left.set_xlim(0, 1.15 * max(row["p80_s"] for row in shown))
-        left.set(xlabel="seconds a step (20th to 80th percentile)", title=f"{model}, batch {batch}")
-        of = {(row["method"], row["part"]): row["median_s"] for row in profiled if row["model"] == model}
-        for y, method in enumerate(METHODS):
-            at = 0.0
-            for part in PARTS:
-                right.barh(y, of[method, part], left=at, color=_PART_COLOURS[part], label=None if y else part)
-                at += of[method, part]
-        right.set_yticks(range(len(METHODS)), METHODS, fontsize=8)
-        right.invert_yaxis()
-        right.set(xlabel="seconds", title="where a step's time goes")
-    handles, labels = panels[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
-    figure.suptitle(f"Training steps, 32x32, PGD-10\n{caption}", fontsize=9)
-    with report.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with report.drawing(path, (14, 4 * len(models) + 1.2), "constrained") as figure:
+        panels: Any = figure.subplots(len(models), 2, squeeze=False)
+        for (model, batch), (left, right) in zip(models, panels, strict=True):
+            shown = [row for row in rows if row["model"] == model and row["kind"] == "step"]
+            theirs = {published for _, published in PAIRS}
+            for y, row in enumerate(shown):
+                colour = report.GRAY if row["name"] in theirs else report.VERMILION
+                errors = [[row["median_s"] - row["p20_s"]], [row["p80_s"] - row["median_s"]]]
+                left.barh(y, row["median_s"], xerr=errors, color=colour)
+                left.text(row["p80_s"], y, f" {row['median_s']:.3g} s", va="center", fontsize=7)
+            left.set_yticks(range(len(shown)), [row["name"] for row in shown], fontsize=8)
+            left.invert_yaxis()
+            left.set_xlim(0, 1.15 * max(row["p80_s"] for row in shown))
+            left.set(xlabel="seconds a step (20th to 80th percentile)", title=f"{model}, batch {batch}")
+            of = {(row["method"], row["part"]): row["median_s"] for row in profiled if row["model"] == model}
+            for y, method in enumerate(METHODS):
+                at = 0.0
+                for part in PARTS:
+                    right.barh(y, of[method, part], left=at, color=_PART_COLOURS[part], label=None if y else part)
+                    at += of[method, part]
+            right.set_yticks(range(len(METHODS)), METHODS, fontsize=8)
+            right.invert_yaxis()
+            right.set(xlabel="seconds", title="where a step's time goes")
+        handles, labels = panels[0][1].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+        figure.suptitle(f"Training steps, 32x32, PGD-10\n{caption}", fontsize=9)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from part_fast import report
+
+# What demo and study compare, by the names of `evaluate`.
+MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
 
 
 def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
@@ -59,6 +64,16 @@ def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int
         "half_width_all": every,
         "significant": abs(mean) > every,
     }
+
+
+def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
+    """Text: a line for each name of `found`, name -> measure -> `mean_and_spread`, and what it is of."""
+    rows = [
+        (name, *(f"{100 * v['mean']:.2f} ± {100 * v['spread']:.2f}" for v in (by[key] for key in MEASURES)))
+        for name, by in found.items()
+    ]
+    header = (what, *(f"{measure} %" for measure in MEASURES.values()))
+    return f"{report.table(header, rows)}\nmean ± standard deviation of {seeds} seeds"
 
 
 def right(folder: Path, attack: str) -> Tensor:

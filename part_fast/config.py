@@ -166,6 +166,16 @@ class TrainConfig:
         """The method that trains epoch `epoch`, counted from 0."""
         return METHODS[self.method] if epoch < self.warmup_epochs else self.method
 
+    def after_warmup(self, weights: Path, **changes: Any) -> TrainConfig:
+        """What is left of this run after its warm-up, from the `weights` that it left; `changes` as in replace."""
+        values = {
+            "init": str(weights),
+            "epochs": self.epochs - self.warmup_epochs,
+            "warmup_epochs": 0,
+            "lr_drops": tuple(max(drop - self.warmup_epochs, 0) for drop in self.lr_drops),
+        }
+        return dataclasses.replace(self, **{**values, **changes})
+
     def lr_at(self, epoch: float) -> float:
         """The learning rate of epoch `epoch`, counted from 0; 2.5 is the middle of the third."""
         if self.schedule == "cosine":

@@ -12,13 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from part_fast import report
-from part_fast.compare import difference, mean_and_spread, right
+from part_fast.compare import MEASURES, accuracy_table, difference, mean_and_spread, right
 from part_fast.config import PRESETS, TrainConfig
 from part_fast.evaluate import evaluate, masks
-from part_fast.train import train
+from part_fast.train import WEIGHTS, train
 
 METHODS = {"AT": "at", "PART": "part"}
-MEASURES = {"natural": "natural %", "pgd20": "PGD-20 %"}
 FILES = ("results.json", "results.csv", "curves.png", "masks.png", "masks.json")
 
 
@@ -62,15 +61,7 @@ def demo(
         for name, method in METHODS.items():
             folder = out / f"{method}-seed{seed}"
             log(f"{name}, seed {seed}")
-            branch = dataclasses.replace(
-                config,
-                method=method,
-                init=str(out / "warmup" / "model.safetensors"),
-                epochs=rest,
-                warmup_epochs=0,
-                lr_drops=tuple(max(drop - config.warmup_epochs, 0) for drop in config.lr_drops),
-                seed=seed,
-            )
+            branch = config.after_warmup(out / "warmup" / WEIGHTS, method=method, seed=seed)
             rows = train(branch, folder, overwrite=overwrite)
             tested = evaluate(folder, tuple(MEASURES))
             line = curves.setdefault(name, {config.warmup_epochs: [warm_rows[-1]["test_natural"]]})
@@ -88,8 +79,8 @@ def demo(
     differences = {key: difference(hits["AT"][key], hits["PART"][key]) for key in MEASURES}
     report.draw_comparison(out / "curves.png", curves, results)
     masks(out / f"part-seed{seeds[0]}", out / "masks.png")
-    verdicts = [_verdict(MEASURES[key].removesuffix(" %"), d) for key, d in differences.items()]
-    text = "\n".join(["", _table(summary, len(seeds)), "", *verdicts])
+    verdicts = [_verdict(MEASURES[key], d) for key, d in differences.items()]
+    text = "\n".join(["", f"{accuracy_table('method', summary, len(seeds))}, one warm-up", "", *verdicts])
     record = {
         "table": summary,
         "differences": differences,
@@ -104,15 +95,6 @@ def demo(
     log(text)
     log(f"\n{record['seconds']:.0f} s; results.json, results.csv, curves.png and masks.png are in {out}")
     return record
-
-
-def _table(summary: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
-    rows = [
-        (name, *(f"{100 * v['mean']:.2f} ± {100 * v['spread']:.2f}" for v in (by[key] for key in MEASURES)))
-        for name, by in summary.items()
-    ]
-    table = report.table(("method", *MEASURES.values()), rows)
-    return f"{table}\nmean ± standard deviation of {seeds} seeds, one warm-up"
 
 
 def _verdict(measure: str, d: Mapping[str, Any]) -> str:

@@ -31,7 +31,7 @@ class Engine:
         model = build_model(config.model, num_classes)
         if config.init is not None and load:
             load_weights(model, config.init)
-        # Convolutions are faster in channels_last on GPUs and CPUs alike.
+        # As in the copy that is attacked, and as GPUs multiply half precision.
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attack_model = AttackModel(
             self.model, precision=config.precision, compile=config.compile, cuda_graph=config.cuda_graph

@@ -128,7 +128,7 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> No
         ("test_pgd20", "test, PGD-20", VERMILION, "s", "-"),
         ("train_robust", "training, under attack", ORANGE, "^", "--"),
     )
-    with _figure(path, (9.5, 4), "constrained") as figure:
+    with drawing(path, (9.5, 4), "constrained") as figure:
         left, right = _two_panels(figure)
         figure.suptitle(title)
         left.plot(epochs, [row["train_loss"] for row in rows], color=GREEN, marker="o", markersize=3)
@@ -157,7 +157,7 @@ def draw_comparison(
     which dotted lines join the runs of one seed.
     """
     style = {"AT": (BLUE, "o"), "PART": (VERMILION, "s")}
-    with _figure(path, (10, 4), "constrained") as figure:
+    with drawing(path, (10, 4), "constrained") as figure:
         left, right = _two_panels(figure)
         for method, epochs in curves.items():
             color, marker = style.get(method, (GRAY, "^"))
@@ -192,7 +192,7 @@ def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]
     panels: title -> rows of `part_fast.compare.interval` with the name under "difference".
     """
     most = max(len(rows) for rows in panels.values())
-    with _figure(path, (10, 1.3 + 0.3 * most), "constrained") as figure:
+    with drawing(path, (10, 1.3 + 0.3 * most), "constrained") as figure:
         for i, (axes, (title, rows)) in enumerate(zip(_two_panels(figure), panels.items(), strict=True)):
             for place, row in enumerate(rows):
                 color = VERMILION if row["significant"] else BLUE
@@ -240,7 +240,7 @@ def draw_masks(
     columns = len(heads)
     side, gap, top, bottom = 1.6, 0.22, 0.75, 0.65  # inches
     width, height = columns * side + 0.3, n * (side + gap) + top + bottom
-    with _figure(path, (width, height)) as figure:
+    with drawing(path, (width, height)) as figure:
         figure.text(0.5, 1 - 0.12 / height, caption, ha="center", va="top", fontsize=9)
 
         def place(column: int, up: float, tall: float, wide: float = side - 0.08) -> Any:
@@ -280,7 +280,7 @@ def _middle(axes: Any) -> float:
 
 
 @contextlib.contextmanager
-def _figure(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = None) -> Iterator[Any]:
+def drawing(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = None) -> Iterator[Any]:
     """A figure that is saved to `path` (PNG) when the block ends; no global state of pyplot is touched."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

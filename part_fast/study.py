@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from part_fast import checks, report
-from part_fast.compare import interval, mean_and_spread, right
+from part_fast.compare import MEASURES, accuracy_table, interval, mean_and_spread, right
 from part_fast.config import PRESETS, TrainConfig
 from part_fast.evaluate import evaluate
-from part_fast.train import STATE, train
+from part_fast.train import STATE, WEIGHTS, train
 
-MEASURES = {"natural": "natural %", "pgd20": "PGD-20 %"}
 # What is trained after the warm-up; the first is what the others are compared with.
 ARMS: dict[str, dict[str, Any]] = {
     "AT": {"method": "at"},
@@ -67,15 +66,7 @@ def study(
         for name, changes in arms.items():
             folder = out / f"{name.lower().replace(' ', '-')}-seed{seed}"
             log(f"{name}, seed {seed}")
-            branch = {
-                "method": "part",
-                "init": str(warm / "model.safetensors"),
-                "epochs": config.epochs - config.warmup_epochs,
-                "warmup_epochs": 0,
-                "lr_drops": tuple(max(drop - config.warmup_epochs, 0) for drop in config.lr_drops),
-                "seed": seed,
-            }
-            _train(dataclasses.replace(config, **{**branch, **changes}), folder)
+            _train(config.after_warmup(warm / WEIGHTS, **{"method": "part", "seed": seed, **changes}), folder)
             evaluate(folder, tuple(MEASURES), resume=True)
             for key in MEASURES:
                 hits[key][name].append(right(folder, key))
@@ -97,7 +88,7 @@ def study(
         for before, after in pairs
         for key in MEASURES
     ]
-    text = f"{_accuracies(table, seeds)}\n\n{_differences(differences)}"
+    text = f"{accuracy_table('arm', table, seeds)}\n\n{_differences(differences)}"
     record = {
         "table": table,
         "differences": differences,
@@ -114,7 +105,7 @@ def study(
     report.write_json(out / "study.json", record)
     report.draw_intervals(
         out / "study.png",
-        {MEASURES[key].removesuffix(" %"): [d for d in differences if d["measure"] == key] for key in MEASURES},
+        {MEASURES[key]: [d for d in differences if d["measure"] == key] for key in MEASURES},
     )
     log(f"{text}\n\nstudy.json, runs.csv, differences.csv and study.png are in {out}")
     return record
@@ -124,19 +115,11 @@ def _train(config: TrainConfig, folder: Path) -> None:
     train(config, folder, resume=(folder / STATE).exists(), overwrite=not (folder / STATE).exists())
 
 
-def _accuracies(table: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
-    rows = [
-        (name, *(f"{100 * v['mean']:.2f} ± {100 * v['spread']:.2f}" for v in (by[key] for key in MEASURES)))
-        for name, by in table.items()
-    ]
-    return f"{report.table(('arm', *MEASURES.values()), rows)}\nmean ± standard deviation of {seeds} seeds"
-
-
 def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
             row["difference"],
-            MEASURES[row["measure"]].removesuffix(" %"),
+            MEASURES[row["measure"]],
             f"{100 * row['mean']:+.2f}",
             f"± {100 * row['half_width']:.2f}",
             f"± {100 * row['half_width_all']:.2f}",

@@ -119,16 +119,10 @@ def train(
                 x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
                 if seen_images == 0 and config.precision != "fp32":
                     agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
-                engine.begin(seen_images, len(order), epoch)
-                with engine.collecting():
-                    epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
-                    loss = batch_loss(
-                        method, engine.trained, x, batch.labels, epsilon, config, attack_model=engine.attack_model
-                    )
-                    engine.backward(loss, len(x))
-                engine.end()
+                epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
+                loss = train_step(engine, method, x, batch.labels, epsilon, (seen_images, len(order), epoch))
                 seen_images += len(x)
-                loss_sum += loss.detach() * len(x)
+                loss_sum += loss * len(x)
                 hits += (seen[-1].argmax(1) == batch.labels).sum()
                 bar.update(len(x) * distributed.size())
             engine.end_epoch(epoch)
@@ -206,6 +200,26 @@ def batch_epsilon(
     if bank is None:
         return budget
     return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
+
+
+def train_step(
+    engine: Engine,
+    method: str,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Tensor | CamBudget,
+    where: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y (N,).
+
+    where: this process's images of the epoch done before, all of them, and the epoch, from 0; default: a whole epoch.
+    """
+    engine.begin(*(where or (0, len(x), 0)))
+    with engine.collecting():
+        loss = batch_loss(method, engine.trained, x, y, epsilon, engine.config, attack_model=engine.attack_model)
+        engine.backward(loss, len(x))
+    engine.end()
+    return loss.detach()
 
 
 def batch_loss(

@@ -5,6 +5,7 @@ its own, because Triton decides at import whether it interprets: `TRITON_INTERPR
 """
 
 import dataclasses
+import functools
 import os
 import sys
 import zlib
@@ -403,3 +404,23 @@ def map_sizes(backend: Backend, *case: object) -> list[tuple[tuple[int, int, int
     usual = [((4, 4, 4), (32, 32)), ((2, 8, 8), (32, 32)), ((2, 5, 7), (30, 44)), ((3, 4, 4), (28, 28))]
     odd = [((2, 3, 3), (31, 33)), ((2, 1, 5), (1, 31)), ((2, 5, 1), (33, 1)), ((2, 1, 1), (5, 6)), ((1, 2, 9), (7, 9))]
     return [*usual, *odd, ((2, 6, 6), (6, 6)), ((0, 4, 4), (8, 8)), ((1, 16, 16), (65, 130))]
+
+
+@pytest.fixture
+def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a tiny run's time is unpacking the demo set and drawing curves: once is enough, and none."""
+    import part_fast.evaluate
+    import part_fast.train
+    from part_fast import report
+
+    for module in (part_fast.train, part_fast.evaluate):
+        monkeypatch.setattr(module, "load", load_once)
+    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
+
+
+@functools.lru_cache
+def load_once(*arguments: object) -> object:
+    """`part_fast.data.load`, each data set of a process unpacked once."""
+    from part_fast.data import load
+
+    return load(*arguments)  # type: ignore[arg-type]

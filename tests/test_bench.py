@@ -269,8 +269,8 @@ def test_command_shows_nothing_of_an_op_with_a_mismatch(tmp_path, capsys):
     [
         ({"only": ["pgd"]}, "only must name ops among pgd_step, .*, got pgd$"),
         ({"rounds": 0}, "rounds must be >= 1, got 0$"),
-        ({"device": "mps"}, "device must be auto, cpu or a CUDA device, got 'mps'$"),
-        ({"device": "gpu"}, "device must be auto, cpu or a CUDA device, got 'gpu'$"),
+        ({"device": "mps"}, "device takes auto, cpu, cuda or cuda:N, got 'mps'$"),
+        ({"device": "gpu"}, "device takes auto, cpu, cuda or cuda:N, got 'gpu'$"),
         ({"cases": [STEP], "only": ["cam"]}, "cases must hold one to measure, got none$"),
     ],
 )

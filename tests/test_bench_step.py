@@ -15,6 +15,7 @@ from conftest import ROOT
 from golden_attack import EXPECTED, golden_net
 from PIL import Image
 
+import part_fast.train as training
 from part_fast import bench, bench_baselines, bench_step, models
 
 CPU = torch.device("cpu")
@@ -184,7 +185,7 @@ def test_wrong_baseline_is_refused(small, monkeypatch, pair, planted, what):
 
 def test_wrong_training_of_ours_is_refused(small, monkeypatch):
     monkeypatch.setattr(
-        bench_step, "batch_loss", lambda *args, right=bench_step.batch_loss, **more: 1.001 * right(*args, **more)
+        training, "batch_loss", lambda *args, right=training.batch_loss, **more: 1.001 * right(*args, **more)
     )
     with pytest.raises(bench.MismatchError, match="update_off"):
         bench_step.compare(arena(small), *AT)
@@ -452,7 +453,7 @@ def test_finished_models_are_kept_when_a_later_one_fails(finished, tmp_path, mon
     [
         ({"rounds": 0}, "rounds must be >= 1, got 0$"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0$"),
-        ({"device": "mps"}, "device must be auto, cpu or a CUDA device, got 'mps'$"),
+        ({"device": "mps"}, "device takes auto, cpu, cuda or cuda:N, got 'mps'$"),
         ({"precision": "int8"}, "precision must be one of .*int8"),
         ({"models": ["resnet19"]}, "model takes one of .*resnet19"),
     ],

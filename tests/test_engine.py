@@ -1,7 +1,6 @@
 """Tests of part_fast.engine and of training's options: schedules, accumulation, averages, precision, compile."""
 
 import dataclasses
-import functools
 import math
 
 import pytest
@@ -10,13 +9,13 @@ from safetensors.torch import load_file
 
 import part_fast.evaluate as evaluating
 import part_fast.train as training
-from part_fast import report
 from part_fast.config import TrainConfig
-from part_fast.data import load, to_float
+from part_fast.data import to_float
 from part_fast.engine import Engine
 from part_fast.sanity import agreement_warning, gradient_agreement
 from part_fast.train import STATE, train
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 CPU = torch.device("cpu")
 TINY = TrainConfig(
     method="at",
@@ -29,7 +28,6 @@ TINY = TrainConfig(
     lr=0.05,
     pgd_test_size=0,
 )
-CACHED = functools.lru_cache(load)
 
 
 def tiny(**changes):
@@ -38,13 +36,6 @@ def tiny(**changes):
 
 def silent(line):
     pass
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(training, "load", CACHED)
-    monkeypatch.setattr(evaluating, "load", CACHED)
-    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
 
 
 def weights(folder, name="model.safetensors"):

@@ -2,22 +2,22 @@
 
 import csv
 import dataclasses
-import functools
 import json
 import math
 
 import pytest
 import torch
+from conftest import load_once
 from safetensors.torch import load_file
 
-import part_fast.evaluate as evaluating
 import part_fast.train as training
 from part_fast import report
 from part_fast.config import METHODS, TrainConfig
-from part_fast.data import load, to_float
+from part_fast.data import to_float
 from part_fast.models import build_model
 from part_fast.train import RUN_FILES, STATE, adversarial_logits, batch_epsilon, batch_loss, train
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
 TINY = TrainConfig(
     method="part",
     epochs=2,
@@ -29,7 +29,6 @@ TINY = TrainConfig(
     lr=0.05,
     pgd_test_size=0,
 )
-CACHED = functools.lru_cache(load)
 
 
 def tiny(**changes):
@@ -48,14 +47,6 @@ def assert_same_weights(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Most of a tiny run's time is unpacking the demo set and drawing: once is enough (`finished` draws)."""
-    monkeypatch.setattr(training, "load", CACHED)
-    monkeypatch.setattr(evaluating, "load", CACHED)
-    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +259,7 @@ def test_init_starts_from_a_checkpoint(finished, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_perturbation_obeys_its_map(method, monkeypatch):
     """The images of the last train-mode forward lie within each pixel's eps of the natural ones, some on the bound."""
-    data = CACHED("demo", "train").subset(16)
+    data = load_once("demo", "train").subset(16)
     x, y = to_float(data.images), data.labels
     model = build_model("resnet-small", 10).train()
     config = tiny(steps=10)
@@ -303,7 +294,7 @@ def test_perturbation_obeys_its_map(method, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_robust_accuracy_is_that_of_the_adversarial_forward(method):
-    data = CACHED("demo", "train").subset(8)
+    data = load_once("demo", "train").subset(8)
     x, y = to_float(data.images), data.labels
     model = build_model("resnet-small", 10)
     inputs = []
@@ -322,7 +313,7 @@ def test_robust_accuracy_is_that_of_the_adversarial_forward(method):
 @pytest.mark.parametrize("attack", ["pgd", "mma"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_with_every_attack_gives_gradients(method, attack):
-    data = CACHED("demo", "train").subset(10)
+    data = load_once("demo", "train").subset(10)
     x, y = to_float(data.images), data.labels
     config = tiny(steps=1, attack=attack, method=method)
     model = build_model("resnet-small", 10)
@@ -370,7 +361,7 @@ def test_kept_masks_are_part_of_the_checkpoint(tmp_path):
 @pytest.mark.parametrize("control", ["none", "inverted"])
 def test_control_of_kept_masks(control):
     model = build_model("resnet-small", 10)
-    data = CACHED("demo", "train").subset(10)
+    data = load_once("demo", "train").subset(10)
     config = tiny(method="part", refresh="1", control=control)
     budget = training.CamBudget(model, config.eps, config.eps_low)
     bank = training.MaskBank(10, (32, 32), 1, config.eps, config.eps_low)
