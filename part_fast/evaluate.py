@@ -281,7 +281,8 @@ def masks(
     }
     titles = [(f"{r['label']} -> {r['predicted']}", f"-> {r['predicted_under_attack']}") for r in rows]
     caption = (
-        f"{config.cam}, {'rule' if len(rules) == 1 else 'rules'} {' and '.join(rules)}, eps {255 * config.eps:g}/255 and {255 * config.eps_low:g}/255, "
+        f"{config.cam}, rule{'s' * (len(rules) > 1)} {' and '.join(rules)}, "
+        f"eps {255 * config.eps:g}/255 and {255 * config.eps_low:g}/255, "
         f"PGD-{config.steps} within the eps map"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
