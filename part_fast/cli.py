@@ -53,7 +53,7 @@ class Evaluate:
     """Accuracy on natural and attacked test images, with standard errors; evaluation.json and .csv."""
 
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
-    """A run folder, or a checkpoint file together with --dataset and --model."""
+    """A run folder, or a checkpoint file: in a run folder, or together with --dataset and --model."""
     attacks: str = "natural,pgd20"
     """Separated by commas: natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa (AutoAttack, standard)."""
     n: int | None = None
@@ -106,7 +106,7 @@ class Masks:
     """A PNG grid of test images: image, CAM, eps map, adversarial image, its difference x8."""
 
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
-    """A run folder, or a checkpoint file together with --dataset and --model."""
+    """A run folder, or a checkpoint file: in a run folder, or together with --dataset and --model."""
     out: Path
     """The PNG file to make; a JSON file with the titles' contents goes beside it."""
     n: int = 8
@@ -140,7 +140,7 @@ class Export:
     """Write a model's weights for others: safetensors, or a .pt with RobustBench's key names."""
 
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
-    """A run folder, or a checkpoint file together with --dataset and --model."""
+    """A run folder, or a checkpoint file: in a run folder, or together with --dataset and --model."""
     out: Path
     """The file to make: .safetensors, or .pt for RobustBench's names."""
     sub_block1: bool = False

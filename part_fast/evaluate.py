@@ -114,8 +114,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracies, with standard errors, of a run folder's model or of a checkpoint, into evaluation.json and .csv.
 
-    where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, with `dataset`
-        and `model` named. attacks: see `correct`. n: a balanced subset of the test images; default: those of the run.
+    where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, which lies in
+        one or has `dataset` and `model` named. attacks: see `correct`. n: a balanced subset of the test images;
+        default: those of the run.
     out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks that it holds
         are kept where they were made with the same settings. resume: do not repeat an attack whose result it holds.
     sanity_images: on so many of the images, look for signs that gradients mislead the attacks (`part_fast.sanity`).
@@ -310,7 +311,7 @@ def load_trained(
     download: bool = False,
     device: str = "auto",
 ) -> Trained:
-    """The model in a run folder; or in a checkpoint file, where data set and model are named and the rest is default.
+    """The model in a run folder; or in a checkpoint file, in a run folder or with data set and model named.
 
     n: a balanced subset of the test images; default: those of the run.
 
