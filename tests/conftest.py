@@ -21,6 +21,7 @@ from torch import Tensor
 
 import part_fast
 from part_fast import PackedEpsilon
+from part_fast.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -404,6 +405,20 @@ def map_sizes(backend: Backend, *case: object) -> list[tuple[tuple[int, int, int
     usual = [((4, 4, 4), (32, 32)), ((2, 8, 8), (32, 32)), ((2, 5, 7), (30, 44)), ((3, 4, 4), (28, 28))]
     odd = [((2, 3, 3), (31, 33)), ((2, 1, 5), (1, 31)), ((2, 5, 1), (33, 1)), ((2, 1, 1), (5, 6)), ((1, 2, 9), (7, 9))]
     return [*usual, *odd, ((2, 6, 6), (6, 6)), ((0, 4, 4), (8, 8)), ((1, 16, 16), (65, 130))]
+
+
+# An epoch of AT and one of PART, which take a second or so.
+TINY_RUN = TrainConfig(
+    method="part",
+    epochs=2,
+    warmup_epochs=1,
+    batch_size=32,
+    train_size=64,
+    test_size=20,
+    steps=1,
+    lr=0.05,
+    pgd_test_size=0,
+)
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
+from conftest import TINY_RUN
 from safetensors.torch import load_file
 
 import part_fast.evaluate as evaluating
 import part_fast.train as training
-from part_fast.config import TrainConfig
 from part_fast.data import to_float
 from part_fast.engine import Engine
 from part_fast.sanity import agreement_warning, gradient_agreement
@@ -17,17 +17,7 @@ from part_fast.train import STATE, train
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 CPU = torch.device("cpu")
-TINY = TrainConfig(
-    method="at",
-    epochs=2,
-    warmup_epochs=0,
-    batch_size=32,
-    train_size=64,
-    test_size=20,
-    steps=1,
-    lr=0.05,
-    pgd_test_size=0,
-)
+TINY = dataclasses.replace(TINY_RUN, method="at", warmup_epochs=0)
 
 
 def tiny(**changes):

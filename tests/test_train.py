@@ -7,28 +7,18 @@ import math
 
 import pytest
 import torch
+from conftest import TINY_RUN as TINY
 from conftest import load_once
 from safetensors.torch import load_file
 
 import part_fast.train as training
 from part_fast import report
-from part_fast.config import METHODS, TrainConfig
+from part_fast.config import METHODS
 from part_fast.data import to_float
 from part_fast.models import build_model
 from part_fast.train import RUN_FILES, STATE, adversarial_logits, batch_epsilon, batch_loss, train
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-TINY = TrainConfig(
-    method="part",
-    epochs=2,
-    warmup_epochs=1,
-    batch_size=32,
-    train_size=64,
-    test_size=20,
-    steps=1,
-    lr=0.05,
-    pgd_test_size=0,
-)
 
 
 def tiny(**changes):
