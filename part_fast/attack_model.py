@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast.cuda_graph import GraphedSteps
+from part_fast.packed_conv import PackedConv2d
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # float16 has no gradients below 6e-8. A factor on all of them leaves their signs, and this one keeps sums finite.
@@ -62,6 +63,8 @@ class AttackModel(nn.Module):
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     module.to(PRECISIONS[precision])
         self.module.to(memory_format=torch.channels_last)
+        if not compile:  # Inductor knows torch's own convolutions
+            _pack(self.module)
         self._fast: Callable[[Tensor], Tensor] = torch.compile(self.module) if compile else self.module
         self._padded = 0 if compile else None
         self.graphs = GraphedSteps() if cuda_graph else None
@@ -97,6 +100,9 @@ class AttackModel(nn.Module):
             shift = -norm.running_mean * scale if bias is None else (bias - norm.running_mean) * scale
             ours[f"{conv}.weight"].copy_(theirs[f"{conv}.weight"] * scale[:, None, None, None])
             ours[f"{conv}.bias"].copy_(shift if norm.bias is None else shift + norm.bias)
+        for part in self.module.modules():
+            if isinstance(part, PackedConv2d):
+                part.repack()
         return self
 
     def refresh_if_changed(self) -> None:
@@ -186,6 +192,14 @@ def _absorb(module: nn.Module, conv: str, bn: str) -> None:
         convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels), requires_grad=False)
     parent, _, leaf = bn.rpartition(".")
     setattr(module.get_submodule(parent), leaf, nn.Identity())
+
+
+def _pack(module: nn.Module) -> None:
+    """PackedConv2d in the place of every convolution of `module` that can be one and has nothing hung on it."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if PackedConv2d.takes(child) and not _is_more(child):
+                setattr(parent, name, PackedConv2d(child))  # type: ignore[arg-type]
 
 
 def _copy(to: list[Tensor], of: list[Tensor]) -> None:

@@ -53,7 +53,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from part_fast import attacks, bench_baselines, report
 from part_fast.attack_model import PRECISIONS, AttackModel
@@ -337,6 +337,27 @@ def matmul(precision: str, device: torch.device) -> tuple[Step, float]:
     return lambda: torch.mm(a, b, out=result), 2.0 * n**3
 
 
+def _packed_flop(x: Tensor, *args: Any, out_val: Tensor) -> int:
+    (weight,) = (arg for arg in args if isinstance(arg, Tensor) and arg.is_mkldnn)
+    return conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape))
+
+
+def _packed_transposed_flop(x: Tensor, weight: Tensor, *args: Any, out_val: Tensor) -> int:
+    return conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape), transposed=True)
+
+
+# What PackedConv2d calls, which torch has no formulas for.
+_PACKED_FLOP: dict[Any, Callable[..., int]] = (
+    {
+        torch.ops.mkldnn._convolution_pointwise.default: _packed_flop,
+        torch.ops.mkldnn._convolution_pointwise.binary: _packed_flop,
+        torch.ops.mkldnn._convolution_transpose_pointwise.default: _packed_transposed_flop,
+    }
+    if torch.backends.mkldnn.is_available()
+    else {}
+)
+
+
 class FlopCount(TorchDispatchMode):
     """`with FlopCount() as count`: count.total, FLOP of the convolutions and matrix products that ran in the block.
 
@@ -350,7 +371,7 @@ class FlopCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func.overloadpacket)
+        formula = _PACKED_FLOP.get(func, flop_registry.get(func.overloadpacket))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result

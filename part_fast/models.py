@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from part_fast.packed_conv import PackedConv2d
+
 __all__ = [
     "KNOWN_MODELS",
     "ResNet",
@@ -54,6 +56,19 @@ class _Normalize(nn.Module):
         return (x - self.mean) / self.std
 
 
+def _fused(
+    conv: nn.Conv2d, bn: nn.Module | None, x: Tensor, other: Tensor | None = None, *, relu: bool = True
+) -> Tensor:
+    """relu(bn(conv(x)) + other); one pass in an AttackModel that has folded the BatchNorm and packed the weights."""
+    # A hook on either must see its own output.
+    hooked = conv._forward_hooks or (bn is not None and bn._forward_hooks)
+    if isinstance(conv, PackedConv2d) and not hooked and (bn is None or isinstance(bn, nn.Identity)):
+        return conv.with_relu(x, other, relu=relu)
+    out: Tensor = conv(x) if bn is None else bn(conv(x))
+    out = out if other is None else out + other
+    return F.relu(out) if relu else out
+
+
 def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
     if mean is None and std is None:
         return nn.Identity()
@@ -82,9 +97,8 @@ class _ResNetBlock(nn.Module):
 
     # No in-place ReLU here or below: a hook on any submodule (a CAM's target layer) must see its true output.
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return F.relu(out + self.shortcut(x))
+        out = _fused(self.conv1, self.bn1, x)
+        return _fused(self.conv2, self.bn2, out, self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -117,7 +131,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        out = _fused(self.conv1, self.bn1, self.normalize(x))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
         return logits
@@ -141,9 +155,8 @@ class _WideBlock(nn.Module):
         out = F.relu(self.bn1(x))
         # Where the shape changes, the shortcut too starts after the activation.
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = F.relu(self.bn2(self.conv1(out)))
-        total: Tensor = shortcut + self.conv2(out)
-        return total
+        out = _fused(self.conv1, self.bn2, out)
+        return _fused(self.conv2, None, out, shortcut, relu=False)
 
 
 class _WideStage(nn.Module):

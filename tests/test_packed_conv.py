@@ -1,0 +1,160 @@
+"""Tests of part_fast.packed_conv: what nn.Conv2d gives, forward and for the input."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from part_fast import AttackModel, CamBudget, models
+from part_fast.packed_conv import PackedConv2d
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs torch with oneDNN")
+# oneDNN adds up in another order where weights lie otherwise; in bfloat16 a sum that ends beside the middle of two
+# values then rounds to the other one, 2**-8 away.
+NEAR = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU that oneDNN takes bfloat16 on"
+        ),
+    ),
+]
+
+
+def frozen(*args, dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    return nn.Conv2d(*args, **kwargs).to(dtype).requires_grad_(False)
+
+
+def gradient(function, x, grad_out):
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = function(leaf)
+    return out.detach(), torch.autograd.grad(out, leaf, grad_out(out))[0]
+
+
+def ramp(out):
+    return torch.linspace(-1, 1, out.numel()).to(out.dtype).view_as(out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_every_geometry(dtype, layout):
+    for kernel, stride, padding, dilation, groups in itertools.product((1, 3), (1, 2, 3), (0, 1), (1, 2), (1, 2, 4)):
+        conv = frozen(4, 8, kernel, stride, padding, dilation, groups, bias=stride != 2, dtype=dtype)
+        packed = PackedConv2d(conv)
+        for size in ((9, 11), (16, 16)):  # the second with the weights packed for the first
+            x = torch.randn(2, 4, *size).to(dtype).contiguous(memory_format=layout)
+            expected, found = gradient(conv, x, ramp), gradient(packed, x, ramp)
+            torch.testing.assert_close(found, expected, **NEAR[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_other", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_sum_and_relu_in_one_pass(dtype, with_other, relu):
+    conv = frozen(4, 8, 3, padding=1, dtype=dtype)
+    x, other = torch.randn(2, 4, 6, 6).to(dtype), torch.randn(2, 8, 6, 6).to(dtype)
+    pair = [value.clone().requires_grad_() for value in (x, other)]
+    out = PackedConv2d(conv).with_relu(pair[0], pair[1] if with_other else None, relu=relu)
+    twin = [value.double().requires_grad_() for value in (x, other)]
+    exact = copy.deepcopy(conv).double()(twin[0])
+    exact = exact + twin[1] if with_other else exact
+    exact = exact.relu() if relu else exact
+    torch.testing.assert_close(out.double(), exact, **NEAR[dtype])
+    wanted = slice(2 if with_other else 1)
+    found = torch.autograd.grad(out, pair[wanted], ramp(out))
+    expected = torch.autograd.grad(exact, twin[wanted], ramp(out).double())
+    # Sums over 72 products of numbers rounded to 8 bits.
+    near = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, **near)
+
+
+def test_gradients_and_images_whose_elements_are_shared_or_skipped():
+    conv = frozen(4, 8, 3, padding=1)
+    packed, x = PackedConv2d(conv), torch.randn(2, 4, 6, 12)[..., ::2]
+    shared = lambda out: torch.tensor(0.5).expand(out.shape)  # noqa: E731
+    torch.testing.assert_close(gradient(packed, x, shared), gradient(conv, x, shared), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_packed_once_until_they_change():
+    class Packs(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Packs.count += "reorder" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    packed, x = PackedConv2d(frozen(4, 8, 3)), torch.randn(2, 4, 6, 6)
+    with Packs():
+        for _ in range(3):
+            gradient(packed, x, torch.ones_like)
+    assert Packs.count == 2  # for the forward, and for the backward
+    before = packed(x)
+    packed.weight.mul_(2)
+    assert torch.equal(packed(x), before)
+    packed.repack()
+    assert not torch.equal(packed(x), before)
+
+
+def test_a_second_derivative_is_an_error_and_not_zero():
+    packed, x = PackedConv2d(frozen(4, 8, 3)), torch.randn(2, 4, 6, 6, requires_grad=True)
+    (first,) = torch.autograd.grad(packed(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="to not have been used"):
+        torch.autograd.grad(first.sum(), x)
+
+
+def test_an_empty_batch_copies_and_pickles():
+    packed, x = PackedConv2d(frozen(4, 8, 3)), torch.randn(2, 4, 6, 6)
+    out = packed(x)
+    assert packed(x[:0]).shape == (0, 8, 4, 4)
+    assert torch.equal(copy.deepcopy(packed)(x), out)
+    assert torch.equal(pickle.loads(pickle.dumps(packed))(x), out)
+
+
+def test_what_is_not_packed():
+    conv = frozen(4, 8, 3)
+    assert PackedConv2d.takes(conv)
+    refused = {
+        "float64": copy.deepcopy(conv).double(),
+        "another padding": frozen(4, 8, 3, padding=1, padding_mode="reflect"),
+        "padding by name": frozen(4, 8, 3, padding="same"),
+        "packed": PackedConv2d(conv),
+        "another layer": nn.ConvTranspose2d(4, 8, 3),
+        "another device": nn.Conv2d(4, 8, 3, device="meta"),
+    }
+    for what, module in refused.items():
+        assert not PackedConv2d.takes(module), what
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wrn-10-2"])
+def test_attack_model_packs_all_and_gives_the_models_gradients(name):
+    torch.manual_seed(0)
+    model = models.build_model(name)
+    fast, x = AttackModel(model), torch.rand(2, 3, 32, 32)
+    convolutions = [m for m in fast.modules() if isinstance(m, nn.Conv2d)]
+    assert all(isinstance(m, PackedConv2d) for m in convolutions)
+    assert len(convolutions) == sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    loss = lambda logits: F.cross_entropy(logits, torch.tensor([1, 2]))  # noqa: E731
+    model.eval()
+    found, expected = (gradient(lambda leaf, m=m: loss(m(leaf)), x, torch.ones_like) for m in (fast, model))
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    # Relative to the largest: where gradients cancel, rounding is all that is left.
+    assert (found[1] - expected[1]).abs().max() < 1e-3 * expected[1].abs().max()
+
+
+@pytest.mark.parametrize("layer", ["layer4.1.conv1", "layer4.1.bn1", "layer4.1.conv2", "layer4.1.bn2"])
+def test_a_hook_inside_a_block_sees_what_it_sees_in_the_model(layer):
+    torch.manual_seed(0)
+    model, x = models.resnet18().eval(), torch.rand(2, 3, 32, 32)
+    # A folded convolution gives what its BatchNorm gave.
+    theirs = CamBudget(model, rule="soft", target_layer=layer.replace("conv", "bn"))(x)
+    ours = CamBudget(AttackModel(model), rule="soft", target_layer=f"module.{layer}")(x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
