@@ -20,6 +20,9 @@ around a CUDA graph, replayed: the graph calls the provider on so many sets of i
 write is at least twice the L2 cache. `reference` and `published` also work on the host, so they are launched from
 Python between the events; the column `timing` says which it was.
 
+On Linux's usual C library freed memory is kept for the next result. Otherwise a call pays the system for new pages, or
+not, by what other providers have freed before it.
+
 Peak memory is what one call has allocated at most, above what was there before it and with its result, by PyTorch's
 allocator: `torch.cuda.max_memory_allocated`, or on a CPU the profiler's record of every allocation. The memory of PIL
 and numpy and a thread's scratch memory in C++ are not in it, so `published` has none.
@@ -28,12 +31,14 @@ and numpy and a thread's scratch memory in C++ are not in it, so `published` has
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import itertools
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -504,6 +509,17 @@ def clock_for(device: torch.device) -> Clock:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_freed_memory() -> None:
+    """From here on glibc's malloc gives this process's memory back to the system no more; others are left alone."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
+
+
 def interleave(samples: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Call every sample once a round, each round beginning with the next one; all values by name."""
     names = list(samples)
@@ -522,9 +538,14 @@ def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock)
     """
     with torch.no_grad(), backends.backend(provider.backend):
         one_pass = clock.one_pass([partial(provider.run, *each) for each in inputs], provider.captured)
-        clock.seconds(one_pass, 1)
+        # Until it is warm: first calls take new memory and wake threads, so that one may look long enough to time alone.
+        warm = 0.0
+        for _ in range(100):
+            if warm >= 20 * clock.seconds_at_least:
+                break
+            warm += clock.seconds(one_pass, 1)
         passes = 1
-        while (taken := clock.seconds(one_pass, passes)) < clock.seconds_at_least:
+        while (taken := min(clock.seconds(one_pass, passes) for _ in range(3))) < clock.seconds_at_least:
             if passes >= 10**6:
                 raise RuntimeError(f"{provider.name} takes no time: {passes} passes of its calls took {taken:g} s")
             passes = min(100 * passes, math.ceil(passes * 1.2 * clock.seconds_at_least / max(taken, 1e-9)))
@@ -556,6 +577,8 @@ def measure(
     Errors: MismatchError where a provider's result is wrong; nothing is timed then.
     """
     torch.compiler.reset()  # compiled graphs of earlier cases count against the limit of recompilations
+    torch._inductor.config.compile_threads = 1  # its processes go on working beside what is timed
+    keep_freed_memory()
     providers = list(providers_of(case, device) if providers is None else providers)
     nbytes = check(case, providers, device)
     clock = clock_for(device)

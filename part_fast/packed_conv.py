@@ -76,7 +76,8 @@ class PackedConv2d(nn.Conv2d):
         if other is None:
             last = "relu" if relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(_dense(x), *given, last, [], "")
-        add = "add", None, "relu" if relu else None, [], None
+        # "add", then alpha; "relu", then what else an activation may need.
+        add: tuple[Any, ...] = ("add", None, "relu" if relu else None, [], None)
         return torch.ops.mkldnn._convolution_pointwise.binary(_dense(x), _dense(other), *given, *add)
 
     def input_gradient(self, grad_out: Tensor, size: torch.Size) -> Tensor:
