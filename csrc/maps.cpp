@@ -90,16 +90,26 @@ PF_HD void normalize(C* values, int64_t count, C low, C high) {
   for (int64_t i = 0; i < count; ++i) values[i] = normalized(values[i], low, high);
 }
 
+// `tall` is the map with its axes exchanged: what one output column is made of then lies in a row, and is a vector.
 template <typename C>
-PF_HD void enlarge_columns(const C* small, const Axis<C>& columns, int64_t rows, C* wide) {
+PF_HD void enlarge_columns(const C* small, const Axis<C>& columns, int64_t rows, C* tall, C* wide) {
+  constexpr int64_t STRIP = 16;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < columns.in; ++i) tall[i * rows + row] = small[row * columns.in + i];
+  }
   for (int64_t i = 0; i < columns.out; ++i) {
     const Taps<C>& t = columns.taps[i];
-    const C *v0 = small + t.index[0], *v1 = small + t.index[1], *v2 = small + t.index[2], *v3 = small + t.index[3];
+    const C *v0 = tall + t.index[0] * rows, *v1 = tall + t.index[1] * rows, *v2 = tall + t.index[2] * rows,
+            *v3 = tall + t.index[3] * rows;
     const C w0 = t.weight[0], w1 = t.weight[1], w2 = t.weight[2], w3 = t.weight[3];
-    C* to = wide + i;
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = row * columns.in;
-      to[row * columns.out] = interpolate(v0[at], v1[at], v2[at], v3[at], w0, w1, w2, w3);
+    for (int64_t first = 0; first < rows; first += STRIP) {
+      const int64_t count = std::min(STRIP, rows - first);
+      C strip[STRIP];
+      for (int64_t j = 0; j < count; ++j) {
+        const int64_t row = first + j;
+        strip[j] = interpolate(v0[row], v1[row], v2[row], v3[row], w0, w1, w2, w3);
+      }
+      for (int64_t j = 0; j < count; ++j) wide[(first + j) * columns.out + i] = strip[j];
     }
   }
 }
@@ -118,9 +128,9 @@ PF_HD void enlarge_rows(const C* wide, const Axis<C>& rows, int64_t width, C* u)
 }
 
 template <typename C>
-PF_HD void enlarge_map(C* small, Range<C> range, const Axis<C>& rows, const Axis<C>& columns, C* wide, C* u) {
+PF_HD void enlarge_map(C* small, Range<C> range, const Axis<C>& rows, const Axis<C>& columns, C* tall, C* wide, C* u) {
   normalize(small, rows.in * columns.in, range.low, range.high);
-  enlarge_columns(small, columns, rows.in, wide);
+  enlarge_columns(small, columns, rows.in, tall, wide);
   enlarge_rows(wide, rows, columns.out, u);
 }
 
@@ -186,13 +196,13 @@ PF_CLONES Range<float> range(const float* values, int64_t count) { return range_
 PF_CLONES Range<double> range(const double* values, int64_t count) { return range_of(values, count); }
 
 PF_CLONES void enlarge(float* small, Range<float> range, const Axis<float>& rows, const Axis<float>& columns,
-                       float* wide, float* u) {
-  enlarge_map(small, range, rows, columns, wide, u);
+                       float* tall, float* wide, float* u) {
+  enlarge_map(small, range, rows, columns, tall, wide, u);
 }
 
 PF_CLONES void enlarge(double* small, Range<double> range, const Axis<double>& rows, const Axis<double>& columns,
-                       double* wide, double* u) {
-  enlarge_map(small, range, rows, columns, wide, u);
+                       double* tall, double* wide, double* u) {
+  enlarge_map(small, range, rows, columns, tall, wide, u);
 }
 
 PF_CLONES void zscore(const float* u, int64_t pixels, uint8_t* mask) { zscore_mask(u, pixels, mask); }
@@ -218,7 +228,7 @@ void Upsampler<C>::find_range() {
 
 template <typename C>
 void Upsampler<C>::enlarge(C* u) {
-  part_fast::enlarge(map.data(), {low, high}, rows, columns, wide_.data(), u);
+  part_fast::enlarge(map.data(), {low, high}, rows, columns, tall_.data(), wide_.data(), u);
 }
 
 template <typename C>

@@ -31,7 +31,11 @@ class Upsampler {
   C low = 0, high = 0;  // its minimum and maximum, NaN if it holds one
 
   Upsampler(const Axis<C>& rows, const Axis<C>& columns)
-      : rows(rows), columns(columns), map(rows.in * columns.in), wide_(rows.in * columns.out) {}
+      : rows(rows),
+        columns(columns),
+        map(rows.in * columns.in),
+        tall_(rows.in * columns.in),
+        wide_(rows.in * columns.out) {}
 
   template <typename T>
   void read(const T* cam) {
@@ -45,7 +49,7 @@ class Upsampler {
  private:
   void find_range();
 
-  std::vector<C> wide_;
+  std::vector<C> tall_, wide_;
 };
 
 // Which pixels of an enlarged map (evidence given) a rule keeps; holds one thread's scratch.
