@@ -538,7 +538,7 @@ def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock)
     """
     with torch.no_grad(), backends.backend(provider.backend):
         one_pass = clock.one_pass([partial(provider.run, *each) for each in inputs], provider.captured)
-        # Until it is warm: first calls take new memory and wake threads, so that one may look long enough to time alone.
+        # First calls take new memory and wake threads, so that one may look long enough to be timed alone.
         warm = 0.0
         for _ in range(100):
             if warm >= 20 * clock.seconds_at_least:
