@@ -76,7 +76,9 @@ template <typename T, typename F>
 void for_each_map(const Tensor& cam, int64_t height, int64_t width, const F& per_thread) {
   using C = compute_t<T>;
   if (cam.size(0) == 0) return;
-  const Axis<C> rows(cam.size(1), height), columns(cam.size(2), width);
+  const Axis<C> rows(cam.size(1), height);
+  const bool square = rows.in == cam.size(2) && height == width;
+  const Axis<C> columns = square ? rows : Axis<C>(cam.size(2), width);
   const T* maps = data<T>(cam);
   const int64_t grain = PIXELS_A_TASK / (height * width) + 1;
   torch::stable::parallel_for(0, cam.size(0), grain, [&](int64_t first, int64_t last) {

@@ -31,7 +31,7 @@ def number(name: str, value: Any, low: float = -math.inf) -> float:
 
 def count(name: str, value: Any, low: int = 0) -> int:
     """A whole number, at least `low`."""
-    if type(value) is bool or not isinstance(value, numbers.Integral):
+    if type(value) is not int and (type(value) is bool or not isinstance(value, numbers.Integral)):
         raise TypeError(f"{name} must be a whole number, got {_kind(value)}")
     if value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
@@ -161,6 +161,8 @@ def _readable(value: Tensor) -> bool:
 
 
 def _unshared(name: str, value: Tensor) -> None:
+    if value.is_contiguous():  # the usual case, and quick to tell
+        return
     dims = sorted((s, d) for s, d in zip(value.stride(), value.shape, strict=True) if d > 1)
     span = 1
     for stride, extent in dims:
