@@ -39,14 +39,8 @@ Tensor epsilon_map(const Tensor& cam, int64_t height, int64_t width, int64_t rul
   if (out.numel() > 0) {
     on_compute_type(cam, [&](auto type) {
       using C = typename decltype(type)::type;
-      // A mask chooses between two float32 values, whatever the map's dtype; the soft rule computes in C.
-      const C low = rule == SOFT ? static_cast<C>(eps_low) : static_cast<C>(static_cast<float>(eps_low));
-      const EpsilonMap<C> a = {Maps<C>(cam, height, width),
-                               mutable_data<C>(out),
-                               static_cast<int32_t>(k),
-                               static_cast<C>(static_cast<float>(eps)),
-                               low,
-                               static_cast<C>(eps - eps_low)};
+      const EpsilonMap<C> a = {Maps<C>(cam, height, width), mutable_data<C>(out),    static_cast<int32_t>(k),
+                               static_cast<C>(eps),         static_cast<C>(eps_low), static_cast<C>(eps - eps_low)};
       on_rule<ZSCORE, RELEASED, QUANTILE, SOFT>(rule, [&](auto which) {
         launch(epsilon_map_kernel<C, decltype(which)::value>, a.maps.grid(), a.maps.block(), a.maps.room.bytes, cam, a);
       });
