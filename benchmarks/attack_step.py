@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,24 +27,10 @@ from part_fast.models import build_model
 from part_fast.packed_conv import PackedConv2d
 
 
-def unpacked(model: AttackModel) -> AttackModel:
-    """The same with torch's own convolutions."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PackedConv2d):
-                conv = nn.Conv2d(
-                    child.in_channels,
-                    child.out_channels,
-                    child.kernel_size,
-                    child.stride,
-                    child.padding,
-                    child.dilation,
-                    child.groups,
-                    device="meta",
-                )
-                conv.weight, conv.bias = child.weight, child.bias
-                setattr(parent, name, conv)
-    return model
+def unpacked(model: nn.Module, precision: str) -> AttackModel:
+    """With torch's own convolutions."""
+    with mock.patch.object(PackedConv2d, "takes", return_value=False):
+        return AttackModel(model, precision=precision)
 
 
 def variants(name: str, x: Tensor, compiled: bool) -> dict[str, tuple[nn.Module, bool]]:
@@ -58,7 +45,7 @@ def variants(name: str, x: Tensor, compiled: bool) -> dict[str, tuple[nn.Module,
         "channels_last": (copy.deepcopy(model).to(memory_format=torch.channels_last), False),
     }
     for precision in ("fp32", "bf16"):
-        found[f"{precision}, folded"] = (unpacked(AttackModel(model, precision=precision)), False)
+        found[f"{precision}, folded"] = (unpacked(model, precision), False)
         found[f"{precision}, folded and packed"] = (AttackModel(model, precision=precision), False)
         if compiled:
             found[f"{precision}, folded and compiled"] = (AttackModel(model, precision=precision, compile=True), False)

@@ -413,6 +413,7 @@ def measure(
     peaks = {}
     tick = progress("peak memory", len(steps))
     for name, step in steps.items():
+        step()  # what it keeps for the next one, such as packed weights, is there before
         for optimizer in (arena.engine.optimizer, arena.fp32.optimizer, arena.optimizer):
             optimizer.zero_grad()
         peaks[name] = clock.peak_bytes(step)

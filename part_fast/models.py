@@ -60,13 +60,18 @@ def _fused(
     conv: nn.Conv2d, bn: nn.Module | None, x: Tensor, other: Tensor | None = None, *, relu: bool = True
 ) -> Tensor:
     """relu(bn(conv(x)) + other); one pass in an AttackModel that has folded the BatchNorm and packed the weights."""
-    # A hook on either must see its own output.
-    hooked = conv._forward_hooks or (bn is not None and bn._forward_hooks)
-    if isinstance(conv, PackedConv2d) and not hooked and (bn is None or isinstance(bn, nn.Identity)):
+    if isinstance(conv, PackedConv2d) and not _hooked(conv) and isinstance(bn, nn.Identity | None) and not _hooked(bn):
         return conv.with_relu(x, other, relu=relu)
     out: Tensor = conv(x) if bn is None else bn(conv(x))
     out = out if other is None else out + other
     return F.relu(out) if relu else out
+
+
+def _hooked(module: nn.Module | None) -> bool:
+    """Whether somebody must see the module's own input, output or gradients."""
+    return module is not None and any(
+        (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    )
 
 
 def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:

@@ -4,6 +4,8 @@ import contextlib
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +178,42 @@ def test_sampler_gives_the_seconds_of_one_call():
     assert sample() == pytest.approx(2e-6)
     assert len(made) == calls
     assert made[:6] == [0, 1, 2, 0, 1, 2]
+
+
+def test_sampler_is_not_misled_by_slow_first_calls():
+    class Clock(bench.CpuClock):
+        seconds_at_least = 1e-3
+
+        def seconds(self, one_pass, passes):
+            made.append(passes)
+            return 2e-6 * passes if len(made) > 4 else 5e-3
+
+    made = []
+    _, calls = bench.sampler(bench.Provider("reference", lambda: None), [()], Clock())
+    assert calls >= 500
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="only glibc's malloc can be told, and asked for faults"
+)
+def test_freed_memory_is_kept():
+    """Filled again, 64 MiB that were freed take no new pages; without being told, malloc gives so much back."""
+    code = """if True:
+        import resource, torch
+        from part_fast import bench
+        torch.set_num_threads(1)
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(1 << 24)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        faults()
+        print(faults())
+        bench.keep_freed_memory()
+        faults()
+        print(faults())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told, kept = (int(line) for line in done.stdout.split())
+    assert kept < told / 10
 
 
 def test_what_takes_no_time_is_refused():

@@ -13,19 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from part_fast import AttackModel, CamBudget, models
 from part_fast.packed_conv import PackedConv2d
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs torch with oneDNN")
+ONEDNN = torch.backends.mkldnn.is_available()
+pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch is built without oneDNN, so no convolution is packed")
 # oneDNN adds up in another order where weights lie otherwise; in bfloat16 a sum that ends beside the middle of two
 # values then rounds to the other one, 2**-8 away.
 NEAR = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(
-            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU that oneDNN takes bfloat16 on"
-        ),
-    ),
-]
+HAS_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+WITHOUT_BF16 = "this CPU has no AVX512, without which oneDNN takes no bfloat16 and no such convolution is packed"
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason=WITHOUT_BF16))]
 
 
 def frozen(*args, dtype=torch.float32, **kwargs):
@@ -158,3 +153,15 @@ def test_a_hook_inside_a_block_sees_what_it_sees_in_the_model(layer):
     theirs = CamBudget(model, rule="soft", target_layer=layer.replace("conv", "bn"))(x)
     ours = CamBudget(AttackModel(model), rule="soft", target_layer=f"module.{layer}")(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+@pytest.mark.parametrize("layer", ["module.conv1", "module.bn1"])
+def test_every_kind_of_hook_is_called(register, layer):
+    fast, x = AttackModel(models.resnet_small()), torch.rand(2, 3, 16, 16)
+    called = []
+    getattr(fast.get_submodule(layer), register)(lambda module, *rest: called.append(module))
+    gradient(lambda leaf: fast(leaf).sum(), x, torch.ones_like)
+    assert called == [fast.get_submodule(layer)]
