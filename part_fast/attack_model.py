@@ -59,13 +59,14 @@ class AttackModel(nn.Module):
         self._pairs = _foldable(self.module)  # of the copy: in train mode a model may take another way
         for conv, bn in self._pairs:
             _absorb(self.module, conv, bn)
+        if not compile:  # Inductor knows torch's own convolutions
+            _pack(self.module, PRECISIONS[precision])
         if precision != "fp32":
             for module in self.module.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                by_winograd = isinstance(module, PackedConv2d) and module.by_winograd
+                if isinstance(module, (nn.Conv2d, nn.Linear)) and not by_winograd:
                     module.to(PRECISIONS[precision])
         self.module.to(memory_format=torch.channels_last)
-        if not compile:  # Inductor knows torch's own convolutions
-            _pack(self.module)
         self._fast: Callable[[Tensor], Tensor] = torch.compile(self.module) if compile else self.module
         self._padded = 0 if compile else None
         self.graphs = GraphedSteps() if cuda_graph else None
@@ -195,11 +196,11 @@ def _absorb(module: nn.Module, conv: str, bn: str) -> None:
     setattr(module.get_submodule(parent), leaf, nn.Identity())
 
 
-def _pack(module: nn.Module) -> None:
+def _pack(module: nn.Module, dtype: torch.dtype) -> None:
     """PackedConv2d in the place of every convolution of `module` that can be one and has nothing hung on it."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if PackedConv2d.takes(child) and not _is_more(child):
+            if PackedConv2d.takes(child, dtype) and not _is_more(child):
                 setattr(parent, name, PackedConv2d(child))  # type: ignore[arg-type]
 
 

@@ -148,7 +148,7 @@ class RawOp:
         self.name = name
         self.reference = reference
         self.compiled = packet.default
-        self.triton = packet.triton
+        self.triton = getattr(packet, "triton", None)
 
     def __call__(self, *args: Any) -> Any:
         """The first argument is a tensor; its device chooses the backend."""
@@ -158,12 +158,15 @@ class RawOp:
         return self.triton(*args) if chosen == "triton" else self.compiled(*args)
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernels: str) -> RawOp:
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernels: str | None = None
+) -> RawOp:
     """Define raw op `part_fast::<schema>`.
 
     `reference` is its implementation in plain PyTorch for every device, `fake` gives the outputs' shapes.
     `kernels` is the module of part_fast/kernels/ with its Triton launcher, named as the op without the
-    underscore in front; it is imported at the first call, since importing Triton takes long.
+    underscore in front; it is imported at the first call, since importing Triton takes long. An op of the
+    CPU alone has none.
     """
     name = schema.partition("(")[0]
     launcher = name.removeprefix("_")
@@ -171,11 +174,11 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"part_fast.kernels.{kernels}"), launcher)(*args)
 
-    for overload in ("", ".triton"):
+    for overload in ("", ".triton") if kernels else ("",):
         _library.define(schema.replace("(", f"{overload}(", 1), tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"part_fast::{name}{overload}", fake, lib=_library)
     _library.impl(name, reference, "CompositeExplicitAutograd")
-    for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+    for key in (("CUDA", "CPU") if INTERPRETED else ("CUDA",)) if kernels else ():
         _library.impl(f"{name}.triton", launch, key)
     return RawOp(name, reference)
 

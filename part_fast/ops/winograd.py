@@ -1,0 +1,129 @@
+"""winograd: 3x3 convolutions with a quarter of the products, for what PackedConv2d attacks on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from part_fast import backends
+
+# Polynomials are multiplied at these points and at infinity. With the usual 1 and 2 in place of 3/4 and 3/2 float32
+# loses three times as much.
+POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
+# Columns of the transformed weights that lie together.
+PANEL = 64
+# The C++ goes through channels by vectors, and reads all weights for however few tiles.
+CHANNELS = 16
+FEWEST_TILES = 8
+
+
+def takes(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is one of those: 3x3, stride, padding and dilation 1, channels in sixteens, no groups."""
+    ones = conv.stride, conv.padding, conv.dilation
+    return (
+        conv.kernel_size == (3, 3)
+        and all(pair == (1, 1) for pair in ones)
+        and conv.groups == 1
+        and conv.in_channels % CHANNELS == conv.out_channels % CHANNELS == 0
+    )
+
+
+def pays(x: Tensor) -> bool:
+    """Whether the C++ is there, and takes less time for these inputs (N,C,H,W) than a direct convolution."""
+    tiles = len(x) * ((x.shape[2] + 3) // 4) * ((x.shape[3] + 3) // 4)
+    here = x.device.type == "cpu" and x.dtype == torch.float32
+    return here and tiles >= FEWEST_TILES and backends.current_backend("cpu") == "cpp"
+
+
+def transform_(u: Tensor | None, weight: Tensor, transposed: bool) -> Tensor:
+    """Weights (O,I,3,3) as `convolve` takes them, (36, I*O), written into `u` if there is one.
+
+    transposed: those of the convolution that turns gradients of the output into gradients of the input.
+    """
+    u = weight.new_empty(36, weight.shape[0] * weight.shape[1]) if u is None else u
+    _winograd_weight_(u, weight, transposed)
+    return u
+
+
+def convolve(
+    x: Tensor,
+    u: Tensor,
+    channels: int,
+    bias: Tensor | None = None,
+    other: Tensor | None = None,
+    relu: bool = False,
+    positive: Tensor | None = None,
+) -> Tensor:
+    """`relu(F.conv2d(x, weight, bias, padding=1) + other)`, (N,channels,H,W) channels_last, for `transform_(weight)`.
+
+    x, other, positive: float32 (N,C,H,W). positive: values of x count as 0 where it is 0 or less, as in the
+    backward of a ReLU that gave it.
+
+    Source: Winograd's minimal filtering as in Lavin and Gray, CVPR 2016, F(4x4, 3x3): a tile of 4x4 outputs takes
+    6x6 products of transformed inputs and weights in place of 16x9, and each of the 36 is a product of matrices over
+    tiles and channels. In float32 it rounds about twice as much as adding up directly.
+    """
+    x, other, positive = (
+        value if value is None else value.contiguous(memory_format=torch.channels_last)
+        for value in (x, other, positive)
+    )
+    return _winograd(x, u, channels, bias, other, relu, positive)
+
+
+def _matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B (6,6), G (6,3), A (4,6)): outputs are A [(G g) * (B d)] of six inputs d and three weights g."""
+    inputs, weights, outputs = torch.zeros(6, 6), torch.zeros(6, 3), torch.zeros(4, 6)
+    inputs, weights, outputs = (matrix.double() for matrix in (inputs, weights, outputs))
+    for i, point in enumerate(POINTS):
+        product, scale = torch.ones(1, dtype=torch.float64), 1.0
+        for other in POINTS[:i] + POINTS[i + 1 :]:  # times (x - other)
+            product = F.pad(product, (1, 0)) - other * F.pad(product, (0, 1))
+            scale *= point - other
+        inputs[i, :5] = product
+        weights[i] = torch.tensor([1.0, point, point**2]) / scale
+        outputs[:, i] = torch.tensor([point**power for power in range(4)])
+    whole = torch.ones(1, dtype=torch.float64)
+    for point in POINTS:
+        whole = F.pad(whole, (1, 0)) - point * F.pad(whole, (0, 1))
+    inputs[5], weights[5, 2], outputs[3, 5] = whole, 1.0, 1.0
+    return inputs.to(like), weights.to(like), outputs.to(like)
+
+
+def _reference_weight_(u: Tensor, weight: Tensor, transposed: bool) -> None:
+    weight = weight.flip(2, 3).transpose(0, 1) if transposed else weight
+    _, g, _ = _matrices(weight)
+    full = torch.einsum("ay,bx,oiyx->abio", g, g, weight).flatten(0, 1)
+    u.copy_(torch.cat([panel.flatten(1) for panel in full.split(PANEL, 2)], 1))
+
+
+def _reference(
+    x: Tensor, u: Tensor, channels: int, bias: Tensor | None, other: Tensor | None, relu: bool, positive: Tensor | None
+) -> Tensor:
+    x = x if positive is None else x.masked_fill(positive <= 0, 0)
+    n, c, h, w = x.shape
+    b, _, a = _matrices(x)
+    x = F.pad(x, (1, 1 + -w % 4, 1, 1 + -h % 4))
+    d = torch.einsum("ay,bx,ncijyx->abnijc", b, b, x.unfold(2, 6, 4).unfold(3, 6, 4))
+    widths = [min(PANEL, channels - start) for start in range(0, channels, PANEL)]
+    panels = u.split([c * width for width in widths], 1)
+    full = torch.cat([panel.view(36, c, width) for panel, width in zip(panels, widths, strict=True)], 2)
+    products = torch.bmm(d.reshape(36, -1, c), full).view(*d.shape[:-1], channels)
+    out = torch.einsum("ya,xb,abnijk->nkiyjx", a, a, products).flatten(4, 5).flatten(2, 3)[:, :, :h, :w]
+    out = out if bias is None else out + bias[:, None, None]
+    out = out if other is None else out + other
+    return (out.relu() if relu else out).contiguous(memory_format=torch.channels_last)
+
+
+_winograd_weight_ = backends.define(
+    "_winograd_weight_(Tensor(a!) u, Tensor weight, bool transposed) -> ()",
+    _reference_weight_,
+    lambda u, weight, transposed: None,
+)
+_winograd = backends.define(
+    "_winograd(Tensor x, Tensor u, int channels, Tensor? bias, Tensor? other, bool relu, Tensor? positive) -> Tensor",
+    _reference,
+    lambda x, u, channels, *_: torch.empty_like(
+        x[:, :1].expand(-1, channels, -1, -1), memory_format=torch.channels_last
+    ),
+)
