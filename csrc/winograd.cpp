@@ -14,7 +14,9 @@ namespace {
 
 constexpr int64_t PANEL = 64;  // columns of the weights that lie together
 constexpr int64_t LINE = 16;   // floats of a cache line
-constexpr int64_t BLOCKS = 8;  // from so many blocks of tiles on, each is one thread's from x to y
+constexpr int64_t ROWS = 6;    // tiles that are multiplied at once
+constexpr int64_t BLOCK = 12;  // tiles of which both sides of the products stay in a core's second cache
+constexpr int64_t MANY = 96;   // from so many tiles on, a block is one thread's from x to y
 
 // The points that polynomials are multiplied at: 0, A, -A, B, -B and infinity. With these two float32 loses a third of
 // what it loses with the usual 1 and 2.
@@ -29,13 +31,25 @@ struct Convolution {
   Convolution(const Images& x, int64_t channels)
       : n(x.n), h(x.h), w(x.w), in(x.c), out(channels), down((x.h + 3) / 4), across((x.w + 3) / 4) {}
   int64_t tiles() const { return n * down * across; }
-  // Into `to`: where each pixel of the `rows` x `columns` lies from `above` and left of the tile's first output on, in
-  // pixels; -1 outside of the image.
-  void places(int64_t tile, int64_t above, int64_t rows, int64_t columns, int64_t* to) const {
-    const int64_t image = tile / (across * down), y0 = tile / across % down * 4 - above, x0 = tile % across * 4 - above;
-    for (int64_t y = y0; y < y0 + rows; ++y) {
-      for (int64_t x = x0; x < x0 + columns; ++x) {
-        *to++ = y < 0 || y >= h || x < 0 || x >= w ? -1 : (image * h + y) * w + x;
+  // Pointers to the pixels of a tile, row by row, or to `outside`.
+  void inputs(int64_t tile, const float* x, const float* outside, const float** to) const {
+    pixels<6, 1>(tile, x, in, outside, to);
+  }
+  template <typename T>
+  void outputs(int64_t tile, T* y, T* outside, T** to) const {
+    pixels<4, 0>(tile, y, out, outside, to);
+  }
+
+ private:
+  template <int SIDE, int BEFORE, typename T>
+  void pixels(int64_t tile, T* images, int64_t channels, T* outside, T** to) const {
+    const int64_t image = tile / (across * down), top = tile / across % down * 4 - BEFORE;
+    const int64_t left = tile % across * 4 - BEFORE, corner = ((image * h + top) * w + left) * channels;
+    for (int64_t i = 0; i < SIDE; ++i) {
+      const bool in_rows = top + i >= 0 && top + i < h;
+      for (int64_t j = 0; j < SIDE; ++j) {
+        const bool inside = in_rows && left + j >= 0 && left + j < w;
+        *to++ = inside ? images + (corner + (i * w + j) * channels) : outside;
       }
     }
   }
@@ -127,39 +141,41 @@ float* scratch(int64_t count) {
   return memory.get();
 }
 
-// relu(convolution(x) + bias + other) for the transformed weights u. `positive`: where it is 0 or less x counts as 0.
-Tensor winograd(const Tensor& x, const Tensor& u, int64_t channels, const std::optional<Tensor>& bias,
-                const std::optional<Tensor>& other, bool relu, const std::optional<Tensor>& positive) {
+// Into y: relu(convolution(x) + bias + other) for the transformed weights u. x and other count as 0 where their
+// `positive` is 0 or less.
+void winograd_(const Tensor& y, const Tensor& x, const std::optional<Tensor>& x_positive, const Tensor& u,
+               const std::optional<Tensor>& bias, const std::optional<Tensor>& other,
+               const std::optional<Tensor>& other_positive, bool relu) {
   static const Stages run = stages();
-  const Convolution conv(Images(x), channels);
-  const Tensor out = torch::stable::new_empty(x, {conv.n, conv.h, conv.w, channels});
-  const std::vector<float> zeros(conv.in);
-  const float *from = data<float>(x), *weights = data<float>(u);
-  const float* signs = positive ? data<float>(*positive) : nullptr;
-  const float* shift = bias ? data<float>(*bias) : nullptr;
-  const float* add = other ? data<float>(*other) : nullptr;
-  float* to = mutable_data<float>(out);
+  const Convolution conv(Images(x), y.size(1));
+  const auto pointer = [](const std::optional<Tensor>& tensor) { return tensor ? data<float>(*tensor) : nullptr; };
+  const float *from = data<float>(x), *signs = pointer(x_positive), *weights = data<float>(u), *shift = pointer(bias);
+  const float *add = pointer(other), *add_signs = pointer(other_positive);
+  float* to = mutable_data<float>(y);
+  const std::vector<float> zeros(std::max(conv.in, conv.out));
 
-  // Both sides of the products of a block of tiles stay in a core's second cache.
-  const int64_t most = std::clamp<int64_t>(3600 / (conv.in + conv.out), 12, 24);
-  const int64_t blocks = (conv.tiles() + most - 1) / most;
   const auto multiply = [&](int64_t i, const float* v, int64_t v_plane, float* m, int64_t m_plane, int64_t tiles) {
     run.multiply(v + i * v_plane, weights + i * conv.in * conv.out, m + i * m_plane, tiles, conv.in, conv.out);
   };
-  if (blocks >= BLOCKS) {
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-      const int64_t v_plane = most * conv.in + LINE, m_plane = most * conv.out + LINE;
+  const auto leave = [&](const float* m, int64_t plane, int64_t first, int64_t last) {
+    std::vector<float> nowhere(conv.out);
+    run.leave(conv, m, plane, first, last, shift, add, add_signs, relu, to, zeros.data(), nowhere.data());
+  };
+  const int64_t tiles = conv.tiles();
+  if (tiles >= MANY) {
+    torch::stable::parallel_for(0, (tiles + ROWS - 1) / ROWS, 1, [&](int64_t first, int64_t last) {
+      const int64_t v_plane = BLOCK * conv.in + LINE, m_plane = BLOCK * conv.out + LINE;
       float *v = scratch(36 * (v_plane + m_plane)), *m = v + 36 * v_plane;
-      for (int64_t block = first; block < last; ++block) {
-        const int64_t begin = conv.tiles() * block / blocks, end = conv.tiles() * (block + 1) / blocks;
+      for (int64_t begin = first * ROWS; begin < std::min(last * ROWS, tiles); begin += BLOCK) {
+        const int64_t end = std::min({begin + BLOCK, last * ROWS, tiles});
         run.enter(conv, from, signs, zeros.data(), begin, end, v, v_plane);
         for (int64_t i = 0; i < 36; ++i) multiply(i, v, v_plane, m, m_plane, end - begin);
-        run.leave(conv, m, m_plane, begin, end, shift, add, relu, to);
+        leave(m, m_plane, begin, end);
       }
     });
   } else {
     // Few tiles, many weights: each of the products is one thread's, so that no weights are read twice.
-    const int64_t tiles = conv.tiles(), v_plane = tiles * conv.in + LINE, m_plane = tiles * conv.out + LINE;
+    const int64_t v_plane = tiles * conv.in + LINE, m_plane = tiles * conv.out + LINE;
     float *v = scratch(36 * (v_plane + m_plane)), *m = v + 36 * v_plane;
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
       run.enter(conv, from, signs, zeros.data(), first, last, v + first * conv.in, v_plane);
@@ -168,18 +184,16 @@ Tensor winograd(const Tensor& x, const Tensor& u, int64_t channels, const std::o
       for (int64_t i = first; i < last; ++i) multiply(i, v, v_plane, m, m_plane, tiles);
     });
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-      run.leave(conv, m + first * conv.out, m_plane, first, last, shift, add, relu, to);
+      leave(m + first * conv.out, m_plane, first, last);
     });
   }
-  // (N,H,W,C) as (N,C,H,W)
-  return torch::stable::transpose(torch::stable::transpose(out, 1, 3), 2, 3);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(part_fast, CPU, m) {
   m.impl("_winograd_weight_", TORCH_BOX(&winograd_weight_));
-  m.impl("_winograd", TORCH_BOX(&winograd));
+  m.impl("_winograd_", TORCH_BOX(&winograd_));
 }
 
 }  // namespace part_fast

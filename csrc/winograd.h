@@ -21,73 +21,76 @@ PF_TARGET inline __attribute__((always_inline)) void store(float* to, vec value)
   *reinterpret_cast<loose*>(to) = value;
 }
 
+PF_TARGET inline __attribute__((always_inline)) vec fma(float a, vec b, vec c) { return PF_FMA(a - vec{}, b, c); }
+
 // Six values of a row or a column of a tile of the input, in place.
 PF_TARGET inline __attribute__((always_inline)) void input_transform(vec* d) {
-  const vec first = d[4] - SUM * d[2] + PRODUCT * d[0], last = d[5] - SUM * d[3] + PRODUCT * d[1];
-  const vec even_a = d[4] - B * B * d[2], odd_a = A * (d[3] - B * B * d[1]);
-  const vec even_b = d[4] - A * A * d[2], odd_b = B * (d[3] - A * A * d[1]);
+  const vec first = fma(PRODUCT, d[0], fma(-SUM, d[2], d[4])), last = fma(PRODUCT, d[1], fma(-SUM, d[3], d[5]));
+  const vec even_a = fma(-B * B, d[2], d[4]), odd_a = fma(-B * B, d[1], d[3]);
+  const vec even_b = fma(-A * A, d[2], d[4]), odd_b = fma(-A * A, d[1], d[3]);
   d[0] = first;
-  d[1] = even_a + odd_a;
-  d[2] = even_a - odd_a;
-  d[3] = even_b + odd_b;
-  d[4] = even_b - odd_b;
+  d[1] = fma(A, odd_a, even_a);
+  d[2] = fma(-A, odd_a, even_a);
+  d[3] = fma(B, odd_b, even_b);
+  d[4] = fma(-B, odd_b, even_b);
   d[5] = last;
 }
 
 // Six values of a row or a column of weights, from three; `stride` vectors apart.
 PF_TARGET inline __attribute__((always_inline)) void weight_transform(vec g0, vec g1, vec g2, vec* u, int64_t stride) {
-  const vec even_a = (g0 + A * A * g2) * OF_A, odd_a = A * g1 * OF_A;
-  const vec even_b = (g0 + B * B * g2) * OF_B, odd_b = B * g1 * OF_B;
-  u[0] = g0 * (1 / PRODUCT);
-  u[stride] = even_a + odd_a;
-  u[2 * stride] = even_a - odd_a;
-  u[3 * stride] = even_b + odd_b;
-  u[4 * stride] = even_b - odd_b;
+  const vec even_a = OF_A * fma(A * A, g2, g0), even_b = OF_B * fma(B * B, g2, g0);
+  u[0] = 1 / PRODUCT * g0;
+  u[stride] = fma(OF_A * A, g1, even_a);
+  u[2 * stride] = fma(-OF_A * A, g1, even_a);
+  u[3 * stride] = fma(OF_B * B, g1, even_b);
+  u[4 * stride] = fma(-OF_B * B, g1, even_b);
   u[5 * stride] = g2;
 }
 
 // Four outputs from six products.
 PF_TARGET inline __attribute__((always_inline)) void output_transform(const vec* m, vec& y0, vec& y1, vec& y2,
                                                                       vec& y3) {
-  const vec plus_a = m[1] + m[2], minus_a = A * (m[1] - m[2]);
-  const vec plus_b = m[3] + m[4], minus_b = B * (m[3] - m[4]);
+  const vec plus_a = m[1] + m[2], minus_a = m[1] - m[2], plus_b = m[3] + m[4], minus_b = m[3] - m[4];
   y0 = m[0] + plus_a + plus_b;
-  y1 = minus_a + minus_b;
-  y2 = A * A * plus_a + B * B * plus_b;
-  y3 = A * A * minus_a + B * B * minus_b + m[5];
+  y1 = fma(B, minus_b, A * minus_a);
+  y2 = fma(B * B, plus_b, A * A * plus_a);
+  y3 = fma(B * B * B, minus_b, fma(A * A * A, minus_a, m[5]));
 }
 
 // Tiles [first, last) of the input, transformed: v (36, last - first, in), `plane` floats from one of the 36 to the
-// next. `positive`: the values of x where it is 0 or less count as 0.
+// next. `positive`: the values of x where it is 0 or less count as 0. `zeros`: what lies outside of an image.
 PF_TARGET void enter(const Convolution& conv, const float* x, const float* positive, const float* zeros, int64_t first,
                      int64_t last, float* v, int64_t plane) {
-  int64_t next[36];
-  conv.places(first, 1, 6, 6, next);
+  const float *from[36], *next[36], *signs[36] = {}, *next_signs[36] = {};
+  conv.inputs(first, x, zeros, next);
+  if (positive) conv.inputs(first, positive, zeros, next_signs);
   for (int64_t tile = first; tile < last; ++tile, v += conv.in) {
-    const float *from[36], *after[36];
-    int64_t offset[36];
-    for (int i = 0; i < 36; ++i) {
-      offset[i] = next[i] * conv.in;
-      from[i] = next[i] < 0 ? zeros : x + offset[i];
+    std::copy(next, next + 36, from);
+    conv.inputs(std::min(tile + 1, last - 1), x, zeros, next);
+    if (positive) {
+      std::copy(next_signs, next_signs + 36, signs);
+      conv.inputs(std::min(tile + 1, last - 1), positive, zeros, next_signs);
     }
-    conv.places(std::min(tile + 1, last - 1), 1, 6, 6, next);
-    for (int i = 0; i < 36; ++i) after[i] = next[i] < 0 ? zeros : x + next[i] * conv.in;
     for (int64_t k = 0; k < conv.in; k += PF_WIDTH) {
       vec d[36];
+#pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) {
         vec column[6];
 #pragma GCC unroll 6
         for (int i = 0; i < 6; ++i) {
-          if (j > 1) __builtin_prefetch(after[6 * i + j] + k);
+          // Two columns are this tile's too.
+          if (j > 1) __builtin_prefetch(next[6 * i + j] + k);
           column[i] = load(from[6 * i + j] + k);
-          if (positive && offset[6 * i + j] >= 0) {
-            column[i] = load(positive + offset[6 * i + j] + k) <= 0.0f ? vec{} : column[i];
+          if (positive) {
+            if (j > 1) __builtin_prefetch(next_signs[6 * i + j] + k);
+            column[i] = load(signs[6 * i + j] + k) <= 0.0f ? vec{} : column[i];
           }
         }
         input_transform(column);
 #pragma GCC unroll 6
         for (int i = 0; i < 6; ++i) d[6 * i + j] = column[i];
       }
+#pragma GCC unroll 6
       for (int i = 0; i < 6; ++i) {
         input_transform(d + 6 * i);
 #pragma GCC unroll 6
@@ -97,23 +100,23 @@ PF_TARGET void enter(const Convolution& conv, const float* x, const float* posit
   }
 }
 
-// m (ROWS, VECS vectors) = v (ROWS, in) @ u (in, VECS vectors); rows are `in`, `width` and `out` floats apart.
-template <int ROWS, int VECS>
+// m (COUNT, VECS vectors) = v (COUNT, in) @ u (in, VECS vectors); rows are `in`, `width` and `out` floats apart.
+template <int COUNT, int VECS>
 PF_TARGET void multiply_block(const float* v, const float* u, int64_t width, float* m, int64_t in, int64_t out) {
-  vec sums[ROWS][VECS] = {};
+  vec sums[COUNT][VECS] = {};
   for (int64_t k = 0; k < in; ++k, u += width) {
     vec right[VECS];
 #pragma GCC unroll 8
     for (int j = 0; j < VECS; ++j) right[j] = load(u + j * PF_WIDTH);
 #pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
       const vec left = v[i * in + k] - vec{};
 #pragma GCC unroll 8
       for (int j = 0; j < VECS; ++j) sums[i][j] = PF_FMA(left, right[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < ROWS; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
 #pragma GCC unroll 8
     for (int j = 0; j < VECS; ++j) store(m + i * out + j * PF_WIDTH, sums[i][j]);
   }
@@ -140,9 +143,9 @@ PF_TARGET void multiply_rows(int64_t rows, const float* v, const float* u, int64
 
 // One of the 36 products: m (tiles, out) = v (tiles, in) @ u (in, out), of which panels of columns lie one by one.
 PF_TARGET void multiply(const float* v, const float* u, float* m, int64_t tiles, int64_t in, int64_t out) {
-  // Six rows of so many vectors, and what they are made from, fit into registers.
+  // ROWS rows of so many vectors, and what they are made from, fit into registers.
   constexpr int64_t VECS = PF_WIDTH == 16 ? 4 : 2;
-  const int64_t blocks = (tiles + 5) / 6;
+  const int64_t blocks = (tiles + ROWS - 1) / ROWS;
   for (int64_t panel = 0; panel < out; panel += PANEL, u += in * PANEL) {
     const int64_t width = std::min(PANEL, out - panel);
     for (int64_t block = 0; block < blocks; ++block) {
@@ -184,15 +187,27 @@ PF_TARGET void transform(const Weights& weights, int64_t first, int64_t last, fl
   }
 }
 
-// The outputs of tiles [first, last): relu(sums + bias + other).
+// The outputs of tiles [first, last): relu(sums + bias + other), of other what is not where its `positive` is 0 or less.
+// `nowhere`: what would lie outside of an image.
 PF_TARGET void leave(const Convolution& conv, const float* m, int64_t plane, int64_t first, int64_t last,
-                     const float* bias, const float* other, bool relu, float* y) {
+                     const float* bias, const float* other, const float* positive, bool relu, float* y,
+                     const float* zeros, float* nowhere) {
+  float *to[16], *next[16];
+  const float *add[16], *next_add[16] = {}, *signs[16], *next_signs[16] = {};
+  const auto point = [&](int64_t tile) {
+    conv.outputs(tile, y, nowhere, next);
+    if (other) conv.outputs(tile, other, zeros, next_add);
+    if (positive) conv.outputs(tile, positive, zeros, next_signs);
+  };
+  point(first);
   for (int64_t tile = first; tile < last; ++tile, m += conv.out) {
-    int64_t offset[16];
-    conv.places(tile, 0, 4, 4, offset);
-    for (int i = 0; i < 16; ++i) offset[i] *= conv.out;
+    std::copy(next, next + 16, to);
+    std::copy(next_add, next_add + 16, add);
+    std::copy(next_signs, next_signs + 16, signs);
+    point(std::min(tile + 1, last - 1));
     for (int64_t k = 0; k < conv.out; k += PF_WIDTH) {
       vec columns[24];
+#pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) {
         vec column[6];
 #pragma GCC unroll 6
@@ -200,17 +215,22 @@ PF_TARGET void leave(const Convolution& conv, const float* m, int64_t plane, int
         output_transform(column, columns[j], columns[6 + j], columns[12 + j], columns[18 + j]);
       }
       const vec shift = bias ? load(bias + k) : vec{};
+#pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         vec row[4];
         output_transform(columns + 6 * i, row[0], row[1], row[2], row[3]);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-          const int64_t to = offset[4 * i + j] + k;
-          if (offset[4 * i + j] < 0) continue;
+          __builtin_prefetch(next[4 * i + j] + k, 1);
           vec value = row[j] + shift;
-          if (other) value += load(other + to);
+          if (other) {
+            __builtin_prefetch(next_add[4 * i + j] + k);
+            if (positive) __builtin_prefetch(next_signs[4 * i + j] + k);
+            const vec more = load(add[4 * i + j] + k);
+            value += positive ? (load(signs[4 * i + j] + k) <= 0.0f ? vec{} : more) : more;
+          }
           if (relu) value = value < 0.0f ? vec{} : value;  // NaN stays
-          store(y + to, value);
+          store(to[4 * i + j] + k, value);
         }
       }
     }

@@ -63,8 +63,8 @@ class AttackModel(nn.Module):
             _pack(self.module, PRECISIONS[precision])
         if precision != "fp32":
             for module in self.module.modules():
-                by_winograd = isinstance(module, PackedConv2d) and module.by_winograd
-                if isinstance(module, (nn.Conv2d, nn.Linear)) and not by_winograd:
+                stays = isinstance(module, PackedConv2d) and module.stays_float32
+                if isinstance(module, (nn.Conv2d, nn.Linear)) and not stays:
                     module.to(PRECISIONS[precision])
         self.module.to(memory_format=torch.channels_last)
         self._fast: Callable[[Tensor], Tensor] = torch.compile(self.module) if compile else self.module

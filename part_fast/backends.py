@@ -155,7 +155,11 @@ class RawOp:
         chosen = _select(args[0].device.type)
         if chosen == "reference":
             return self.reference(*args)
-        return self.triton(*args) if chosen == "triton" else self.compiled(*args)
+        if chosen != "triton":
+            return self.compiled(*args)
+        if self.triton is None:
+            raise RuntimeError(f"part_fast::{self.name} runs on CPUs alone and has no triton kernel")
+        return self.triton(*args)
 
 
 def define(

@@ -7,12 +7,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast.packed_conv import PackedConv2d
+from part_fast.packed_conv import PackedConv2d, residual
 
 __all__ = [
     "KNOWN_MODELS",
@@ -60,11 +61,16 @@ def _fused(
     conv: nn.Conv2d, bn: nn.Module | None, x: Tensor, other: Tensor | None = None, *, relu: bool = True
 ) -> Tensor:
     """relu(bn(conv(x)) + other); one pass in an AttackModel that has folded the BatchNorm and packed the weights."""
-    if isinstance(conv, PackedConv2d) and not _hooked(conv) and isinstance(bn, nn.Identity | None) and not _hooked(bn):
+    if _packed(conv, bn):
         return conv.with_relu(x, other, relu=relu)
     out: Tensor = conv(x) if bn is None else bn(conv(x))
     out = out if other is None else out + other
     return F.relu(out) if relu else out
+
+
+def _packed(conv: nn.Conv2d, bn: nn.Module | None) -> TypeGuard[PackedConv2d]:
+    """Whether the convolution is packed, and is the only one to see what is between it and what follows its BatchNorm."""
+    return isinstance(conv, PackedConv2d) and isinstance(bn, nn.Identity | None) and not (_hooked(conv) or _hooked(bn))
 
 
 def _hooked(module: nn.Module | None) -> bool:
@@ -102,6 +108,8 @@ class _ResNetBlock(nn.Module):
 
     # No in-place ReLU here or below: a hook on any submodule (a CAM's target layer) must see its true output.
     def forward(self, x: Tensor) -> Tensor:
+        if len(self.shortcut) == 0 and _packed(self.conv1, self.bn1) and _packed(self.conv2, self.bn2):
+            return residual(self.conv1, self.conv2, x)
         out = _fused(self.conv1, self.bn1, x)
         return _fused(self.conv2, self.bn2, out, self.shortcut(x))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast.ops import winograd
+
+CACHED_VALUES = 1 << 19
 
 
 class PackedConv2d(nn.Conv2d):
@@ -36,8 +39,9 @@ class PackedConv2d(nn.Conv2d):
             device="meta",
         )
         self.weight, self.bias = conv.weight, conv.bias
-        # Faster in float32 than oneDNN is in bfloat16: not to be cast.
         self.by_winograd = winograd.takes(self)
+        # Not to be cast: faster than oneDNN is in bfloat16; or the first one, where a cast costs more than it gains.
+        self.stays_float32 = self.by_winograd or self.in_channels < winograd.CHANNELS
         self._transformed: dict[bool, Tensor] = {}  # memory that is kept; by whether it is for the backward
         self.repack()
 
@@ -79,7 +83,7 @@ class PackedConv2d(nn.Conv2d):
     def convolve(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
         """`with_relu` without autograd."""
         if self.by_winograd and winograd.pays(x):
-            return winograd.convolve(x, self._weights(False), self.out_channels, self.bias, other, relu)
+            return winograd.convolve(x, self.transformed(), self.out_channels, self.bias, other, relu=relu)
         sizes = self.padding, self.stride, self.dilation, self.groups
         if self._forward is None:
             self._forward = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *sizes, x.shape)
@@ -97,7 +101,7 @@ class PackedConv2d(nn.Conv2d):
         positive: the output of a ReLU that came after, through which grad_out has not gone yet.
         """
         if self.by_winograd and winograd.pays(grad_out):
-            return winograd.convolve(grad_out, self._weights(True), self.in_channels, positive=positive)
+            return winograd.convolve(grad_out, self.transformed(True), self.in_channels, x_positive=positive)
         if positive is not None:
             grad_out = torch.ops.aten.threshold_backward(grad_out, positive, 0)
         # What a stride leaves over at the end of each dimension of the input.
@@ -114,7 +118,8 @@ class PackedConv2d(nn.Conv2d):
         transposed = torch.ops.mkldnn._convolution_transpose_pointwise
         return transposed(_dense(grad_out), self._backward, None, *sizes, "none", [], "")
 
-    def _weights(self, backward: bool) -> Tensor:
+    def transformed(self, backward: bool = False) -> Tensor:
+        """The weights as `winograd.convolve` takes them, for the forward or for the input gradient."""
         if backward not in self._fresh:
             self._transformed[backward] = winograd.transform_(self._transformed.get(backward), self.weight, backward)
             self._fresh.add(backward)
@@ -139,6 +144,44 @@ class _Convolve(torch.autograd.Function):
             grad_out, positive = torch.ops.aten.threshold_backward(grad_out, positive, 0), None
         grad_x = ctx.conv.input_gradient(grad_out, ctx.size, positive) if to_x else None
         return grad_x, grad_out if to_other else None, None, None
+
+
+def residual(first: PackedConv2d, second: PackedConv2d, x: Tensor) -> Tensor:
+    """`relu(second(relu(first(x))) + x)`; where Winograd serves both, forward and backward are two passes each."""
+    if first.by_winograd and second.by_winograd and winograd.pays(x) and not torch.compiler.is_compiling():
+        return _Residual.apply(x, first, second)
+    return second.with_relu(first.with_relu(x), x)
+
+
+class _Residual(torch.autograd.Function):
+    """A few images at a time: what the one convolution writes is still in the cache when the other reads it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: PackedConv2d, second: PackedConv2d) -> Tensor:
+        middle, out = winograd.empty(x, first.out_channels), winograd.empty(x, second.out_channels)
+        for x_, middle_, out_ in _cached(x, middle, out):
+            winograd.convolve(x_, first.transformed(), first.out_channels, first.bias, relu=True, out=middle_)
+            winograd.convolve(middle_, second.transformed(), second.out_channels, second.bias, x_, relu=True, out=out_)
+        ctx.first, ctx.second = first, second
+        ctx.save_for_backward(middle, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        first, second = ctx.first, ctx.second
+        grad_x = winograd.empty(grad_out, first.in_channels)
+        for grad_, middle_, out_, to in _cached(grad_out, *ctx.saved_tensors, grad_x):
+            within = winograd.convolve(grad_, second.transformed(True), second.in_channels, x_positive=out_)
+            gates = {"x_positive": middle_, "other_positive": out_}
+            winograd.convolve(within, first.transformed(True), first.in_channels, other=grad_, **gates, out=to)
+        return grad_x, None, None
+
+
+def _cached(*batches: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same images of all these, so few that a core's share of one of them fits its second cache."""
+    few = max(1, CACHED_VALUES // batches[0][:1].numel())
+    return zip(*(batch.split(few) for batch in batches), strict=True)
 
 
 def _dense(value: Tensor) -> Tensor:

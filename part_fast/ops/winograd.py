@@ -52,23 +52,35 @@ def convolve(
     channels: int,
     bias: Tensor | None = None,
     other: Tensor | None = None,
+    *,
     relu: bool = False,
-    positive: Tensor | None = None,
+    x_positive: Tensor | None = None,
+    other_positive: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`relu(F.conv2d(x, weight, bias, padding=1) + other)`, (N,channels,H,W) channels_last, for `transform_(weight)`.
 
-    x, other, positive: float32 (N,C,H,W). positive: values of x count as 0 where it is 0 or less, as in the
-    backward of a ReLU that gave it.
+    x, other: float32 (N,C,H,W). x_positive, other_positive: their values count as 0 where these are 0 or less, as in
+    the backward of a ReLU that gave these. out: channels_last, where the result goes.
 
     Source: Winograd's minimal filtering as in Lavin and Gray, CVPR 2016, F(4x4, 3x3): a tile of 4x4 outputs takes
     6x6 products of transformed inputs and weights in place of 16x9, and each of the 36 is a product of matrices over
     tiles and channels. In float32 it rounds about twice as much as adding up directly.
     """
-    x, other, positive = (
+    x_positive, other, other_positive = (
         value if value is None else value.contiguous(memory_format=torch.channels_last)
-        for value in (x, other, positive)
+        for value in (x_positive, other, other_positive)
     )
-    return _winograd(x, u, channels, bias, other, relu, positive)
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = empty(x, channels) if out is None else out
+    _winograd_(out, x, x_positive, u, bias, other, other_positive, relu)
+    return out
+
+
+def empty(x: Tensor, channels: int) -> Tensor:
+    """Room for what `convolve` makes of x."""
+    shape = len(x), channels, *x.shape[2:]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,10 +109,18 @@ def _reference_weight_(u: Tensor, weight: Tensor, transposed: bool) -> None:
     u.copy_(torch.cat([panel.flatten(1) for panel in full.split(PANEL, 2)], 1))
 
 
-def _reference(
-    x: Tensor, u: Tensor, channels: int, bias: Tensor | None, other: Tensor | None, relu: bool, positive: Tensor | None
-) -> Tensor:
-    x = x if positive is None else x.masked_fill(positive <= 0, 0)
+def _reference_(
+    y: Tensor,
+    x: Tensor,
+    x_positive: Tensor | None,
+    u: Tensor,
+    bias: Tensor | None,
+    other: Tensor | None,
+    other_positive: Tensor | None,
+    relu: bool,
+) -> None:
+    channels = y.shape[1]
+    x = x if x_positive is None else x.masked_fill(x_positive <= 0, 0)
     n, c, h, w = x.shape
     b, _, a = _matrices(x)
     x = F.pad(x, (1, 1 + -w % 4, 1, 1 + -h % 4))
@@ -111,8 +131,9 @@ def _reference(
     products = torch.bmm(d.reshape(36, -1, c), full).view(*d.shape[:-1], channels)
     out = torch.einsum("ya,xb,abnijk->nkiyjx", a, a, products).flatten(4, 5).flatten(2, 3)[:, :, :h, :w]
     out = out if bias is None else out + bias[:, None, None]
-    out = out if other is None else out + other
-    return (out.relu() if relu else out).contiguous(memory_format=torch.channels_last)
+    if other is not None:
+        out = out + (other if other_positive is None else other.masked_fill(other_positive <= 0, 0))
+    y.copy_(out.relu() if relu else out)
 
 
 _winograd_weight_ = backends.define(
@@ -120,10 +141,9 @@ _winograd_weight_ = backends.define(
     _reference_weight_,
     lambda u, weight, transposed: None,
 )
-_winograd = backends.define(
-    "_winograd(Tensor x, Tensor u, int channels, Tensor? bias, Tensor? other, bool relu, Tensor? positive) -> Tensor",
-    _reference,
-    lambda x, u, channels, *_: torch.empty_like(
-        x[:, :1].expand(-1, channels, -1, -1), memory_format=torch.channels_last
-    ),
+_winograd_ = backends.define(
+    "_winograd_(Tensor(a!) y, Tensor x, Tensor? x_positive, Tensor u, Tensor? bias, Tensor? other, "
+    "Tensor? other_positive, bool relu) -> ()",
+    _reference_,
+    lambda *_: None,
 )
