@@ -1,5 +1,7 @@
 // 3x3 convolutions on the CPU with a quarter of the products: Winograd's F(4x4, 3x3). See part_fast/ops/winograd.py.
+#include <cstdlib>
 #include <memory>
+#include <string_view>
 #include <vector>
 
 #include "cpu.h"
@@ -110,12 +112,17 @@ struct Stages {
   decltype(&baseline::leave) leave;
 };
 
+// By what the CPU has, and no more than ATEN_CPU_CAPABILITY allows, which torch goes by too.
 Stages stages() {
 #ifdef PF_X86
-  if (__builtin_cpu_supports("x86-64-v4")) {
+  const char* const allowed = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view most = allowed ? allowed : "";
+  if (__builtin_cpu_supports("x86-64-v4") && most != "avx2" && most != "default") {
     return {avx512::transform, avx512::enter, avx512::multiply, avx512::leave};
   }
-  if (__builtin_cpu_supports("x86-64-v3")) return {avx2::transform, avx2::enter, avx2::multiply, avx2::leave};
+  if (__builtin_cpu_supports("x86-64-v3") && most != "default") {
+    return {avx2::transform, avx2::enter, avx2::multiply, avx2::leave};
+  }
 #endif
   return {baseline::transform, baseline::enter, baseline::multiply, baseline::leave};
 }
@@ -183,9 +190,8 @@ void winograd_(const Tensor& y, const Tensor& x, const std::optional<Tensor>& x_
     torch::stable::parallel_for(0, 36, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) multiply(i, v, v_plane, m, m_plane, tiles);
     });
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
-      leave(m + first * conv.out, m_plane, first, last);
-    });
+    torch::stable::parallel_for(
+        0, tiles, 1, [&](int64_t first, int64_t last) { leave(m + first * conv.out, m_plane, first, last); });
   }
 }
 

@@ -187,8 +187,8 @@ PF_TARGET void transform(const Weights& weights, int64_t first, int64_t last, fl
   }
 }
 
-// The outputs of tiles [first, last): relu(sums + bias + other), of other what is not where its `positive` is 0 or less.
-// `nowhere`: what would lie outside of an image.
+// The outputs of tiles [first, last): relu(sums + bias + other), of other what is not where its `positive` is 0 or
+// less. `nowhere`: what would lie outside of an image.
 PF_TARGET void leave(const Convolution& conv, const float* m, int64_t plane, int64_t first, int64_t last,
                      const float* bias, const float* other, const float* positive, bool relu, float* y,
                      const float* zeros, float* nowhere) {

@@ -162,9 +162,7 @@ class RawOp:
         return self.triton(*args)
 
 
-def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernels: str | None = None
-) -> RawOp:
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernels: str | None = None) -> RawOp:
     """Define raw op `part_fast::<schema>`.
 
     `reference` is its implementation in plain PyTorch for every device, `fake` gives the outputs' shapes.

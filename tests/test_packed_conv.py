@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from part_fast import AttackModel, CamBudget, models
-from part_fast.packed_conv import PackedConv2d
+from part_fast import AttackModel, CamBudget, backends, models
+from part_fast.ops import winograd
+from part_fast.packed_conv import PackedConv2d, residual
 
 ONEDNN = torch.backends.mkldnn.is_available()
 pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch is built without oneDNN, so no convolution is packed")
@@ -116,7 +118,8 @@ def test_an_empty_batch_copies_and_pickles():
 
 def test_what_is_not_packed():
     conv = frozen(4, 8, 3)
-    assert PackedConv2d.takes(conv)
+    assert PackedConv2d.takes(conv, torch.float32)
+    assert PackedConv2d.takes(conv, torch.bfloat16) == HAS_BF16
     refused = {
         "float64": copy.deepcopy(conv).double(),
         "another padding": frozen(4, 8, 3, padding=1, padding_mode="reflect"),
@@ -126,7 +129,67 @@ def test_what_is_not_packed():
         "another device": nn.Conv2d(4, 8, 3, device="meta"),
     }
     for what, module in refused.items():
-        assert not PackedConv2d.takes(module), what
+        assert not PackedConv2d.takes(module, torch.float32), what
+
+
+def without_winograd(function, *args):
+    with mock.patch.object(winograd, "pays", return_value=False):
+        return function(*args)
+
+
+needs_cpp = pytest.mark.skipif(backends.why_not("cpp", "cpu") is not None, reason=str(backends.why_not("cpp", "cpu")))
+
+
+@needs_cpp
+@pytest.mark.parametrize("with_other", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_winograd_gives_what_onednn_gives(with_other, relu):
+    packed = PackedConv2d(frozen(16, 32, 3, padding=1))
+    assert packed.by_winograd
+    x, other = torch.randn(3, 16, 10, 9), torch.randn(3, 32, 10, 9)
+
+    def both(x, other):
+        leaves = [x.clone().requires_grad_(), other.clone().requires_grad_()]
+        out = packed.with_relu(leaves[0], leaves[1] if with_other else None, relu=relu)
+        return out, *torch.autograd.grad(out, leaves[: 1 + with_other], ramp(out))
+
+    with mock.patch.object(winograd, "convolve", wraps=winograd.convolve) as called:
+        found = both(x, other)
+    assert called.call_count == 2  # forward and backward
+    torch.testing.assert_close(found, without_winograd(both, x, other), rtol=1e-5, atol=2e-5)
+
+
+@needs_cpp
+def test_winograd_weights_follow_repack():
+    packed = PackedConv2d(frozen(16, 16, 3, padding=1))
+    x = torch.randn(2, 16, 8, 8)
+    before = gradient(packed, x, torch.ones_like)
+    packed.weight.mul_(2)
+    packed.bias.zero_()
+    torch.testing.assert_close(gradient(packed, x, torch.ones_like)[1], before[1])
+    packed.repack()
+    torch.testing.assert_close(gradient(packed, x, torch.ones_like)[1], 2 * before[1])
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(copied(x), packed(x))
+
+
+@needs_cpp
+@pytest.mark.parametrize("few", [1 << 19, 16 * 64])  # all images at once; one at a time
+def test_residual(few):
+    first, second = (PackedConv2d(frozen(16, 16, 3, padding=1)) for _ in range(2))
+    second.weight.mul_(-1)
+    x = torch.randn(9, 16, 8, 8)
+    with mock.patch("part_fast.packed_conv.CACHED_VALUES", few):
+        found = gradient(lambda leaf: residual(first, second, leaf), x, ramp)
+
+    def unpacked(leaf):
+        middle = F.conv2d(leaf, first.weight, first.bias, padding=1).relu()
+        return (F.conv2d(middle, second.weight, second.bias, padding=1) + leaf).relu()
+
+    plain = gradient(unpacked, x, ramp)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=2e-5)
+    other = without_winograd(gradient, lambda leaf: residual(first, second, leaf), x, ramp)
+    torch.testing.assert_close(found, other, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "wrn-10-2"])

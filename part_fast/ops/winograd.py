@@ -85,21 +85,24 @@ def empty(x: Tensor, channels: int) -> Tensor:
 
 def _matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(B (6,6), G (6,3), A (4,6)): outputs are A [(G g) * (B d)] of six inputs d and three weights g."""
-    inputs, weights, outputs = torch.zeros(6, 6), torch.zeros(6, 3), torch.zeros(4, 6)
-    inputs, weights, outputs = (matrix.double() for matrix in (inputs, weights, outputs))
-    for i, point in enumerate(POINTS):
-        product, scale = torch.ones(1, dtype=torch.float64), 1.0
-        for other in POINTS[:i] + POINTS[i + 1 :]:  # times (x - other)
-            product = F.pad(product, (1, 0)) - other * F.pad(product, (0, 1))
-            scale *= point - other
-        inputs[i, :5] = product
-        weights[i] = torch.tensor([1.0, point, point**2]) / scale
-        outputs[:, i] = torch.tensor([point**power for power in range(4)])
-    whole = torch.ones(1, dtype=torch.float64)
-    for point in POINTS:
-        whole = F.pad(whole, (1, 0)) - point * F.pad(whole, (0, 1))
-    inputs[5], weights[5, 2], outputs[3, 5] = whole, 1.0, 1.0
+    points = torch.tensor(POINTS, dtype=torch.float64)
+    inputs, weights = like.new_zeros(6, 6, dtype=torch.float64), like.new_zeros(6, 3, dtype=torch.float64)
+    outputs = like.new_zeros(4, 6, dtype=torch.float64)
+    for i, point in enumerate(points):
+        others = torch.cat([points[:i], points[i + 1 :]])
+        inputs[i, :5] = _with_roots(others)
+        weights[i] = point ** torch.arange(3) / (point - others).prod()
+        outputs[:, i] = point ** torch.arange(4)
+    inputs[5], weights[5, 2], outputs[3, 5] = _with_roots(points), 1.0, 1.0  # infinity
     return inputs.to(like), weights.to(like), outputs.to(like)
+
+
+def _with_roots(roots: Tensor) -> Tensor:
+    """Coefficients, the constant first, of the polynomial with these roots."""
+    product = roots.new_ones(1)
+    for root in roots:
+        product = F.pad(product, (1, 0)) - root * F.pad(product, (0, 1))
+    return product
 
 
 def _reference_weight_(u: Tensor, weight: Tensor, transposed: bool) -> None:
