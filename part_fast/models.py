@@ -69,7 +69,7 @@ def _fused(
 
 
 def _packed(conv: nn.Conv2d, bn: nn.Module | None) -> TypeGuard[PackedConv2d]:
-    """Whether the convolution is packed, and is the only one to see what is between it and what follows its BatchNorm."""
+    """Whether the convolution is packed, the BatchNorm folded, and nobody else is to see what is between them."""
     return isinstance(conv, PackedConv2d) and isinstance(bn, nn.Identity | None) and not (_hooked(conv) or _hooked(bn))
 
 

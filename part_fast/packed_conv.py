@@ -173,8 +173,10 @@ class _Residual(torch.autograd.Function):
         grad_x = winograd.empty(grad_out, first.in_channels)
         for grad_, middle_, out_, to in _cached(grad_out, *ctx.saved_tensors, grad_x):
             within = winograd.convolve(grad_, second.transformed(True), second.in_channels, x_positive=out_)
-            gates = {"x_positive": middle_, "other_positive": out_}
-            winograd.convolve(within, first.transformed(True), first.in_channels, other=grad_, **gates, out=to)
+            winograd.convolve(
+                within, first.transformed(True), first.in_channels, None, grad_,
+                x_positive=middle_, other_positive=out_, out=to,
+            )  # fmt: skip
         return grad_x, None, None
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from part_fast import AttackModel, CamBudget, PackedEpsilon, mart_loss, mma, pgd, trades_loss
 from part_fast.cuda_graph import GraphedSteps
-from part_fast.packed_conv import PackedConv2d
 from part_fast.models import build_model
+from part_fast.packed_conv import PackedConv2d
 
 EPS = 8 / 255
 

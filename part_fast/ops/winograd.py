@@ -124,7 +124,7 @@ def _reference_(
 ) -> None:
     channels = y.shape[1]
     x = x if x_positive is None else x.masked_fill(x_positive <= 0, 0)
-    n, c, h, w = x.shape
+    c, h, w = x.shape[1:]
     b, _, a = _matrices(x)
     x = F.pad(x, (1, 1 + -w % 4, 1, 1 + -h % 4))
     d = torch.einsum("ay,bx,ncijyx->abnijc", b, b, x.unfold(2, 6, 4).unfold(3, 6, 4))
