@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -24,12 +25,13 @@ from part_fast import report
 from part_fast.attack_model import AttackModel
 from part_fast.bench_step import settle
 from part_fast.models import build_model
+from part_fast.ops import winograd
 from part_fast.packed_conv import PackedConv2d
 
 
-def unpacked(model: nn.Module, precision: str) -> AttackModel:
-    """With torch's own convolutions."""
-    with mock.patch.object(PackedConv2d, "takes", return_value=False):
+def without(what: type | ModuleType, model: nn.Module, precision: str) -> AttackModel:
+    """With no convolution that PackedConv2d, or Winograd, takes."""
+    with mock.patch.object(what, "takes", return_value=False):
         return AttackModel(model, precision=precision)
 
 
@@ -45,8 +47,9 @@ def variants(name: str, x: Tensor, compiled: bool) -> dict[str, tuple[nn.Module,
         "channels_last": (copy.deepcopy(model).to(memory_format=torch.channels_last), False),
     }
     for precision in ("fp32", "bf16"):
-        found[f"{precision}, folded"] = (unpacked(model, precision), False)
-        found[f"{precision}, folded and packed"] = (AttackModel(model, precision=precision), False)
+        found[f"{precision}, folded"] = (without(PackedConv2d, model, precision), False)
+        found[f"{precision}, folded and packed"] = (without(winograd, model, precision), False)
+        found[f"{precision}, folded, packed and Winograd"] = (AttackModel(model, precision=precision), False)
         if compiled:
             found[f"{precision}, folded and compiled"] = (AttackModel(model, precision=precision, compile=True), False)
     return found

@@ -346,16 +346,19 @@ def _packed_transposed_flop(x: Tensor, weight: Tensor, *args: Any, out_val: Tens
     return conv_flop_count(list(x.shape), list(weight.shape), list(out_val.shape), transposed=True)
 
 
+def _winograd_flop(y: Tensor, x: Tensor, *args: Any, out_val: None) -> int:
+    # The model's, as for every other convolution; what is multiplied is a quarter of it.
+    return conv_flop_count(list(x.shape), [y.shape[1], x.shape[1], 3, 3], list(y.shape))
+
+
 # What PackedConv2d calls, which torch has no formulas for.
-_PACKED_FLOP: dict[Any, Callable[..., int]] = (
-    {
+_PACKED_FLOP: dict[Any, Callable[..., int]] = {torch.ops.part_fast._winograd_.default: _winograd_flop}
+if torch.backends.mkldnn.is_available():
+    _PACKED_FLOP |= {
         torch.ops.mkldnn._convolution_pointwise.default: _packed_flop,
         torch.ops.mkldnn._convolution_pointwise.binary: _packed_flop,
         torch.ops.mkldnn._convolution_transpose_pointwise.default: _packed_transposed_flop,
     }
-    if torch.backends.mkldnn.is_available()
-    else {}
-)
 
 
 class FlopCount(TorchDispatchMode):

@@ -7,6 +7,7 @@ import inspect
 import io
 import json
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from PIL import Image
 
 import part_fast.train as training
 from part_fast import bench, bench_baselines, bench_step, models
+from part_fast.ops import winograd
+from part_fast.packed_conv import PackedConv2d
 
 CPU = torch.device("cpu")
 X, Y = EXPECTED["x"], EXPECTED["y"]
@@ -239,6 +242,12 @@ def test_flop_of_a_product_and_a_convolution():
     with bench_step.FlopCount() as count:
         torch.nn.functional.conv2d(torch.ones(2, 3, 8, 8), torch.ones(5, 3, 3, 3), padding=1)
     assert count.total == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
+    conv = torch.nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False)
+    for by_winograd in (False, True):
+        with mock.patch.object(winograd, "pays", return_value=by_winograd), bench_step.FlopCount() as count:
+            x = torch.ones(2, 16, 8, 8, requires_grad=True)
+            PackedConv2d(conv)(x).sum().backward()
+        assert count.total == 2 * 2 * (2 * 32 * 8 * 8) * (16 * 3 * 3)
 
 
 def test_stopwatch_gives_time_to_the_innermost_part_but_a_cam_keeps_its_own(monkeypatch):

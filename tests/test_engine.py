@@ -180,7 +180,7 @@ def test_compiled_run_trains_as_the_other(tmp_path):
 
 
 def test_attacks_of_a_trained_model_agree_in_every_precision(tmp_path):
-    """Signs above 99 % (fp32, folded or compiled) and robust accuracy within a point (bf16)."""
+    """Signs above 99 % and robust accuracy within a point."""
     train(tiny(epochs=6, train_size=600, batch_size=64, augment=False), tmp_path / "run", log=silent)
     model, _, data, _ = evaluating.load_trained(tmp_path / "run", 100)
     from part_fast import AttackModel, pgd
@@ -189,7 +189,9 @@ def test_attacks_of_a_trained_model_agree_in_every_precision(tmp_path):
     x, y = to_float(data.images), data.labels
     assert gradient_agreement(model, AttackModel(model), x, y)["sign_agreement"] > 0.99
     bf16 = AttackModel(model, precision="bf16")
-    assert gradient_agreement(model, bf16, x, y)["zero_gradients"] < 0.01
+    reduced = gradient_agreement(model, bf16, x, y)
+    assert reduced["zero_gradients"] < 0.01
+    assert reduced["sign_agreement"] > 0.99
     robust = [
         (clean_logits(model, pgd(net, x, y, 8 / 255, steps=5, start="zero")).argmax(1) == y).float().mean()
         for net in (model, AttackModel(model), bf16)
