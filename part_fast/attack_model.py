@@ -63,8 +63,8 @@ class AttackModel(nn.Module):
             _pack(self.module, PRECISIONS[precision])
         if precision != "fp32":
             for module in self.module.modules():
-                stays = isinstance(module, PackedConv2d) and module.stays_float32
-                if isinstance(module, (nn.Conv2d, nn.Linear)) and not stays:
+                # A packed convolution casts where it packs.
+                if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, PackedConv2d):
                     module.to(PRECISIONS[precision])
         self.module.to(memory_format=torch.channels_last)
         self._fast: Callable[[Tensor], Tensor] = torch.compile(self.module) if compile else self.module
@@ -201,7 +201,7 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> None:
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if PackedConv2d.takes(child, dtype) and not _is_more(child):
-                setattr(parent, name, PackedConv2d(child))  # type: ignore[arg-type]
+                setattr(parent, name, PackedConv2d(child, dtype))  # type: ignore[arg-type]
 
 
 def _copy(to: list[Tensor], of: list[Tensor]) -> None:

@@ -18,15 +18,15 @@ class PackedConv2d(nn.Conv2d):
     """`nn.Conv2d` whose weights stay what they are until `repack` is called: the same result in less time.
 
     What a convolution on the CPU does to its weights first, in every forward and in every backward, is done once for
-    each here, in the first forward and backward after `repack`. 3x3 convolutions of stride 1 in float32 are multiplied
-    by `ops.winograd`, with a quarter of the products and about twice the rounding; all others by oneDNN, which keeps
-    every bit. Gradients are for the input alone.
+    each here, in the first forward and backward after `repack`. 3x3 convolutions of stride 1 on enough pixels are
+    multiplied by `ops.winograd` in float32, with a quarter of the products and about twice the rounding; all others by
+    oneDNN in `dtype`, bit for bit what torch does. Gradients are for the input alone.
 
     Equivalent to: `nn.Conv2d` with `requires_grad_(False)` weights.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """conv: `takes(conv)`; its parameters are shared."""
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
+        """conv: `takes(conv, dtype)`; its parameters are shared."""
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -39,27 +39,28 @@ class PackedConv2d(nn.Conv2d):
             device="meta",
         )
         self.weight, self.bias = conv.weight, conv.bias
-        self.by_winograd = winograd.takes(self)
-        # Not to be cast: faster than oneDNN is in bfloat16; or the first one, where a cast costs more than it gains.
-        self.stays_float32 = self.by_winograd or self.in_channels < winograd.CHANNELS
+        self.by_winograd = winograd.takes(self) and self.weight.dtype == torch.float32
+        self.dtype = self.weight.dtype
+        if self.dtype == torch.float32 and self.in_channels >= winograd.CHANNELS:
+            self.dtype = dtype  # not for images: few operations, and a cast would cost more than it gains
         self._transformed: dict[bool, Tensor] = {}  # memory that is kept; by whether it is for the backward
         self.repack()
 
     @staticmethod
     def takes(conv: nn.Module, dtype: torch.dtype) -> bool:
-        """Whether `conv` can be packed, with weights of `dtype` at the least: of nn.Conv2d itself, on a CPU for which
-        torch has oneDNN, padded with zeros."""
+        """Whether `conv` can be packed: of nn.Conv2d itself, padded with zeros, on a CPU on which torch has oneDNN
+        multiply in its dtype and in `dtype`."""
         if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return False
-        dtypes = [torch.float32]
+        dtypes = {torch.float32}
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            dtypes.append(torch.bfloat16)
-        known = dtype in dtypes and conv.weight.dtype in dtypes
+            dtypes.add(torch.bfloat16)
+        known = {dtype, conv.weight.dtype} <= dtypes
         return known and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
     def repack(self) -> None:
         """To be called after the weights have changed."""
-        self._forward: Tensor | None = None
+        self._forward: tuple[Tensor, Tensor | None] | None = None
         self._backward: Tensor | None = None
         self._fresh: set[bool] = set()  # which of `_transformed` are of the present weights
 
@@ -68,26 +69,28 @@ class PackedConv2d(nn.Conv2d):
         return {**self.__dict__, "_forward": None, "_backward": None, "_fresh": set(), "_transformed": {}}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Like nn.Conv2d's; x is brought to the weights' dtype."""
+        """Like nn.Conv2d's; x is brought to the dtype that is computed in."""
         return self.with_relu(x, None, relu=False)
 
     def with_relu(self, x: Tensor, other: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """`relu(self(x) + other)` in one pass, which rounds once; without `other` or without ReLU, the rest of it."""
-        x = x.to(self.weight.dtype)
+        x = x.to(torch.float32 if self.winograd_takes(x) else self.dtype)
         if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
-            out = super().forward(x)
+            bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+            out = self._conv_forward(x, self.weight.to(x.dtype), bias)
             out = out if other is None else out + other
             return F.relu(out) if relu else out
         return _Convolve.apply(x, other if other is None else other.to(x.dtype), self, relu)
 
     def convolve(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
         """`with_relu` without autograd."""
-        if self.by_winograd and winograd.pays(x):
+        if self.winograd_takes(x):
             return winograd.convolve(x, self.transformed(), self.out_channels, self.bias, other, relu=relu)
         sizes = self.padding, self.stride, self.dilation, self.groups
         if self._forward is None:
-            self._forward = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *sizes, x.shape)
-        given = self._forward, self.bias, *sizes
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight.to(self.dtype), *sizes, x.shape)
+            self._forward = weight, self.bias if self.bias is None else self.bias.to(self.dtype)
+        given = *self._forward, *sizes
         if other is None:
             last = "relu" if relu else "none"
             return torch.ops.mkldnn._convolution_pointwise(_dense(x), *given, last, [], "")
@@ -100,7 +103,7 @@ class PackedConv2d(nn.Conv2d):
 
         positive: the output of a ReLU that came after, through which grad_out has not gone yet.
         """
-        if self.by_winograd and winograd.pays(grad_out):
+        if grad_out.dtype == torch.float32 and self.winograd_takes(grad_out):
             return winograd.convolve(grad_out, self.transformed(True), self.in_channels, x_positive=positive)
         if positive is not None:
             grad_out = torch.ops.aten.threshold_backward(grad_out, positive, 0)
@@ -114,9 +117,13 @@ class PackedConv2d(nn.Conv2d):
         sizes = self.padding, rest, self.stride, self.dilation, self.groups
         if self._backward is None:
             pack = torch.ops.mkldnn._reorder_convolution_transpose_weight
-            self._backward = pack(self.weight, *sizes, grad_out.shape)
+            self._backward = pack(self.weight.to(self.dtype), *sizes, grad_out.shape)
         transposed = torch.ops.mkldnn._convolution_transpose_pointwise
         return transposed(_dense(grad_out), self._backward, None, *sizes, "none", [], "")
+
+    def winograd_takes(self, values: Tensor) -> bool:
+        """Whether inputs, or gradients of outputs, are for `ops.winograd` to multiply."""
+        return self.by_winograd and winograd.pays(values, self.dtype)
 
     def transformed(self, backward: bool = False) -> Tensor:
         """The weights as `winograd.convolve` takes them, for the forward or for the input gradient."""
@@ -148,8 +155,8 @@ class _Convolve(torch.autograd.Function):
 
 def residual(first: PackedConv2d, second: PackedConv2d, x: Tensor) -> Tensor:
     """`relu(second(relu(first(x))) + x)`; where Winograd serves both, forward and backward are two passes each."""
-    if first.by_winograd and second.by_winograd and winograd.pays(x) and not torch.compiler.is_compiling():
-        return _Residual.apply(x, first, second)
+    if first.winograd_takes(x) and second.winograd_takes(x) and not torch.compiler.is_compiling():
+        return _Residual.apply(x.float(), first, second)
     return second.with_relu(first.with_relu(x), x)
 
 

@@ -141,10 +141,11 @@ needs_cpp = pytest.mark.skipif(backends.why_not("cpp", "cpu") is not None, reaso
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_other", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-def test_winograd_gives_what_onednn_gives(with_other, relu):
-    packed = PackedConv2d(frozen(16, 32, 3, padding=1))
+def test_winograd_gives_what_onednn_gives(dtype, with_other, relu):
+    packed = PackedConv2d(frozen(16, 32, 3, padding=1), dtype)
     assert packed.by_winograd
     x, other = torch.randn(3, 16, 10, 9), torch.randn(3, 32, 10, 9)
 
@@ -156,7 +157,15 @@ def test_winograd_gives_what_onednn_gives(with_other, relu):
     with mock.patch.object(winograd, "convolve", wraps=winograd.convolve) as called:
         found = both(x, other)
     assert called.call_count == 2  # forward and backward
+    assert {value.dtype for value in found} == {torch.float32}  # whatever oneDNN would have computed in
+    expected = without_winograd(both, x, other)
+    assert expected[0].dtype == dtype
+    packed.dtype = torch.float32
+    packed.repack()
     torch.testing.assert_close(found, without_winograd(both, x, other), rtol=1e-5, atol=2e-5)
+    if dtype == torch.bfloat16:
+        # Eight bits of each of 144 products. Not of the gradients: a ReLU may stop another one.
+        torch.testing.assert_close(expected[0].float(), found[0], rtol=0.05, atol=0.1)
 
 
 @needs_cpp

@@ -15,7 +15,7 @@ POINTS = (0.0, 0.75, -0.75, 1.5, -1.5)
 PANEL = 64
 # The C++ goes through channels by vectors, and reads all weights for however few tiles.
 CHANNELS = 16
-FEWEST_TILES = 8
+FEWEST_TILES = {torch.float32: 8, torch.bfloat16: 16}
 
 
 def takes(conv: nn.Conv2d) -> bool:
@@ -29,11 +29,10 @@ def takes(conv: nn.Conv2d) -> bool:
     )
 
 
-def pays(x: Tensor) -> bool:
-    """Whether the C++ is there, and takes less time for these inputs (N,C,H,W) than a direct convolution."""
+def pays(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the C++ is there, and in float32 takes less time for inputs (N,C,H,W) than oneDNN in `dtype`."""
     tiles = len(x) * ((x.shape[2] + 3) // 4) * ((x.shape[3] + 3) // 4)
-    here = x.device.type == "cpu" and x.dtype == torch.float32
-    return here and tiles >= FEWEST_TILES and backends.current_backend("cpu") == "cpp"
+    return x.device.type == "cpu" and tiles >= FEWEST_TILES[dtype] and backends.current_backend("cpu") == "cpp"
 
 
 def transform_(u: Tensor | None, weight: Tensor, transposed: bool) -> Tensor:
