@@ -68,6 +68,11 @@ def _fused(
     return F.relu(out) if relu else out
 
 
+def _cast(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """x as a packed convolution takes it: cast once for all branches, whose gradients are summed before the cast."""
+    return conv.cast(x) if isinstance(conv, PackedConv2d) else x
+
+
 def _packed(conv: nn.Conv2d, bn: nn.Module | None) -> TypeGuard[PackedConv2d]:
     """Whether the convolution is packed, the BatchNorm folded, and nobody else is to see what is between them."""
     return isinstance(conv, PackedConv2d) and isinstance(bn, nn.Identity | None) and not (_hooked(conv) or _hooked(bn))
@@ -110,6 +115,7 @@ class _ResNetBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if len(self.shortcut) == 0 and _packed(self.conv1, self.bn1) and _packed(self.conv2, self.bn2):
             return residual(self.conv1, self.conv2, x)
+        x = _cast(self.conv1, x)
         out = _fused(self.conv1, self.bn1, x)
         return _fused(self.conv2, self.bn2, out, self.shortcut(x))
 
@@ -167,6 +173,7 @@ class _WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
         # Where the shape changes, the shortcut too starts after the activation.
+        out = _cast(self.conv1, out)
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
         out = _fused(self.conv1, self.bn2, out)
         return _fused(self.conv2, None, out, shortcut, relu=False)
