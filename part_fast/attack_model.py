@@ -24,7 +24,8 @@ class AttackModel(nn.Module):
 
     model: any nn.Module (N,C,H,W) -> (N,classes), which keeps its mode, weights and gradients.
     precision: "fp32", "bf16" or "fp16": of convolutions and linear layers, by autocast with weights that are cast
-        once; images, other layers' parameters and the returned logits stay float32.
+        once; images, other layers' parameters and the returned logits stay float32. On a CPU bf16 leaves those
+        convolutions in float32 that are faster in it (see PackedConv2d).
     compile: run forward and backward of the attack by torch.compile. A smaller batch than the largest so far is filled
         up with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch.
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
@@ -32,8 +33,9 @@ class AttackModel(nn.Module):
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
     follows a convolution folded into it (as torch.fx finds them; a model that it cannot trace keeps all): `folded` says
     how many. Submodules keep their names, so CamBudget finds the target layer in it too; a convolution's output is
-    then what its BatchNorm's was. On a CPU, where it is not compiled, weights are packed too (see PackedConv2d), and
-    gradients have no second derivative. A forward takes over the model's weights where they were changed in place since
+    then what its BatchNorm's was. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
+    quarter of the products (see PackedConv2d), for which each keeps eight times its weights; gradients have no second
+    derivative. A forward takes over the model's weights where they were changed in place since
     the last one, as optimizers do; after parameters were replaced, or written through `.data`, call `refresh`.
 
     Equivalent to: `model.eval()` with every `p.requires_grad_(False)`, up to rounding.
