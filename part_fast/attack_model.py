@@ -33,10 +33,10 @@ class AttackModel(nn.Module):
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
     follows a convolution folded into it (as torch.fx finds them; a model that it cannot trace keeps all): `folded` says
     how many. Submodules keep their names, so CamBudget finds the target layer in it too; a convolution's output is
-    then what its BatchNorm's was. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
-    quarter of the products (see PackedConv2d), for which each keeps eight times its weights; gradients have no second
-    derivative. A forward takes over the model's weights where they were changed in place since
-    the last one, as optimizers do; after parameters were replaced, or written through `.data`, call `refresh`.
+    then what its BatchNorm's was. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take
+    a quarter of the products, for which they keep eight times their weights (see PackedConv2d); gradients have no
+    second derivative then. A forward takes over the model's weights where they were changed in place since the last
+    one, as optimizers do; after parameters were replaced, or written through `.data`, call `refresh`.
 
     Equivalent to: `model.eval()` with every `p.requires_grad_(False)`, up to rounding.
     Errors: TypeError or ValueError that names the argument.
