@@ -209,8 +209,8 @@ def test_freed_memory_is_kept():
         faults()
         print(faults())
         bench.keep_freed_memory()
-        faults()
-        print(faults())"""
+        # The first times take memory, and may leave a piece that is a few bytes too short for the next.
+        print(min(faults() for _ in range(5)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     told, kept = (int(line) for line in done.stdout.split())
     assert kept < told / 10
