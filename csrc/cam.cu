@@ -150,7 +150,7 @@ class Matrix {
   // threads swap theirs, so that the first words of eight threads lie in all banks, and the second ones too.
   static constexpr int WORD = N * sizeof(C) < 16 ? N : 16 / sizeof(C);
   static_assert(N == WORD || N == 2 * WORD);
-  __device__ __forceinline__ static int spread(int i) { return N == WORD ? i : i ^ i / (8 * WORD) % 2 * WORD; }
+  __device__ __forceinline__ static int spread(int i) { return N == WORD ? i : i ^ (i / (8 * WORD) % 2 * WORD); }
 
   const T *activation_, *gradient_;
   int rows_, runs_, stride_;

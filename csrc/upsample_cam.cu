@@ -216,12 +216,6 @@ __global__ void __launch_bounds__(BWD_BLOCK, BWD_BLOCKS<compute_t<T>>)
   };
   // The minimum and the maximum of the map share what reaches them evenly between ties, as torch's amin and amax do.
   C from_low = 0, from_high = 0;
-  const auto ties = [&](C end) {
-    int count = 0;
-#pragma unroll 1
-    for (int place = threadIdx.x; place < places; place += blockDim.x) count += load(cam[place]) == end;
-    return reduce(count, reinterpret_cast<int*>(room), Add());
-  };
 #pragma unroll 1
   for (int round = 0; round < 2; ++round) {
 #pragma unroll 1
@@ -239,8 +233,17 @@ __global__ void __launch_bounds__(BWD_BLOCK, BWD_BLOCKS<compute_t<T>>)
       }
     }
     if (round == 0) {
-      from_low = reduce(from_low, room, Add()) / ties(range[0]);
-      from_high = reduce(from_high, room, Add()) / ties(range[1]);
+      // Counted here, not in the loop above, where registers are few.
+      int at_low = 0, at_high = 0;
+#pragma unroll 1
+      for (int place = threadIdx.x; place < places; place += blockDim.x) {
+        const C value = load(cam[place]);
+        at_low += value == range[0];
+        at_high += value == range[1];
+      }
+      int* const counts = reinterpret_cast<int*>(room);
+      from_low = reduce(from_low, room, Add()) / reduce(at_low, counts, Add());
+      from_high = reduce(from_high, room, Add()) / reduce(at_high, counts, Add());
       if (threadIdx.x == 0) {
         shares[0] = from_low;
         shares[1] = from_high;
