@@ -107,21 +107,25 @@ class Matrix {
       C* const second = room + blockDim.x * N;
       if (place < slices) {
         const int at = (place * width + threadIdx.x % width) * N;
-        C values[N];
+        C values[WORD];
 #pragma unroll
-        for (int i = 0; i < N; ++i) values[i] = sums[i].first;
-        put_run(room + at, values);
+        for (int i = 0; i < N; i += WORD) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) values[i] = sums[i].second;
-        if (SECOND) put_run(second + at, values);
+          for (int j = 0; j < WORD; ++j) values[j] = sums[i + j].first;
+          put_run(room + spread(at + i), values);
+#pragma unroll
+          for (int j = 0; j < WORD; ++j) values[j] = sums[i + j].second;
+          if (SECOND) put_run(second + spread(at + i), values);
+        }
       }
       __syncthreads();
 #pragma unroll 1
       for (int i = threadIdx.x; i < width * N; i += blockDim.x) {
         Pair<C> total;
         for (int s = 0; s < slices; ++s) {
-          total.first += room[s * width * N + i];
-          if (SECOND) total.second += second[s * width * N + i];
+          const int at = spread(s * width * N + i);
+          total.first += room[at];
+          if (SECOND) total.second += second[at];
         }
         finish(from * N + i, total);
       }
@@ -141,6 +145,12 @@ class Matrix {
 #pragma unroll
     for (int i = 0; i < N; ++i) terms(load(a[i]), load(g[i]), weights[i], to(i));
   }
+
+  // Where over_columns keeps its i-th sum. A thread has one word of 16 bytes, or two; of those, every second four
+  // threads swap theirs, so that the first words of eight threads lie in all banks, and the second ones too.
+  static constexpr int WORD = N * sizeof(C) < 16 ? N : 16 / sizeof(C);
+  static_assert(N == WORD || N == 2 * WORD);
+  __device__ __forceinline__ static int spread(int i) { return N == WORD ? i : i ^ (i / (8 * WORD) % 2 * WORD); }
 
   const T *activation_, *gradient_;
   int rows_, runs_, stride_;

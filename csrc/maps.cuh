@@ -46,7 +46,7 @@ struct Add {
 // Shared memory of one image. The fixed part comes first: a histogram, a table, room for reductions, the map's range
 // and what a rule found out, which in registers would cost warps.
 struct Room {
-  static constexpr int HISTOGRAM = 0, TABLE = 1024, REDUCTION = TABLE + 256, RANGE = REDUCTION + 256,
+  static constexpr int HISTOGRAM = 0, TABLE = 1024, REDUCTION = TABLE + 128, RANGE = REDUCTION + 256,
                        STATE = RANGE + 16;
   static constexpr int MAP = STATE + 48;
   static constexpr int64_t LIMIT = 96 << 10;  // what every architecture can give a block that asks for it

@@ -94,10 +94,12 @@ class Chosen {
     if constexpr (RULE == RELEASED) {
 #pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x); i < COLOURS; i += blockDim.x) {
-        int kept = 0;
+        uint32_t word = 0;
 #pragma unroll 1
-        for (int c = 0; c < 3; ++c) kept |= (JET.value[i][c] - state().mean > state().deviation) << c;
-        table()[i] = static_cast<uint8_t>(kept);
+        for (int c = 0; c < 3; ++c) word |= (JET.value[i][c] - state().mean > state().deviation) << (i % 8 * 4 + c);
+#pragma unroll 1
+        for (int lanes = 1; lanes < 8; lanes *= 2) word |= __shfl_xor_sync(0xffffffffu, word, lanes);
+        if (i % 8 == 0) table()[i / 8] = word;
       }
       __syncthreads();
     }
@@ -112,7 +114,8 @@ class Chosen {
       if constexpr (RULE == ZSCORE) {
         channels = u[i] - state().mean > state().deviation;
       } else if constexpr (RULE == RELEASED) {
-        channels = table()[colour_of(u[i])];
+        const int colour = colour_of(u[i]);
+        channels = table()[colour / 8] >> colour % 8 * 4;
         channels = (channels & 1) | (channels & 2) << 7 | (channels & 4) << 14;
       } else {
         const Key key = ordered(u[i]);
@@ -127,7 +130,8 @@ class Chosen {
  private:
   __device__ __forceinline__ State& state() const { return *reinterpret_cast<State*>(block_room() + Room::STATE); }
   __device__ __forceinline__ int* histogram() const { return reinterpret_cast<int*>(block_room() + Room::HISTOGRAM); }
-  __device__ __forceinline__ uint8_t* table() const { return reinterpret_cast<uint8_t*>(block_room() + Room::TABLE); }
+  // The channels that each colour is kept in, four bits: a word for each bank.
+  __device__ __forceinline__ uint32_t* table() const { return reinterpret_cast<uint32_t*>(block_room() + Room::TABLE); }
   __device__ __forceinline__ double* room() const { return reinterpret_cast<double*>(block_room() + Room::REDUCTION); }
 
   // The sum over the colours of their count times their values, or their squared deviations, in the order of the
@@ -148,21 +152,24 @@ class Chosen {
     return sum;
   }
 
-  // The next digit of the k-th largest key: the first warp adds up the histogram from its upper end.
+  // The next digit of the k-th largest key: the first warp adds up the histogram from its upper end, a digit a lane.
   __device__ __forceinline__ void decide_digit(int round) const {
     if (threadIdx.x < 32) {
-      const int top = 255 - 8 * static_cast<int>(threadIdx.x), need = state().need;
-      int mine = 0;
+      const int need = state().need;
+      int digit = 255 - static_cast<int>(threadIdx.x), above = 0, mine;
 #pragma unroll 1
-      for (int i = 0; i < 8; ++i) mine += histogram()[top - i];
-      int above = up_to(mine, threadIdx.x) - mine;
+      for (;; digit -= 32) {
+        mine = histogram()[digit];
+        const int together = __reduce_add_sync(0xffffffffu, mine);
+        if (above + together >= need) break;
+        above += together;
+      }
+      above += up_to(mine, threadIdx.x) - mine;
       __syncwarp();
       if (above < need && need <= above + mine) {
-        int digit = top;
-        while (above + histogram()[digit] < need) above += histogram()[digit--];
         state().prefix |= static_cast<Key>(digit) << 8 * (DIGITS - 1 - round);
         state().need = need - above;
-        state().spare = histogram()[digit] - (need - above);
+        state().spare = mine - (need - above);
       }
     }
     __syncthreads();

@@ -154,7 +154,7 @@ class Recorder:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
         result = op.compiled.redispatch(keys, *arguments)
         outputs = [result] if isinstance(result, Tensor) else list(result or ())
-        regions = [memory(t) for t in (*arguments, *outputs) if isinstance(t, Tensor) and t.numel()]
+        self.regions = [memory(t) for t in (*arguments, *outputs) if isinstance(t, Tensor) and t.numel()]
         options = {"race": 2, "seed": 1 + len(self.kernels), **options}
         reports = []
         for launch in self.launches:
@@ -164,10 +164,28 @@ class Recorder:
             if self.last_blocks is not None:
                 kernel, options["seed"] = self._only_last(launch.kernel, cc), 0
             reports.append(
-                kernel(launch.grid, launch.block, [launch.arguments], launch.shared_bytes, extra=regions,
+                kernel(launch.grid, launch.block, [launch.arguments], launch.shared_bytes, extra=self.regions,
                        aligned=False, **options)
             )  # fmt: skip
         return result, reports
+
+    def again_counting_atomics(self) -> dict:
+        """Report of the last launch run once more, with a load before each atomic, of the same word.
+
+        ptx_cpu counts requests and bank conflicts of loads and stores, not those of atomics.
+        """
+        (launch,) = self.launches
+        key = (launch.kernel, 90, "atomics")
+        if key not in self.kernels:
+            text, name, _ = self.entry(launch.kernel, 90)
+            atomic = r"^((?:@\S+ )?)atom\.shared\.add\.u32 (%r\d+), (\[%r\d+\]), 1;"
+            with_loads, count = re.subn(atomic, r"\1ld.shared.u32 \2, \3;\n\g<0>", text, flags=re.MULTILINE)
+            assert count == len(re.findall(r"\b(?:atom|red)\.", text)), "every atomic"
+            self.kernels[key] = self.ptx_cpu.Kernel(with_loads, name, opt="-O1")
+        return self.kernels[key](
+            launch.grid, launch.block, [launch.arguments], launch.shared_bytes, extra=self.regions, aligned=False,
+            stats=True,
+        )  # fmt: skip
 
 
 def memory(tensor: Tensor) -> np.ndarray:
@@ -581,6 +599,16 @@ def occupancy(arch: int, registers: int, threads: int, shared: int) -> float:
     return min(SM_THREADS[arch] // threads, by_registers, by_shared, SM_BLOCKS[arch]) * threads / SM_THREADS[arch]
 
 
+def instructions_of(kernel: str) -> tuple[str, ...]:
+    """What a kernel's machine code must hold."""
+    if "pgd_step" in kernel or "project_linf" in kernel:
+        return r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128"
+    # Lanes of a warp that count the same colour or digit are added up by the instruction, not one after the other.
+    if re.search(r"(cam_mask|epsilon_map)_kernelI[fd]Li[12]E", kernel):
+        return (r"ATOMS\.POPC\.INC",)
+    return ()
+
+
 def test_machine_code(cuda, capsys):
     """No spills nor local memory, 16-byte accesses, registers for 75% of an SM's threads (float64: 37.5%)."""
     toolkit = setup_module_of().find_toolkit()
@@ -610,19 +638,20 @@ def test_machine_code(cuda, capsys):
             kernel = unhashed(name)
             share = occupancy(arch, int(registers), cuda.threads(kernel), int(shared))
             table.append((kernel, arch, int(registers), int(stack) + int(local), int(shared), share))
-    of_images = {name for name in names if "pgd_step" in name or "project_linf" in name}
+    looked_at = {name for name in names if instructions_of(name)}
 
     def code_of(arch: int) -> tuple[int, str]:
-        return arch, read("-sass", "-arch", f"sm_{arch}", "-fun", ",".join(sorted(of_images)))
+        return arch, read("-sass", "-arch", f"sm_{arch}", "-fun", ",".join(sorted(looked_at)))
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for arch, code in pool.map(code_of, sorted(archs)):
             functions = re.split(r"^\s*Function : ", code, flags=re.MULTILINE)[1:]
-            assert len(functions) == len(of_images), arch
+            assert len(functions) == len(looked_at), arch
             for function in functions:
-                for access in (r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128"):
-                    if not re.search(access, function):
-                        problems.append((unhashed(function.split()[0]), arch, f"no {access}"))
+                name = unhashed(function.split()[0])
+                for instruction in instructions_of(name):
+                    if not re.search(instruction, function):
+                        problems.append((name, arch, f"no {instruction}"))
     for kernel, arch, registers, stack, _, share in table:
         # Those that compute in float64 have twice the registers to hold.
         least = 0.375 if re.search(r"kernelId", kernel) else 0.75
@@ -732,7 +761,12 @@ def test_traffic(cuda):
         moved = sum(r["read_bytes"] + r["written_bytes"] for r in footprint)
         accesses = [m for m in report["mem"] if re.search(r"\b(ld|st)\.(\w+\.)*global", m["instr"])]
         conflicts, requests = report["shared_bank_conflict_extra"], report["shared_requests"]
-        # The columns of docs/traffic-triton.csv.
+        atomics = of_atomics = 0
+        if report["by_op"].keys() & {"atom", "red"}:
+            again = cuda.again_counting_atomics()
+            atomics = again["shared_requests"] - requests
+            of_atomics = again["shared_bank_conflict_extra"] - conflicts
+        # The columns of docs/traffic-triton.csv, and two more.
         row = {
             "kernel": f"{op.name.strip('_')} {what}",
             "shape": "x".join(map(str, (of, *shape[1:]))),
@@ -744,6 +778,8 @@ def test_traffic(cuda):
             "sectors per store": sectors([m for m in accesses if re.search(r"\bst\.", m["instr"])]),
             "shared bank conflicts": conflicts,
             "shared requests": requests,
+            "bank conflicts of atomics": of_atomics,
+            "atomics": atomics,
         }
         worst = max(worst, moved / least)
         rows.append(row)
@@ -751,7 +787,6 @@ def test_traffic(cuda):
             wide = [m for m in accesses if ".v" in m["instr"]]
             assert all(m["sector_efficiency"] == 1 for m in wide), row
             assert moved <= 1.001 * least, row
-            assert conflicts == 0, row
         del result, report
     target = ROOT / "docs" / "traffic-cuda.csv"
     target.parent.mkdir(exist_ok=True)
@@ -760,3 +795,6 @@ def test_traffic(cuda):
         writer.writeheader()
         writer.writerows(rows)
     assert worst <= 1.05
+    assert [row for row in rows if row["shared bank conflicts"]] == []
+    # Histograms of what the map holds; colours drawn at random take 2.15.
+    assert [row for row in rows if row["bank conflicts of atomics"] > 2.2 * row["atomics"]] == []
