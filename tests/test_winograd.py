@@ -78,7 +78,8 @@ def test_bias_sum_relu_and_gates():
     x, weight, other, bias = made(3, 32, 48, 9, 6)
     u = winograd.transform_(None, weight, False)
     gate_x, gate_other = torch.randn_like(x), torch.randn_like(other)
-    gate_x[0, 0], gate_x[0, 1] = 0, torch.nan  # as in a ReLU's backward: 0 stops, NaN does not
+    for gate in (gate_x, gate_other):
+        gate[0, 0], gate[0, 1] = 0, torch.nan  # as in a ReLU's backward: 0 stops, NaN does not
     for add, relu, gated in ((False, False, True), (True, False, False), (True, True, True), (False, True, False)):
         kwargs = {"relu": relu}
         exact_x, exact_other = x.double(), other.double() * add
@@ -119,6 +120,18 @@ def test_an_image_has_the_same_bits_in_every_batch_on_any_number_of_threads(shap
         assert torch.equal(winograd.convolve(x, u, shape[2], bias, other, relu=True), together)
     finally:
         torch.set_num_threads(threads)
+
+
+@cpp
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_is_written_beside_the_output(shape):
+    n, _, channels, h, w = shape
+    x, weight, _, _ = made(*shape)
+    room = torch.full((n + 2, h, w, channels), 7.0).permute(0, 3, 1, 2)
+    winograd.convolve(x, winograd.transform_(None, weight, False), channels, out=room[1:-1])
+    assert (room[0] == 7).all()
+    assert (room[-1] == 7).all()
+    assert not (room[1:-1] == 7).any()
 
 
 @cpp
