@@ -85,9 +85,9 @@ def memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((span if tensor.numel() else 0,), (1,))
 
 
-# Instructions of sm_90 that ptx_cpu does not run: a comparison of two bfloat16 at once, and a store of fragments. Any
-# other that it does not know is an error.
-MISSING = (r"setp\.\w+\.bf16x2", "stmatrix")
+# Instructions of sm_90 that ptx_cpu does not run: a comparison of two bfloat16 at once, a sum of two 16-bit integers at
+# once (indices of small tables), and a store of fragments. Any other that it does not know is an error.
+MISSING = (r"setp\.\w+\.bf16x2", r"add\.s16x2", "stmatrix")
 
 
 class Runner:
@@ -516,7 +516,7 @@ def assert_sass(row: dict[str, object]) -> None:
     assert row["local_accesses"] == 0, row
     name, least = row["kernel"], 0.75
     if "float64" in name:
-        least = 0.375  # twice the registers
+        least = 0.5  # twice the registers
     elif "quantile" in name and ("64x64" in name or "224x224" in name):
         # Beside the map's tables, a count a thread and the digits so far: more registers than 40 on newer GPUs.
         least = {80: 0.75, 90: 0.75, 100: 0.62, 120: 0.66}[row["sm"]]
@@ -649,5 +649,4 @@ def test_traffic_table(ptx):
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        if row["kernel"].startswith(("pgd_step", "project_linf", "cam g")):
-            assert row["from memory / least"] == "1.00", row
+        assert row["from memory / least"] == "1.00", row

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from part_fast.kernels import INTERPRETED, Launch, divide, divide_by, narrow, widen
 
-# Pixels of a thread: with four, their values and weights would take so many registers that a multiprocessor held half of
-# its warps.
+# Pixels of a thread: with four, their values and weights would take so many registers that a multiprocessor held half
+# of its warps.
 EACH = 2
 MOST_WARPS = 16
 # Elements of a table that a thread holds at most; they stay in its registers from tile to tile.
