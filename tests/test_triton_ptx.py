@@ -85,9 +85,9 @@ def memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((span if tensor.numel() else 0,), (1,))
 
 
-# Instructions of sm_90 that ptx_cpu does not run: a comparison of two bfloat16 at once, and a store of fragments. Any
-# other that it does not know is an error.
-MISSING = (r"setp\.\w+\.bf16x2", "stmatrix")
+# Instructions of sm_90 that ptx_cpu does not run: a comparison of two bfloat16 at once, a sum of two 16-bit integers at
+# once (indices of small tables), and a store of fragments. Any other that it does not know is an error.
+MISSING = (r"setp\.\w+\.bf16x2", r"add\.s16x2", "stmatrix")
 
 
 class Runner:
@@ -247,14 +247,16 @@ def test_nothing_is_launched_for_no_images(ptx):
     assert not ptx.reports
 
 
-# Triton lets the warps that hold the same value of a reduced tensor all store it, to the same place. ptx_cpu calls that
-# a race, so the kernels that reduce are run with races counted, in two orders, which must not change a bit.
+# In cam and upsample_cam_bwd a tensor is summed over one dimension only; the warps that hold the same part of the
+# result all store it, to the same place, where Triton changes its layout. ptx_cpu calls that a race, so these two are
+# run with races counted, in two orders, which must not change a bit. In every other kernel a race is an error.
 COUNTED = {"race": 1}
 
 
 def twice(ptx, name: str, *arguments) -> Tensor:
+    """The result, the same to the bit in another order of warps and with other bytes in uninitialised memory."""
     first = launcher(name)(*arguments)
-    ptx.options = {**COUNTED, "seed": 7, "fill": 0x55}
+    ptx.options = {**ptx.options, "seed": 7, "fill": 0x55}
     assert_same(launcher(name)(*arguments), first, (name, "in another order"))
     return first
 
@@ -291,7 +293,7 @@ def test_cam_ptx(ptx, cc, shape, layout, dtype, method):
     ],
 )
 def test_upsample_cam_ptx_equals_reference(ptx, cc, maps, size, dtype):
-    ptx.cc, ptx.options = cc, COUNTED
+    ptx.cc = cc
     cam = torch.randn(maps).to(dtype)
     cam[-1] = cam[-1] if maps[0] == 1 else 0.5
     result = twice(ptx, "upsample_cam", cam, *size)
@@ -339,7 +341,7 @@ def assert_masks(actual: Tensor, expected: Tensor, cam: Tensor, size: tuple[int,
     ],
 )
 def test_image_kernels_ptx(ptx, cc, maps, size, rule, form):
-    ptx.cc, ptx.options = cc, COUNTED
+    ptx.cc = cc
     number = CAM_MASK.RULES.index(rule)
     k = math.ceil(0.3 * size[0] * size[1]) if rule == "quantile" else 0
     cam = torch.rand(maps)
@@ -417,7 +419,14 @@ def representative(launches) -> dict[str, object]:
     for rule, name in enumerate(CAM_MASK.RULES):
         call(f"epsilon_map {name} 8x8 to 32x32", "epsilon_map", maps, 32, 32, rule, 100 * (rule == 2), EPS, EPS_LOW)
     call("epsilon_map quantile float64 8x8 to 32x32", "epsilon_map", maps.double(), 32, 32, 2, 100, EPS, EPS_LOW)
-    call("epsilon_map zscore 7x7 to 224x224", "epsilon_map", torch.zeros(2, 7, 7), 224, 224, 0, 0, EPS, EPS_LOW)
+    # Small images, and those of more than one tile.
+    for side, size in ((4, 16), (16, 64), (7, 224)):
+        maps = torch.zeros(2, side, side)
+        for rule, name in enumerate(CAM_MASK.RULES):
+            label = f"{name} {side}x{side} to {size}x{size}"
+            call(f"epsilon_map {label}", "epsilon_map", maps, size, size, rule, 50 * (rule == 2), EPS, EPS_LOW)
+            if name != "soft":
+                call(f"cam_mask {label} bits", "cam_mask", maps, size, size, rule, 50 * (rule == 2), True)
     return found
 
 
@@ -461,8 +470,9 @@ def test_pgd_step_compiles_for_amd(launches):
     assert "s_endpgm" in compiled(launch, "gfx942", "hip").asm["amdgcn"]
 
 
-# Warps that a multiprocessor holds, and registers it has.
+# Warps and blocks that a multiprocessor holds, and registers it has.
 WARPS_OF = {80: 64, 90: 64, 100: 64, 120: 48}
+BLOCKS_OF = {80: 32, 90: 32, 100: 32, 120: 24}
 REGISTERS = 65536
 
 
@@ -482,7 +492,7 @@ def sass_row(name: str, launch, cc: int, folder: Path) -> dict[str, object]:
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     shared = kernel.metadata.shared
     per_warp = math.ceil(registers / 8) * 8 * 32
-    blocks = min(REGISTERS // (per_warp * launch.num_warps), WARPS_OF[cc] // launch.num_warps, WARPS_OF[cc] // 2)
+    blocks = min(REGISTERS // (per_warp * launch.num_warps), WARPS_OF[cc] // launch.num_warps, BLOCKS_OF[cc])
     if shared:
         blocks = min(blocks, (100 if cc == 120 else 164) * 1024 // (shared + 1024))
     return {
@@ -506,12 +516,10 @@ def assert_sass(row: dict[str, object]) -> None:
     assert row["local_accesses"] == 0, row
     name, least = row["kernel"], 0.75
     if "float64" in name:
-        least = 0.375  # twice the registers
-    elif "224x224" in name:
-        # Here u is made anew in each pass, and a tile's rows span the width, so that a thread keeps four values of the
-        # map enlarged along its rows; with 40 registers it would spill. A batch of 256 has two such images for each
-        # multiprocessor, whose two blocks of 16 warps are half of what fits.
-        least = 0.5
+        least = 0.5  # twice the registers
+    elif "quantile" in name and ("64x64" in name or "224x224" in name):
+        # Beside the map's tables, a count a thread and the digits so far: more registers than 40 on newer GPUs.
+        least = {80: 0.75, 90: 0.75, 100: 0.62, 120: 0.66}[row["sm"]]
     assert row["occupancy"] >= least, row
     if name.startswith(("pgd_step", "project_linf")):
         assert row["LDG.128"], row
@@ -641,5 +649,4 @@ def test_traffic_table(ptx):
         writer.writeheader()
         writer.writerows(rows)
     for row in rows:
-        if row["kernel"].startswith(("pgd_step", "project_linf", "cam g")):
-            assert row["from memory / least"] == "1.00", row
+        assert row["from memory / least"] == "1.00", row

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from part_fast.kernels import Launch
-from part_fast.kernels.cam_mask import EPS, RELEASED, SOFT, write_image
+from part_fast.kernels.cam_mask import EPS, QUANTILE, RELEASED, SOFT, write_image
 from part_fast.kernels.upsample_cam import tiles_of
 
 
@@ -16,18 +16,19 @@ from part_fast.kernels.upsample_cam import tiles_of
 def epsilon_map_kernel(
     cam, out, high_value: tl.float64, low_value: tl.float64, k, tiles, RULE: tl.constexpr, KEPT: tl.constexpr,
     MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, MAPS: tl.constexpr, TABLE: tl.constexpr, TALL: tl.constexpr,
+    THREADS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     write_image(
         cam, out, high_value, low_value, k, tiles, RULE, EPS, KEPT,
-        MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS, TABLE, DTYPE,
+        MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, BLOCK, WIDE, MAPS, TABLE, TALL, THREADS, DTYPE,
     )  # fmt: skip
 
 
 def epsilon_map_launch(
     cam: Tensor, height: int, width: int, rule: int, k: int, eps: float, eps_low: float, out: Tensor
 ) -> Launch:
-    tiles = tiles_of(cam, height, width)
+    tiles = tiles_of(cam, height, width, rule == QUANTILE.value)
     # "soft" multiplies by eps - eps_low, a difference of Python floats.
     high_value = eps - eps_low if rule == SOFT.value else eps
     return Launch(

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from part_fast.kernels import INTERPRETED, Launch, divide, divide_by, narrow, widen
 
-# Pixels of a thread: with four, the weights of their rows take so many registers that a multiprocessor holds half of
-# its warps.
+# Pixels of a thread: with four, their values and weights would take so many registers that a multiprocessor held half
+# of its warps.
 EACH = 2
 MOST_WARPS = 16
+# Elements of a table that a thread holds at most; they stay in its registers from tile to tile.
+MOST_KEPT = 8
 BWD_WARPS = 8
 
 
@@ -23,12 +25,14 @@ BWD_WARPS = 8
 class Tiles:
     """How one image (height, width) enlarged from (h, w) is cut, as the kernels' common constexprs.
 
-    A tile is ROWS whole rows, COLUMNS wide with padding. An image whose rows are no whole bytes of bits, or too long,
-    is cut FLAT: a tile is COLUMNS pixels in a row-major walk. TABLE: the map enlarged along its rows alone fits on the
-    chip, so that a pixel takes four values of it instead of sixteen of the map.
+    A tile is BLOCK pixels of a row-major walk. TABLE by WIDE, with padding, is the map enlarged along its rows alone,
+    and TALL is the image's rows, whose four weights are made once: where they fit, a pixel takes four values of each
+    instead of sixteen of the map; 0 where they do not. A thread holds its part of both between the tiles, so that they
+    may not be large. What goes through shared memory has an element a thread at least: warps with the same element
+    would all store it.
 
-    A small image has fewer warps, so that a multiprocessor holds more of them. A block never has several images: a
-    batch of the usual size has about as many images as a chip has multiprocessors, and none should be left without.
+    A small image has fewer warps, so that a multiprocessor holds more of them: three quarters of what fits, so that
+    several images a block could not fill it better.
     """
 
     count: int
@@ -36,38 +40,37 @@ class Tiles:
     constants: dict[str, Any]
 
 
-def tiles_of(cam: Tensor, height: int, width: int) -> Tiles:
-    """The tiles for maps `cam` (N,h,w)."""
-    pixels = triton.next_power_of_2(max(1, height)) * triton.next_power_of_2(max(8, width))
+def tiles_of(cam: Tensor, height: int, width: int, lean: bool = False) -> Tiles:
+    """The tiles for maps `cam` (N,h,w). lean: for a kernel that holds much besides u; then a thread has one pixel."""
+    pixels = triton.next_power_of_2(max(1, height * width))
     warps = max(2, min(MOST_WARPS, pixels // (32 * EACH)))
-    limit = 1 << 18 if INTERPRETED else 32 * MOST_WARPS * EACH
-    flat = width % 8 != 0 or width > limit
-    if flat:
-        rows, columns = 1, max(8, min(triton.next_power_of_2(height * width), limit // 2))
-        count = triton.cdiv(height * width, columns)
-    else:
-        columns = triton.next_power_of_2(width) if width else 8
-        rows = min(triton.next_power_of_2(max(1, height)), max(1, limit // columns))
-        count = triton.cdiv(height, rows)
+    each = EACH
+    if lean and pixels > 32 * MOST_WARPS * EACH:
+        warps, each = MOST_WARPS if pixels > 8192 else MOST_WARPS // 2, 1
+    threads = 32 * warps
+    block = max(threads, min(pixels, 1 << 18 if INTERPRETED else threads * each))
     small_height, small_width = cam.shape[1:]
-    # Triton 3.8 does not compile a gather from fewer elements than the program has threads.
-    table_rows = max(triton.next_power_of_2(small_height), 32 * warps // columns)
+    wide = triton.next_power_of_2(max(1, width))
+    maps = max(triton.next_power_of_2(small_height * small_width), threads)
+    table = max(triton.next_power_of_2(small_height), threads // wide)
+    tall = max(triton.next_power_of_2(max(1, height)), threads // 4)
     return Tiles(
-        count,
+        triton.cdiv(height * width, block),
         warps,
         {
             "MAP_HEIGHT": small_height, "MAP_WIDTH": small_width, "HEIGHT": height, "WIDTH": width,
-            "FLAT": flat, "ROWS": rows, "COLUMNS": columns,
-            "TABLE": 0 if flat or table_rows * columns > 4 * limit else table_rows,
-            "DTYPE": tl.float64 if cam.dtype == torch.float64 else tl.float32,
+            "BLOCK": block, "WIDE": wide, "MAPS": maps if maps <= MOST_KEPT * threads else 0,
+            "TABLE": table if table * wide <= MOST_KEPT * threads else 0,
+            "TALL": tall if 4 * tall <= MOST_KEPT * threads else 0,
+            "THREADS": threads, "DTYPE": tl.float64 if cam.dtype == torch.float64 else tl.float32,
         },
     )  # fmt: skip
 
 
 @triton.jit
-def extrema(cam, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+def extrema(cam, COUNT: tl.constexpr, THREADS: tl.constexpr, DTYPE: tl.constexpr):
     """(minimum, maximum) of COUNT values, each of shape (1,); both NaN if one is NaN."""
-    BLOCK: tl.constexpr = min(triton.next_power_of_2(COUNT), 1024)
+    BLOCK: tl.constexpr = max(THREADS, min(triton.next_power_of_2(COUNT), 1024))
     low = tl.full((1,), float("inf"), DTYPE)
     high = tl.full((1,), float("-inf"), DTYPE)
     for start in range(0, COUNT, BLOCK):
@@ -84,12 +87,17 @@ def extrema(cam, COUNT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def first_tap(position, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr):
+    """Index of the first of the four taps of an output position."""
+    # Shifted by one period, since division of a negative number would not round down.
+    return ((2 * position + 1) * SIZE_IN + SIZE_OUT) // (2 * SIZE_OUT) - 2
+
+
+@triton.jit
 def keys_taps(position, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr, DTYPE: tl.constexpr):
     """(index of the first of four taps, their weights), by the operations of ops.upsample_cam.keys_taps, in order."""
-    centre = (2 * position + 1) * SIZE_IN - SIZE_OUT
-    # Shifted by one period, since division of a negative number would not round down.
-    left = (centre + 2 * SIZE_OUT) // (2 * SIZE_OUT) - 1
-    remainder = (centre - left * (2 * SIZE_OUT)).to(DTYPE)
+    left = first_tap(position, SIZE_IN, SIZE_OUT) + 1
+    remainder = ((2 * position + 1) * SIZE_IN - SIZE_OUT - left * (2 * SIZE_OUT)).to(DTYPE)
     period = tl.full(remainder.shape, 2 * SIZE_OUT, DTYPE)
     phase = divide_by(remainder, period, tl.full(remainder.shape, 1 / (2 * SIZE_OUT), DTYPE))
     w0, w1, w2, w3 = outer_tap(phase + 1), inner_tap(phase), inner_tap(1 - phase), outer_tap(2 - phase)
@@ -126,82 +134,113 @@ def normalized(cam, low, high, place):
 
 
 @triton.jit
-def along_row(cam, low, high, row, first, c0, c1, c2, c3, MAP_WIDTH: tl.constexpr):
-    """The map's `row` (clamped already), normalised and enlarged at the places of these taps."""
+def four_of(source, place, COUNT: tl.constexpr):
+    """Four elements of a flat tensor at places (COUNT, 4), each (COUNT,); through shared memory at once."""
+    even, odd = tl.split(tl.reshape(tl.gather(source, tl.reshape(place, (4 * COUNT,)), 0), (COUNT, 2, 2)))
+    v0, v2 = tl.split(even)
+    v1, v3 = tl.split(odd)
+    return v0, v1, v2, v3
+
+
+@triton.jit
+def along_row(
+    cam, source, low, high, row, column, MAP_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
+    COUNT: tl.constexpr, MAPS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The map's rows `row` (clamped already), normalised and enlarged, at `column`, (COUNT,) each."""
+    first, c0, c1, c2, c3 = keys_taps(column, MAP_WIDTH, WIDTH, DTYPE)
     row = row * MAP_WIDTH
-    value = normalized(cam, low, high, row + within(first, MAP_WIDTH)) * c0
-    value += normalized(cam, low, high, row + within(first + 1, MAP_WIDTH)) * c1
-    value += normalized(cam, low, high, row + within(first + 2, MAP_WIDTH)) * c2
-    return value + normalized(cam, low, high, row + within(first + 3, MAP_WIDTH)) * c3
+    if MAPS > 0:
+        place = row[:, None] + within(first[:, None] + tl.arange(0, 4)[None, :], MAP_WIDTH)
+        v0, v1, v2, v3 = four_of(source, place, COUNT)
+    else:
+        v0 = normalized(cam, low, high, row + within(first, MAP_WIDTH))
+        v1 = normalized(cam, low, high, row + within(first + 1, MAP_WIDTH))
+        v2 = normalized(cam, low, high, row + within(first + 2, MAP_WIDTH))
+        v3 = normalized(cam, low, high, row + within(first + 3, MAP_WIDTH))
+    return ((v0 * c0 + v1 * c1) + v2 * c2) + v3 * c3
 
 
 @triton.jit
-def table_of(
-    cam, low, high, MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
+def tables_of(
+    cam, low, high, MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    WIDE: tl.constexpr, MAPS: tl.constexpr, TABLE: tl.constexpr, TALL: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The map enlarged along its rows, (TABLE, COLUMNS); a single number where there is none."""
+    """(the map, normalised and if TABLE enlarged along its rows; the weights of the image's rows by tap), both flat."""
+    source, weights = low, low
+    if MAPS > 0:
+        source = normalized(cam, low, high, tl.minimum(tl.arange(0, MAPS), MAP_HEIGHT * MAP_WIDTH - 1))
     if TABLE > 0:
-        first, c0, c1, c2, c3 = keys_taps(tl.arange(0, COLUMNS)[None, :], MAP_WIDTH, WIDTH, DTYPE)
-        row = within(tl.arange(0, TABLE)[:, None], MAP_HEIGHT)
-        table = along_row(cam, low, high, row, first, c0, c1, c2, c3, MAP_WIDTH)
-    else:
-        table = low
-    return table
+        place = tl.arange(0, TABLE * WIDE)
+        source = along_row(
+            cam, source, low, high, within(place // WIDE, MAP_HEIGHT), place % WIDE,
+            MAP_WIDTH, WIDTH, TABLE * WIDE, MAPS, DTYPE,
+        )  # fmt: skip
+    if TALL > 0:
+        tap = tl.arange(0, 4 * TALL) // TALL
+        _, r0, r1, r2, r3 = keys_taps(tl.arange(0, 4 * TALL) % TALL, MAP_HEIGHT, HEIGHT, DTYPE)
+        weights = tl.where(tap == 0, r0, tl.where(tap == 1, r1, tl.where(tap == 2, r2, r3)))
+    return source, weights
 
 
 @triton.jit
-def pixels_of(
-    tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def row_weights(
+    weights, row, MAP_HEIGHT: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, TALL: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(row, column, row-major index, whether it is in the image) of a tile's pixels."""
-    if FLAT:
-        pixel = tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        row, column = pixel // WIDTH, pixel % WIDTH
-        inside = pixel < HEIGHT * WIDTH
+    if TALL > 0:
+        r0, r1, r2, r3 = four_of(weights, tl.arange(0, 4)[None, :] * TALL + row[:, None], BLOCK)
     else:
-        row, column = tile * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-        pixel = row * WIDTH + column
-        inside = (row < HEIGHT) & (column < WIDTH)
-    return row, column, pixel, inside
+        _, r0, r1, r2, r3 = keys_taps(row, MAP_HEIGHT, HEIGHT, DTYPE)
+    return r0, r1, r2, r3
 
 
 @triton.jit
 def enlarged(
-    cam, table, low, high, row, column, MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    TABLE: tl.constexpr, DTYPE: tl.constexpr,
+    cam, source, weights, low, high, pixel, MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr, MAPS: tl.constexpr,
+    TABLE: tl.constexpr, TALL: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """u = upsample_cam(cam) at a tile's pixels, (ROWS, COLUMNS)."""
-    top, r0, r1, r2, r3 = keys_taps(row, MAP_HEIGHT, HEIGHT, DTYPE)
-    i0, i1 = within(top, MAP_HEIGHT), within(top + 1, MAP_HEIGHT)
-    i2, i3 = within(top + 2, MAP_HEIGHT), within(top + 3, MAP_HEIGHT)
+    """u = upsample_cam(cam) at BLOCK pixels by their row-major index; past the image, at any."""
+    row, column = tl.minimum(pixel // WIDTH, HEIGHT - 1), pixel % WIDTH
+    top = first_tap(row, MAP_HEIGHT, HEIGHT)
     if TABLE > 0:
-        u = tl.gather(table, tl.broadcast_to(i0, (ROWS, COLUMNS)), 0) * r0
-        u += tl.gather(table, tl.broadcast_to(i1, (ROWS, COLUMNS)), 0) * r1
-        u += tl.gather(table, tl.broadcast_to(i2, (ROWS, COLUMNS)), 0) * r2
-        u += tl.gather(table, tl.broadcast_to(i3, (ROWS, COLUMNS)), 0) * r3
+        place = within(top[:, None] + tl.arange(0, 4)[None, :], MAP_HEIGHT) * WIDE + column[:, None]
+        v0, v1, v2, v3 = four_of(source, place, BLOCK)
     else:
-        first, c0, c1, c2, c3 = keys_taps(column, MAP_WIDTH, WIDTH, DTYPE)
-        u = along_row(cam, low, high, i0, first, c0, c1, c2, c3, MAP_WIDTH) * r0
-        u += along_row(cam, low, high, i1, first, c0, c1, c2, c3, MAP_WIDTH) * r1
-        u += along_row(cam, low, high, i2, first, c0, c1, c2, c3, MAP_WIDTH) * r2
-        u += along_row(cam, low, high, i3, first, c0, c1, c2, c3, MAP_WIDTH) * r3
-    return u
+        v0 = along_row(
+            cam, source, low, high, within(top, MAP_HEIGHT), column, MAP_WIDTH, WIDTH, BLOCK, MAPS, DTYPE
+        )  # fmt: skip
+        v1 = along_row(
+            cam, source, low, high, within(top + 1, MAP_HEIGHT), column, MAP_WIDTH, WIDTH, BLOCK, MAPS, DTYPE
+        )  # fmt: skip
+        v2 = along_row(
+            cam, source, low, high, within(top + 2, MAP_HEIGHT), column, MAP_WIDTH, WIDTH, BLOCK, MAPS, DTYPE
+        )  # fmt: skip
+        v3 = along_row(
+            cam, source, low, high, within(top + 3, MAP_HEIGHT), column, MAP_WIDTH, WIDTH, BLOCK, MAPS, DTYPE
+        )  # fmt: skip
+    # The weights last, right before their use, so that less is held at a time.
+    r0, r1, r2, r3 = row_weights(weights, row, MAP_HEIGHT, HEIGHT, BLOCK, TALL, DTYPE)
+    return ((v0 * r0 + v1 * r1) + v2 * r2) + v3 * r3
 
 
 @triton.jit
 def upsample_cam_fwd_kernel(
     cam, out, tiles, MAP_HEIGHT: tl.constexpr, MAP_WIDTH: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    FLAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TABLE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr, MAPS: tl.constexpr, TABLE: tl.constexpr, TALL: tl.constexpr,
+    THREADS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // tiles).to(tl.int64)
     cam += image * (MAP_HEIGHT * MAP_WIDTH)
-    low, high = extrema(cam, MAP_HEIGHT * MAP_WIDTH, DTYPE)
-    table = table_of(cam, low, high, MAP_HEIGHT, MAP_WIDTH, WIDTH, COLUMNS, TABLE, DTYPE)
-    row, column, pixel, inside = pixels_of(tl.program_id(0) % tiles, HEIGHT, WIDTH, FLAT, ROWS, COLUMNS)
-    u = enlarged(cam, table, low, high, row, column, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, ROWS, COLUMNS, TABLE, DTYPE)
-    tl.store(out + image * (HEIGHT * WIDTH) + pixel, narrow(u, out.dtype.element_ty), mask=inside)
+    low, high = extrema(cam, MAP_HEIGHT * MAP_WIDTH, THREADS, DTYPE)
+    source, weights = tables_of(cam, low, high, MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, WIDE, MAPS, TABLE, TALL, DTYPE)
+    pixel = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    u = enlarged(
+        cam, source, weights, low, high, pixel,
+        MAP_HEIGHT, MAP_WIDTH, HEIGHT, WIDTH, BLOCK, WIDE, MAPS, TABLE, TALL, DTYPE,
+    )  # fmt: skip
+    tl.store(out + image * (HEIGHT * WIDTH) + pixel, narrow(u, out.dtype.element_ty), mask=pixel < HEIGHT * WIDTH)
 
 
 def upsample_cam_launch(cam: Tensor, height: int, width: int, out: Tensor) -> Launch:
@@ -230,7 +269,7 @@ def upsample_cam_bwd_kernel(
     grad_out += image * (HEIGHT * WIDTH)
     COUNT: tl.constexpr = MAP_HEIGHT * MAP_WIDTH
     BLOCK: tl.constexpr = min(triton.next_power_of_2(COUNT), 1024)
-    low, high = extrema(cam, COUNT, DTYPE)
+    low, high = extrema(cam, COUNT, BLOCK, DTYPE)
     spread = high - low
     lowest = tl.zeros((1,), DTYPE)
     highest = tl.zeros((1,), DTYPE)
