@@ -95,7 +95,7 @@ class Runner:
 
     def __init__(self, ptx_cpu):
         self.ptx_cpu, self.cc, self.execute, self.options = ptx_cpu, 80, True, {}
-        self.launches, self.reports, self.kernels = [], [], {}
+        self.launches, self.reports, self.kernels, self.twins = [], [], {}, {}
 
     def run(self, launch) -> None:
         self.launches.append(launch)
@@ -116,14 +116,54 @@ class Runner:
         self.reports.append(report)
 
     def run_on(self, launch, cc: int, arguments: list[object]):
-        kernel = compiled(launch, cc)
-        text = kernel.asm["ptx"]
-        if text not in self.kernels:
-            # -O0: translating takes longer than running.
-            self.kernels[text] = self.ptx_cpu.Kernel(text, kernel.metadata.name, opt="-O0")
+        compiled_ = compiled(launch, cc)
+        text, name = compiled_.asm["ptx"], compiled_.metadata.name
         options = {"race": 2, "seed": len(self.launches), **self.options}
-        block = 32 * launch.num_warps
-        return self.kernels[text](launch.programs, block, arguments, kernel.metadata.shared, **options)
+        before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        while True:
+            changed = with_exchanges(text, self.twins.get(text, ()))
+            if changed not in self.kernels:
+                # -O0: translating takes longer than running.
+                self.kernels[changed] = self.ptx_cpu.Kernel(changed, name, opt="-O0")
+            try:
+                return self.kernels[changed](
+                    launch.programs, 32 * launch.num_warps, arguments, compiled_.metadata.shared, **options
+                )
+            except self.ptx_cpu.PtxError as error:
+                store = re.search(r"shared-memory race.*instr: (.*st\.shared.*)", str(error))
+                if store is None or launch.kernel.__name__ not in TWINS:
+                    raise
+                self.twins.setdefault(text, []).append(store[1].strip())
+                for argument, was in zip(arguments, before, strict=True):
+                    if isinstance(argument, Tensor):
+                        argument.copy_(was)  # it stopped halfway
+
+
+# In these kernels a tensor is summed over one dimension only; the warps that hold the same part of the result all
+# store it, to the same place, where Triton changes its layout: a race to ptx_cpu, whatever is stored. A store that it
+# names is run as an atomic exchange, of which two do not race with each other, but with any load that no barrier
+# separates; and the result must be the same to the bit in another order.
+TWINS = ("cam_kernel", "upsample_cam_bwd_kernel")
+
+
+def with_exchanges(text: str, stores: list[str]) -> str:
+    """The PTX with exchanges in the place of these stores to shared memory."""
+    if not stores:
+        return text
+    text = re.sub(r"^\{$", "{\n.reg .b32 %old32;\n.reg .b64 %old64;", text, count=1, flags=re.MULTILINE)
+    for store in dict.fromkeys(stores):
+        predicate, bits, base, offset, values = re.fullmatch(
+            r"(@!?%\w+ )?st\.shared(?:::cta)?(?:\.v\d)?\.b(\d+) \[ ?(%\w+) ?\+ ?(\d+) ?\], \{?([^{}]*)\}?", store
+        ).groups()
+        exchange = f"{predicate or ''}atom.shared.exch.b{bits} %old{bits}"
+        step = int(bits) // 8
+        parts = [
+            f"{exchange}, [{base}+{int(offset) + i * step}], {value.strip()};"
+            for i, value in enumerate(values.split(","))
+        ]
+        assert f"{store};" in text
+        text = text.replace(f"{store};", "\n".join(parts))
+    return text
 
 
 @pytest.fixture
@@ -247,12 +287,6 @@ def test_nothing_is_launched_for_no_images(ptx):
     assert not ptx.reports
 
 
-# In cam and upsample_cam_bwd a tensor is summed over one dimension only; the warps that hold the same part of the
-# result all store it, to the same place, where Triton changes its layout. ptx_cpu calls that a race, so these two are
-# run with races counted, in two orders, which must not change a bit. In every other kernel a race is an error.
-COUNTED = {"race": 1}
-
-
 def twice(ptx, name: str, *arguments) -> Tensor:
     """The result, the same to the bit in another order of warps and with other bytes in uninitialised memory."""
     first = launcher(name)(*arguments)
@@ -273,7 +307,7 @@ def twice(ptx, name: str, *arguments) -> Tensor:
     ],
 )
 def test_cam_ptx(ptx, cc, shape, layout, dtype, method):
-    ptx.cc, ptx.options = cc, COUNTED
+    ptx.cc = cc
     activation, gradient = (lay(value.to(dtype), layout) for value in (torch.randn(shape).relu(), torch.randn(shape)))
     expected = CAM._reference(activation.double(), gradient.double(), method)
     scale = (activation.double().abs().amax() * gradient.double().abs().amax()) * shape[1] ** 0.5
@@ -304,7 +338,7 @@ def test_upsample_cam_ptx_equals_reference(ptx, cc, maps, size, dtype):
     ("cc", "maps", "size"), [(80, (2, 4, 4), (9, 11)), pytest.param(80, (1, 8, 8), (32, 32), marks=pytest.mark.slow)]
 )
 def test_upsample_cam_bwd_ptx(ptx, cc, maps, size):
-    ptx.cc, ptx.options = cc, COUNTED
+    ptx.cc = cc
     cam = torch.randint(0, 4, maps).float()  # ties at the minimum and at the maximum
     cam[-1] = cam[-1] if maps[0] == 1 else 0.5
     grad = torch.randn(maps[0], *size)
