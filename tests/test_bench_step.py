@@ -396,8 +396,8 @@ def test_rows_are_consistent(finished):
     # At the least all gradients, which a step ends with.
     weights = 4 * sum(p.numel() for p in models.build_model("resnet-small").parameters())
     assert all(each["peak_bytes"] > weights for each in rows if each["peak_bytes"] is not None)
-    # A PART step does all that an AT step does. On two images, what is freed when makes a third of such a peak.
-    assert of["PART"]["peak_bytes"] > 0.5 * of["AT"]["peak_bytes"]
+    # A mask's own memory is less than a training step's, which stands for the peak of both.
+    assert of["PART"]["peak_bytes"] == pytest.approx(of["AT"]["peak_bytes"], rel=0.05)
 
 
 def test_record(finished):
