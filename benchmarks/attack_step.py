@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from part_fast import report
 from part_fast.attack_model import AttackModel
+from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.bench_step import settle
 from part_fast.models import build_model
 from part_fast.ops import winograd
-from part_fast.packed_conv import PackedConv2d
 
 
 def without(what: type | ModuleType, model: nn.Module, precision: str) -> AttackModel:

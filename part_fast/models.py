@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast.packed_conv import PackedConv2d, residual
+from part_fast.attack_model.cpu.packed_conv import PackedConv2d, residual
 
 __all__ = [
     "KNOWN_MODELS",

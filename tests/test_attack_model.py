@@ -1,4 +1,4 @@
-"""Tests of part_fast.attack_model and part_fast.cuda_graph: the same attacks as on the model, and no trace on it."""
+"""Tests of part_fast.attack_model and part_fast.attack_model.graph: the same attacks as on the model, and no trace on it."""
 
 import copy
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from part_fast import AttackModel, CamBudget, PackedEpsilon, mart_loss, mma, pgd, trades_loss
-from part_fast.cuda_graph import GraphedSteps
+from part_fast.attack_model.cpu.packed_conv import PackedConv2d
+from part_fast.attack_model.graph import GraphedSteps
 from part_fast.models import build_model
-from part_fast.packed_conv import PackedConv2d
 
 EPS = 8 / 255
 
@@ -274,7 +274,7 @@ def test_bad_arguments(arguments, said):
 
 
 def test_float16_gradients_are_scaled_and_keep_their_signs():
-    from part_fast.attack_model import FP16_SCALE, _scaled
+    from part_fast.attack_model.model import FP16_SCALE, _scaled
 
     logits = torch.randn(3, 4, requires_grad=True)
     _scaled(logits).sum().backward()

@@ -18,8 +18,8 @@ from PIL import Image
 
 import part_fast.train as training
 from part_fast import bench, bench_baselines, bench_step, models
+from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.ops import winograd
-from part_fast.packed_conv import PackedConv2d
 
 CPU = torch.device("cpu")
 X, Y = EXPECTED["x"], EXPECTED["y"]

@@ -1,4 +1,4 @@
-"""Tests of part_fast.packed_conv: what nn.Conv2d gives, forward and for the input."""
+"""Tests of part_fast.attack_model.cpu.packed_conv: what nn.Conv2d gives, forward and for the input."""
 
 import copy
 import itertools
@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from part_fast import AttackModel, CamBudget, backends, models
+from part_fast.attack_model.cpu.packed_conv import PackedConv2d, residual
 from part_fast.ops import winograd
-from part_fast.packed_conv import PackedConv2d, residual
 
 ONEDNN = torch.backends.mkldnn.is_available()
 pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch is built without oneDNN, so no convolution is packed")
@@ -188,7 +188,7 @@ def test_residual(few):
     first, second = (PackedConv2d(frozen(16, 16, 3, padding=1)) for _ in range(2))
     second.weight.mul_(-1)
     x = torch.randn(9, 16, 8, 8)
-    with mock.patch("part_fast.packed_conv.CACHED_VALUES", few):
+    with mock.patch("part_fast.attack_model.cpu.packed_conv.CACHED_VALUES", few):
         found = gradient(lambda leaf: residual(first, second, leaf), x, ramp)
 
     def unpacked(leaf):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from part_fast.cuda_graph import GraphedSteps
-from part_fast.packed_conv import PackedConv2d
+from part_fast.attack_model.cpu.packed_conv import PackedConv2d
+from part_fast.attack_model.graph import GraphedSteps
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # float16 has no gradients below 6e-8. A factor on all of them leaves their signs, and this one keeps sums finite.

@@ -1,0 +1,1 @@
+"""What AttackModel does on a CPU alone."""
