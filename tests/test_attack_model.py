@@ -1,4 +1,4 @@
-"""Tests of part_fast.attack_model and part_fast.attack_model.graph: the same attacks as on the model, and no trace on it."""
+"""Tests of part_fast.attack_model: the same attacks as on the model, and no trace on it."""
 
 import copy
 
