@@ -57,6 +57,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from part_fast import attacks, bench_baselines, report
 from part_fast.attack_model import PRECISIONS, AttackModel
+from part_fast.attack_model.cpu import onednn
 from part_fast.bench import MismatchError, clock_for, environment_line, interleave
 from part_fast.config import TrainConfig, find_device
 from part_fast.data import draw_augmentation
@@ -352,13 +353,11 @@ def _winograd_flop(y: Tensor, x: Tensor, *args: Any, out_val: None) -> int:
 
 
 # What PackedConv2d calls, which torch has no formulas for.
-_PACKED_FLOP: dict[Any, Callable[..., int]] = {torch.ops.part_fast._winograd_.default: _winograd_flop}
-if torch.backends.mkldnn.is_available():
-    _PACKED_FLOP |= {
-        torch.ops.mkldnn._convolution_pointwise.default: _packed_flop,
-        torch.ops.mkldnn._convolution_pointwise.binary: _packed_flop,
-        torch.ops.mkldnn._convolution_transpose_pointwise.default: _packed_transposed_flop,
-    }
+_PACKED_FLOP: dict[str, Callable[..., int]] = {
+    "part_fast::_winograd_": _winograd_flop,
+    **dict.fromkeys(onednn.FORWARD_OPS, _packed_flop),
+    **dict.fromkeys(onednn.BACKWARD_OPS, _packed_transposed_flop),
+}
 
 
 class FlopCount(TorchDispatchMode):
@@ -374,7 +373,7 @@ class FlopCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = _PACKED_FLOP.get(func, flop_registry.get(func.overloadpacket))
+        formula = _PACKED_FLOP.get(func.name(), flop_registry.get(func.overloadpacket))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from part_fast import AttackModel, CamBudget, backends, models
+from part_fast.attack_model.cpu import onednn
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d, residual
 from part_fast.ops import winograd
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch is built without 
 # oneDNN adds up in another order where weights lie otherwise; in bfloat16 a sum that ends beside the middle of two
 # values then rounds to the other one, 2**-8 away.
 NEAR = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
-HAS_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BF16 = onednn.works(torch.bfloat16)
 WITHOUT_BF16 = "this CPU has no AVX512, without which oneDNN takes no bfloat16 and no such convolution is packed"
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason=WITHOUT_BF16))]
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from part_fast.attack_model.cpu import onednn
 from part_fast.ops import winograd
 
 # Of one tensor of the images that a residual block works on at once: 2 MB, of which each of two threads reads half.
@@ -49,15 +50,13 @@ class PackedConv2d(nn.Conv2d):
 
     @staticmethod
     def takes(conv: nn.Module, dtype: torch.dtype) -> bool:
-        """Whether `conv` can be packed: of nn.Conv2d itself, padded with zeros, on a CPU on which torch has oneDNN
-        multiply in its dtype and in `dtype`."""
-        if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        """Whether `conv` can be packed: of nn.Conv2d itself, padded with zeros, on a CPU on which oneDNN multiplies in
+        its dtype and in `dtype`."""
+        if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu":
             return False
-        dtypes = {torch.float32}
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            dtypes.add(torch.bfloat16)
-        known = {dtype, conv.weight.dtype} <= dtypes
-        return known and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return False
+        return onednn.works(conv.weight.dtype) and onednn.works(dtype)
 
     def repack(self) -> None:
         """To be called after the weights have changed."""
@@ -93,15 +92,9 @@ class PackedConv2d(nn.Conv2d):
             return winograd.convolve(x, self.transformed(), self.out_channels, self.bias, other, relu=relu)
         sizes = self.padding, self.stride, self.dilation, self.groups
         if self._forward is None:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight.to(self.dtype), *sizes, x.shape)
+            weight = onednn.pack(self.weight.to(self.dtype), sizes, x.shape)
             self._forward = weight, self.bias if self.bias is None else self.bias.to(self.dtype)
-        given = *self._forward, *sizes
-        if other is None:
-            last = "relu" if relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(_dense(x), *given, last, [], "")
-        # "add", then alpha; "relu", then what else an activation may need.
-        add: tuple[Any, ...] = ("add", None, "relu" if relu else None, [], None)
-        return torch.ops.mkldnn._convolution_pointwise.binary(_dense(x), _dense(other), *given, *add)
+        return onednn.convolve(_dense(x), *self._forward, sizes, other if other is None else _dense(other), relu)
 
     def input_gradient(self, grad_out: Tensor, size: torch.Size, positive: Tensor | None = None) -> Tensor:
         """The gradient for an input of that size: a transposed convolution with the same weights.
@@ -119,12 +112,10 @@ class PackedConv2d(nn.Conv2d):
                 size[2:], grad_out.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, strict=True
             )
         ]
-        sizes = self.padding, rest, self.stride, self.dilation, self.groups
+        sizes = self.padding, self.stride, self.dilation, self.groups
         if self._backward is None:
-            pack = torch.ops.mkldnn._reorder_convolution_transpose_weight
-            self._backward = pack(self.weight.to(self.dtype), *sizes, grad_out.shape)
-        transposed = torch.ops.mkldnn._convolution_transpose_pointwise
-        return transposed(_dense(grad_out), self._backward, None, *sizes, "none", [], "")
+            self._backward = onednn.pack_transposed(self.weight.to(self.dtype), sizes, rest, grad_out.shape)
+        return onednn.convolve_transposed(_dense(grad_out), self._backward, sizes, rest)
 
     def winograd_takes(self, values: Tensor) -> bool:
         """Whether inputs, or gradients of outputs, are for `ops.winograd` to multiply."""
