@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import itertools
 from collections.abc import Callable
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
+from part_fast.attack_model.fold import absorb, foldable, folded_weights, has_hooks
+from part_fast.attack_model.follow import Watch
 from part_fast.attack_model.graph import GraphedSteps
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,9 +59,9 @@ class AttackModel(nn.Module):
         self.precision = precision
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
-        self._pairs = _foldable(self.module)  # of the copy: in train mode a model may take another way
+        self._pairs = foldable(self.module)  # of the copy: in train mode a model may take another way
         for conv, bn in self._pairs:
-            _absorb(self.module, conv, bn)
+            absorb(self.module, conv, bn)
         if not compile:  # Inductor knows torch's own convolutions
             _pack(self.module, PRECISIONS[precision])
         if precision != "fp32":
@@ -84,8 +85,7 @@ class AttackModel(nn.Module):
     def refresh(self) -> AttackModel:
         """Take over the weights and statistics that the model has now, into the same memory; returns itself."""
         (model,) = self._source
-        self._watched = [*model.parameters(), *model.buffers()]
-        self._versions = [tensor._version for tensor in self._watched]
+        self._watch = Watch(model)
         # Under all their names: of a tensor that has two, the copy may have lost the first with a BatchNorm.
         every = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
         theirs = dict(itertools.chain(*every))
@@ -96,14 +96,9 @@ class AttackModel(nn.Module):
         for conv, bn in self._pairs:
             norm = model.get_submodule(bn)
             assert isinstance(norm, nn.BatchNorm2d)
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            scale = (norm.running_var + norm.eps).rsqrt()
-            scale = scale if norm.weight is None else scale * norm.weight
-            bias = theirs.get(f"{conv}.bias")
-            shift = -norm.running_mean * scale if bias is None else (bias - norm.running_mean) * scale
-            ours[f"{conv}.weight"].copy_(theirs[f"{conv}.weight"] * scale[:, None, None, None])
-            ours[f"{conv}.bias"].copy_(shift if norm.bias is None else shift + norm.bias)
+            weight, bias = folded_weights(theirs[f"{conv}.weight"], theirs.get(f"{conv}.bias"), norm)
+            ours[f"{conv}.weight"].copy_(weight)
+            ours[f"{conv}.bias"].copy_(bias)
         for part in self.module.modules():
             if isinstance(part, PackedConv2d):
                 part.repack()
@@ -111,7 +106,7 @@ class AttackModel(nn.Module):
 
     def refresh_if_changed(self) -> None:
         """`refresh`, if any weight was written in place since the last one."""
-        if [tensor._version for tensor in self._watched] != self._versions:
+        if self._watch.changed():
             self.refresh()
 
     def train(self, mode: bool = True) -> AttackModel:
@@ -153,56 +148,11 @@ def _scaled(logits: Tensor) -> Tensor:
     return _Scaled.apply(logits)
 
 
-def _foldable(model: nn.Module) -> list[tuple[str, str]]:
-    """Names of (convolution, BatchNorm) where the one's output goes to the other alone, neither used elsewhere too."""
-    try:
-        graph = torch.fx.Tracer().trace(model)
-    except Exception:  # whatever a forward does that cannot be traced; it is then copied as it is
-        return []
-    modules = dict(model.named_modules())
-    nodes = [node for node in graph.nodes if node.op == "call_module"]
-    calls = [str(node.target) for node in nodes]
-    uses = collections.Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    pairs = []
-    for node in nodes:
-        bn, before = str(node.target), node.args[0] if node.args else None
-        if not isinstance(before, torch.fx.Node) or before.op != "call_module" or len(before.users) != 1:
-            continue
-        conv = str(before.target)
-        norm = modules[bn]
-        if (
-            type(modules[conv]) is nn.Conv2d
-            and type(norm) is nn.BatchNorm2d
-            and norm.running_mean is not None
-            and calls.count(bn) == calls.count(conv) == 1
-            and all(uses[id(parameter)] == 1 for parameter in modules[conv].parameters())
-            and not (_is_more(modules[conv]) or _is_more(norm))
-        ):
-            pairs.append((conv, bn))
-    return pairs
-
-
-def _is_more(module: nn.Module) -> bool:
-    """Whether somebody hung something on the layer that must see it as it is."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooked) or torch.nn.utils.parametrize.is_parametrized(module)
-
-
-def _absorb(module: nn.Module, conv: str, bn: str) -> None:
-    """Room for the BatchNorm's shift in the convolution, nothing in its own place."""
-    convolution = module.get_submodule(conv)
-    assert isinstance(convolution, nn.Conv2d)
-    if convolution.bias is None:
-        convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels), requires_grad=False)
-    parent, _, leaf = bn.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, nn.Identity())
-
-
 def _pack(module: nn.Module, dtype: torch.dtype) -> None:
     """PackedConv2d in the place of every convolution of `module` that can be one and has nothing hung on it."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if PackedConv2d.takes(child, dtype) and not _is_more(child):
+            if PackedConv2d.takes(child, dtype) and not has_hooks(child):
                 setattr(parent, name, PackedConv2d(child, dtype))  # type: ignore[arg-type]
 
 
