@@ -26,7 +26,7 @@ class AttackModel(nn.Module):
     model: any nn.Module (N,C,H,W) -> (N,classes), which keeps its mode, weights and gradients.
     precision: "fp32", "bf16" or "fp16": of convolutions and linear layers, by autocast with weights that are cast
         once; images, other layers' parameters and the returned logits stay float32. On a CPU bf16 leaves those
-        convolutions in float32 that are faster in it (see PackedConv2d).
+        convolutions in float32 that are faster in it (see PackedConv2d), all of them where it cannot multiply bf16.
     compile: run forward and backward of the attack by torch.compile. A smaller batch than the largest so far is filled
         up with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch.
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
@@ -152,7 +152,7 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> None:
     """PackedConv2d in the place of every convolution of `module` that can be one and has nothing hung on it."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if PackedConv2d.takes(child, dtype) and not has_hooks(child):
+            if PackedConv2d.takes(child) and not has_hooks(child):
                 setattr(parent, name, PackedConv2d(child, dtype))  # type: ignore[arg-type]
 
 

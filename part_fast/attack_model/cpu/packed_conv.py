@@ -28,7 +28,7 @@ class PackedConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
-        """conv: `takes(conv, dtype)`; its parameters are shared."""
+        """conv: `takes(conv)`; its parameters are shared. dtype: float32 is computed in where oneDNN has no `dtype`."""
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -43,20 +43,21 @@ class PackedConv2d(nn.Conv2d):
         self.weight, self.bias = conv.weight, conv.bias
         self.by_winograd = winograd.takes(self) and self.weight.dtype == torch.float32
         self.dtype = self.weight.dtype
-        if self.dtype == torch.float32 and self.in_channels >= winograd.CHANNELS:
-            self.dtype = dtype  # not for images: few operations, and a cast would cost more than it gains
+        # Images are not cast: their convolution has few operations, and the cast costs more than it gains.
+        if onednn.works(dtype) and self.dtype == torch.float32 and self.in_channels >= winograd.CHANNELS:
+            self.dtype = dtype
         self._transformed: dict[bool, Tensor] = {}  # memory that is kept; by whether it is for the backward
         self.repack()
 
     @staticmethod
-    def takes(conv: nn.Module, dtype: torch.dtype) -> bool:
+    def takes(conv: nn.Module) -> bool:
         """Whether `conv` can be packed: of nn.Conv2d itself, padded with zeros, on a CPU on which oneDNN multiplies in
-        its dtype and in `dtype`."""
+        its dtype."""
         if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu":
             return False
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return False
-        return onednn.works(conv.weight.dtype) and onednn.works(dtype)
+        return onednn.works(conv.weight.dtype)
 
     def repack(self) -> None:
         """To be called after the weights have changed."""
