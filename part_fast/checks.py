@@ -127,8 +127,8 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value.to(dtype)`, no call where it would change nothing: torch 2.10 and 2.11 compile an autograd.Function that
-    ends in such a call to one whose gradients are all zero."""
+    """`value.to(dtype)`, no call where it would change nothing: torch 2.11 compiles an autograd.Function that ends in
+    such a call to one whose gradients are all zero."""
     return value if value.dtype == dtype else value.to(dtype)
 
 
