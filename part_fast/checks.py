@@ -126,6 +126,12 @@ def compute_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value.to(dtype)`, no call where it would change nothing: torch 2.11 compiles an autograd.Function that ends in
+    such a call to one whose gradients are all zero."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None:
     """Every value is finite and in [low, high]. Reads CPU tensors; CUDA ones under PART_FAST_CHECK=1."""
     if not _readable(value):

@@ -26,7 +26,7 @@ def _reference(
     bound = dense_eps(eps, eps_high, eps_low, x_adv)
     natural = x.to(dtype)
     moved = _stepped(x_adv.to(dtype), grad, alpha) - natural
-    return torch.clamp(natural + clamped(moved, bound), clip_low, clip_high).to(x_adv.dtype)
+    return checks.rounded(torch.clamp(natural + clamped(moved, bound), clip_low, clip_high), x_adv.dtype)
 
 
 def _reference_(x_adv: Tensor, *args: Any) -> None:

@@ -20,7 +20,7 @@ def _reference(x_adv: Tensor, x: Tensor, eps: Tensor | None, eps_high: float, ep
     dtype = checks.compute_dtype(x_adv)
     bound = dense_eps(eps, eps_high, eps_low, x_adv)
     natural = x.to(dtype)
-    return (natural + clamped(x_adv.to(dtype) - natural, bound)).to(x_adv.dtype)
+    return checks.rounded(natural + clamped(x_adv.to(dtype) - natural, bound), x_adv.dtype)
 
 
 def _reference_bwd(
