@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
+from part_fast.attack_model.graph import surroundings
 from part_fast.eval_mode import eval_mode, uncached_autocast
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
 from part_fast.ops.pgd_step import pgd_step_
@@ -135,8 +136,8 @@ def ascend(
     """`steps` PGD steps from x_adv, which is overwritten and returned; what every attack here runs.
 
     loss: callable(logits, y, *extra), increased; its result is summed, so that no image's step depends on the batch.
-    With an AttackModel that captures CUDA graphs the steps are one launch; `extra` and `loss` are then what the loss
-    reads, and a function that stays the same object.
+    With an AttackModel that captures CUDA graphs the steps are one launch; `loss` is then hashable, stays the same
+    object, and reads no tensor that changes place but its arguments.
     """
 
     def run(x_adv: Tensor, x: Tensor, y: Tensor, *rest: Tensor) -> None:
@@ -157,12 +158,28 @@ def ascend(
                     pgd_step_(x_adv, grad if _usable(grad) else grad.contiguous(), x, held, alpha, clip)
 
     rest = (*_eps_tensors(eps), *extra)
-    if isinstance(model, AttackModel) and model.graphs is not None:
+    if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
         model.refresh_if_changed()
-        model.graphs((loss, steps, alpha, clip, _eps_numbers(eps)), run, x_adv, x, y, *rest)
+        model.graphs(_graph_key(model, x, eps, alpha, steps, loss, clip), run, x_adv, x, y, *rest)
     else:
         run(x_adv, x, y, *rest)
     return x_adv
+
+
+def _graph_key(
+    model: AttackModel,
+    x: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    steps: int,
+    loss: Loss,
+    clip: tuple[float, float] | None,
+) -> Hashable:
+    """All that decides what the steps of an attack do, but its tensors."""
+    if not isinstance(loss, Hashable):
+        raise TypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
+    numbers = (steps, checks.number("alpha", alpha), checks.clip_range(clip), _eps_numbers(eps))
+    return (loss, numbers, surroundings(model.module, x.device))
 
 
 def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
@@ -170,7 +187,7 @@ def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
     return (eps.bits,) if isinstance(eps, PackedEpsilon) else (eps,) if isinstance(eps, Tensor) else ()
 
 
-def _eps_numbers(eps: float | Tensor | PackedEpsilon) -> object:
+def _eps_numbers(eps: float | Tensor | PackedEpsilon) -> Hashable:
     return (eps.eps, eps.eps_low) if isinstance(eps, PackedEpsilon) else None if isinstance(eps, Tensor) else eps
 
 

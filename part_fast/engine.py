@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
@@ -52,12 +52,7 @@ class Engine:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        kind, decay = config.averaging
-        self.averaged: AveragedModel | None = None
-        if kind != "none":
-            # Not torch's function for many tensors: BatchNorm's integer counters stop it.
-            average = get_ema_avg_fn(decay) if kind == "ema" else get_swa_avg_fn()
-            self.averaged = AveragedModel(self.model, avg_fn=average, use_buffers=True)
+        self.averaged = None if config.averaging[0] == "none" else AveragedModel(self.model, use_buffers=True)
         self.trained: nn.Module = self.model
         if distributed.size() > 1:
             # Methods forward twice before one backward, which buffers broadcast in between would break. The argument
@@ -103,8 +98,9 @@ class Engine:
             return
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.averaged is not None and self.config.averaging[0] == "ema":
-            self.averaged.update_parameters(self.model)
+        kind, decay = self.config.averaging
+        if self.averaged is not None and kind == "ema":
+            self._average(self.averaged, 1 - decay)
 
     def end_epoch(self, epoch: int) -> None:
         """After the epoch's last update: the first process's statistics for all, and SWA's average."""
@@ -114,7 +110,30 @@ class Engine:
         if self.averaged is not None and kind == "swa":
             if epoch + 1 <= since:
                 self.averaged.n_averaged.zero_()  # until the mean begins, and where it does, it is the model
-            self.averaged.update_parameters(self.model)
+            self._average(self.averaged, 1 / (1 + int(self.averaged.n_averaged)))
+
+    @torch.no_grad()
+    def _average(self, averaged: AveragedModel, weight: float) -> None:
+        """Move the averaged model by `weight` of the way to the model, at first all of it; counters are the model's.
+
+        Not `averaged.update_parameters`, which moves a number to the GPU for every tensor, and waits for it.
+        """
+        weight = weight if averaged.n_averaged else 1.0  # which lies on the CPU
+        pairs = zip(
+            (*averaged.module.parameters(), *averaged.module.buffers()),
+            (*self.model.parameters(), *self.model.buffers()),
+            strict=True,
+        )
+        floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+        counters: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for mean, now in pairs:
+            lists = floating if mean.is_floating_point() else counters
+            lists[0].append(mean)
+            lists[1].append(now)
+        torch._foreach_lerp_(*floating, weight)
+        if counters[0]:
+            torch._foreach_copy_(*counters)
+        averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on in a resumed run."""

@@ -119,24 +119,28 @@ def bytes_per_mask(height: int, width: int) -> int:
     return (height * width + 7) // 8
 
 
-_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
 def pack_bits(mask: Tensor) -> Tensor:
     """bool (N,M,H,W) -> uint8 (N, M, ceil(H*W/8))."""
     n, m, height, width = mask.shape
     bits = torch.nn.functional.pad(mask.reshape(n, m, height * width), (0, -(height * width) % 8))
     bits = bits.view(n, m, bytes_per_mask(height, width), 8).to(torch.uint8)
-    return (bits * torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)).sum(3, dtype=torch.uint8)
+    return (bits << _places(mask.device)).sum(3, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, size: tuple[int, int], high: float, low: float, dtype: torch.dtype) -> Tensor:
     """uint8 (N, M, ceil(H*W/8)) -> (N,M,H,W): `high` where the bit is set, else `low`; rounded to float32."""
-    place = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=bits.device)
-    mask = (bits[..., None] & place).flatten(2)[..., : size[0] * size[1]].reshape(*bits.shape[:2], *size) != 0
+    places = bits[..., None] >> _places(bits.device) & 1
+    mask = places.flatten(2)[..., : size[0] * size[1]].reshape(*bits.shape[:2], *size) != 0
     if dtype == torch.bool:
         return mask
-    return torch.where(mask, high, low).to(torch.float32).to(dtype)
+    # Made on the device: numbers given to torch.where are copied to a GPU, which waits for them.
+    values = (torch.full((), value, dtype=torch.float32, device=bits.device).to(dtype) for value in (high, low))
+    return torch.where(mask, *values)
+
+
+def _places(device: torch.device) -> Tensor:
+    """How far each bit of a byte is shifted, uint8 (8,); made on the device, so that no GPU waits for a copy."""
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 EpsArguments = tuple[Tensor | None, float, float]

@@ -1,0 +1,77 @@
+"""No training step makes a GPU wait: every method, with masks kept, averaged weights and graphs, on an imagined GPU."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import TINY_RUN
+from fake_gpu import GpuTensor, HostWait, gpu  # noqa: F401 - a fixture
+
+import part_fast.engine as engines
+from part_fast import PackedEpsilon
+from part_fast.config import METHODS
+from part_fast.data import draw_augmentation, to_float
+from part_fast.engine import Engine
+from part_fast.mask_bank import MaskBank
+from part_fast.models import build_model
+from part_fast.train import batch_epsilon, train_step
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+N = 6
+
+
+def make(gpu, config, device):  # noqa: F811
+    """An engine, its images and its bank there, all alike on both devices."""
+    torch.manual_seed(0)
+    model = build_model(config.model, 10)
+    images = torch.randint(0, 256, (3 * N, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(3 * N) % 10
+    if device.type == "cuda":
+        model, images, labels = gpu.put(model), gpu.put(images), gpu.put(labels)
+    engines.build_model, before = lambda *_: model, engines.build_model
+    try:
+        engine = Engine(config, 10, device)
+    finally:
+        engines.build_model = before
+    bank = None
+    if config.refresh != "batch":
+        bank = MaskBank(3 * N, (16, 16), engine.budget.channels, config.eps, config.eps_low, device)
+    engine.model.train()
+    return engine, images, labels, bank
+
+
+def step(engine, images, labels, bank, i):
+    """What `train` does for a batch; the loss."""
+    indices = torch.arange(i * N, (i + 1) * N, device=engine.device)
+    drawn = draw_augmentation(N, device=engine.device)
+    x, y = drawn.apply(images[indices]), labels[indices]
+    epsilon = batch_epsilon(engine.config.method, engine.budget, bank, indices, drawn, engine.config)
+    return train_step(engine, engine.config.method, x, y, epsilon, (i * N, 3 * N, 0))
+
+
+def run(gpu, config, device):  # noqa: F811
+    """Losses of three batches; on a GPU the last two, and a refresh of the masks, make nobody wait."""
+    engine, images, labels, bank = make(gpu, config, device)
+    torch.manual_seed(1)
+    losses = []
+    for i in range(3):
+        watch = gpu.without_waits() if i > 0 and device.type == "cuda" else torch.no_grad.__class__()
+        with watch if i > 0 and device.type == "cuda" else torch.enable_grad():
+            if bank is not None and i < 2:
+                bank.fill(engine.budget, images, N)
+            losses.append(step(engine, images, labels, bank, i))
+    assert isinstance(losses[0], GpuTensor) == (device.type == "cuda")
+    return [float(loss) for loss in losses], engine
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_waits(gpu, method, precision):  # noqa: F811
+    config = dataclasses.replace(TINY_RUN, method=method, precision=precision, cuda_graph=True, average="ema:0.9")
+    losses, engine = run(gpu, config, CUDA)
+    assert len(gpu.graphs) == 1
+    if precision == "fp32":
+        plain, on_cpu = run(gpu, dataclasses.replace(config, cuda_graph=False), CPU)
+        assert losses == pytest.approx(plain, rel=1e-3)  # the GPU imagined computes what the CPU does
+        for one, other in zip(engine.averaged.parameters(), on_cpu.averaged.parameters(), strict=True):
+            torch.testing.assert_close(one.detach().inner, other.detach(), rtol=1e-2, atol=1e-4)
