@@ -21,7 +21,7 @@ from torch import Tensor
 
 import part_fast
 from part_fast.gpu import oracle
-from part_fast.gpu.record import ALPHA, EPS, Recorder, differing, parser, require, synchronize, timed
+from part_fast.gpu.record import ALPHA, EPS, MissingError, Recorder, differing, parser, require, synchronize, timed
 from part_fast.ops import (
     PackedEpsilon,
     cam,
@@ -40,8 +40,8 @@ from part_fast.ops.upsample_cam import _upsample_cam_bwd
 
 EPS_LOW = 3 / 255  # further from EPS than in training: what is mixed up shows
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
-FORMS = ("float", "()", "(N,1,1,1)", "(N,1,H,W)", "(N,C,H,W)", "(N,C,H,W) last", "(1,C,1,1)", "strided")
-FORMS += ("bits1", "bitsC")
+IMAGE_FORMS = ("(N,1,H,W)", "(N,C,H,W)", "(N,C,H,W) last", "strided")
+FORMS = ("float", "()", "(N,1,1,1)", "(1,C,1,1)", *IMAGE_FORMS, "bits1", "bitsC")
 LAYOUTS = ("contiguous", "channels_last", "offset", "offset_channels_last")
 SHAPES = [(2, 3, 5, 7), (4, 3, 32, 32), (1, 1, 33, 31), (1, 3, 11, 1), (3, 2, 9, 1), (128, 3, 32, 32), (0, 3, 4, 4)]
 CAM_SHAPES = [
@@ -67,6 +67,7 @@ SIZES = [
     ((2, 12, 12), (512, 384)),
 ]
 RULES = ("zscore", "released", "quantile:0.3", "quantile:0.01")
+BIG_BYTES = 32 * 10**9
 KINDS = ("step", "backward", "cam", "upsample", "soft", "mask", "stream", "graph", "big", "host")
 # Of a value's gradient by upsample_cam, as a share of the largest: sums of float32, then one rounding.
 NEAR = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -343,6 +344,8 @@ class Checks:
         """More than 2^31 elements, up to 30 GB: images at both ends and about 2^31 are what the op gives them alone."""
         elements, side = (2**17, 32) if self.dry else (2**31, 1024)
         device = self.device
+        if device.type == "cuda" and (free := torch.cuda.mem_get_info()[0]) < BIG_BYTES:
+            raise MissingError(f"needs {BIG_BYTES / 1e9:.0f} GB of free GPU memory, there are {free / 1e9:.0f}")
         if what.startswith("step"):
             middle = elements // (3 * side * side)
             n = middle + 3
@@ -448,37 +451,45 @@ def _raw_eps(eps: float | Tensor | PackedEpsilon, shape: Shape, device: str) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check one backend, or a share of its cases."""
+    """Check backends, or a share of their cases."""
     flags = parser(__doc__)
-    flags.add_argument("--backend", required=True)
+    flags.add_argument("--backends", required=True, help="one after another, separated by commas")
     flags.add_argument("--shard", default="0/1", help="i/n: the i-th of every n cases of values")
     flags.add_argument("--kinds", default=",".join(KINDS))
     flags.add_argument("--thin", type=int, default=1, help="every k-th case of the wide products")
     args = flags.parse_args(arguments)
     recorder = Recorder("ops", args)
-    name, device, kinds = args.backend, recorder.device, set(args.kinds.split(","))
-    if name not in part_fast.available_backends(device):
-        recorder.skip(name, part_fast.backends.why_not(name, device.type) or f"there is no {device.type} device")
-        return recorder.code
-    shard, shards = map(int, args.shard.split("/"))
-    with part_fast.backend(name):
-        checks = Checks(device, recorder.dry)
-        for case, check, *given in itertools.islice(checks.cases(kinds, args.thin), shard, None, shards):
-            recorder.case(f"{name}: {case}", check, *given, quiet=True)
-        for kind in ("stream", "graph"):
-            if kind in kinds and device.type != "cuda":
-                recorder.skip(f"{name}: {kind}", "needs a CUDA device")
-            elif kind in kinds:
-                for call, (function, tensors) in checks.calls().items():
-                    recorder.case(f"{name}: {kind} {call}", getattr(checks, kind), function, tensors, quiet=True)
-        if "big" in kinds:
-            for what in ("step float", "step tensor", "step bits", "step bits last", "cam", "maps"):
-                recorder.case(f"{name}: big {what}", checks.big, what)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-        if "host" in kinds:
-            recorder.case(f"{name}: host", checks.host, recorder, name)
+    kinds = set(args.kinds.split(","))
+    shard = tuple(map(int, args.shard.split("/")))
+    for name in args.backends.split(","):
+        if name in part_fast.available_backends(recorder.device):
+            with part_fast.backend(name):
+                check(recorder, name, kinds, shard, args.thin)
+        else:
+            device = recorder.device.type
+            recorder.skip(name, part_fast.backends.why_not(name, device) or f"there is no {device} device")
     return recorder.code
+
+
+def check(recorder: Recorder, name: str, kinds: set[str], shard: tuple[int, ...], thin: int) -> None:
+    """The checks of those kinds by the backend called `name`, which is chosen; of the values' every shard[1]-th."""
+    device = recorder.device
+    checks = Checks(device, recorder.dry)
+    for case, function, *given in itertools.islice(checks.cases(kinds, thin), shard[0], None, shard[1]):
+        recorder.case(f"{name}: {case}", function, *given, quiet=True)
+    for kind in ("stream", "graph"):
+        if kind in kinds and device.type != "cuda":
+            recorder.skip(f"{name}: {kind}", "needs a CUDA device")
+        elif kind in kinds and shard[0] == 0:
+            for call, (function, tensors) in checks.calls().items():
+                recorder.case(f"{name}: {kind} {call}", getattr(checks, kind), function, tensors, quiet=True)
+    if "big" in kinds:
+        for what in ("step float", "step tensor", "step bits", "step bits last", "cam", "maps"):
+            recorder.case(f"{name}: big {what}", checks.big, what)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if "host" in kinds:
+        recorder.case(f"{name}: host", checks.host, recorder, name)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,9 @@ class Recorder:
     def late(self) -> bool:
         return time.time() > self.until
 
-    def case(self, name: str, function: Callable[..., T], *arguments: Any, quiet: bool = False) -> T | None:
+    def case(
+        self, name: str, function: Callable[..., T], *arguments: Any, quiet: bool = False, **keywords: Any
+    ) -> T | None:
         """Run one case; its result, or None where it failed, which stops no other case.
 
         Errors: SystemExit after a failure that has left the CUDA context unusable, as an illegal access does: every
@@ -96,7 +98,7 @@ class Recorder:
             return None
         begin = time.perf_counter()
         try:
-            result = function(*arguments)
+            result = function(*arguments, **keywords)
             synchronize(self.device)  # else a kernel's failure is the next case's
         except MissingError as missing:
             self.skip(name, str(missing))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, devi
     count = n * c * h * w
     memory = torch.rand(3, count + 3, device=device).to(dtype)
     mask = torch.rand(n, 1, h, w, device=device) < 0.5
-    forms = (
+    forms: tuple[Any, ...] = (
         EPS,
         torch.full((n, 1, h, w), EPS, device=device),
         torch.rand(shape, device=device),
@@ -48,6 +49,8 @@ def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, devi
     )
     for pad, eps in itertools.product((0, 3), forms):  # 3: no access of 16 bytes is aligned
         x_adv, grad, x = (row[pad : pad + count].view(shape) for row in memory)
+        if pad == 0:
+            x_adv, grad, x = (value.clone() for value in (x_adv, grad, x))
         if last:
             x_adv, grad, x = (value.clone(memory_format=torch.channels_last) for value in (x_adv, grad, x))
         pgd_step(x_adv, grad, x, eps, ALPHA)
