@@ -139,7 +139,6 @@ def test_the_averaged_model_is_one_in_every_process(tmp_path):
         "--standalone",
         "--nproc-per-node=2",
         str(script),
-        average,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
