@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.controls import check_control, control_map
-from part_fast.eval_mode import eval_mode, uncached_autocast
+from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast
 from part_fast.external_cam import Explain, external_cam
 from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
@@ -105,9 +105,12 @@ class CamBudget:
                 return external_cam(self.method, self.model, self.target_layer, x, target.clone()), logits.detach()
             with torch.enable_grad():
                 score = logits.gather(1, target[:, None].clone()).sum()
-            (gradient,) = torch.autograd.grad(score, activation, allow_unused=True)
+            gradient = input_gradient(score, activation)
         if gradient is None:
-            raise ValueError("target_layer must lead to the logits, got a layer whose output they do not depend on")
+            raise ValueError(
+                "target_layer must lead to the logits, got a layer whose output they do not depend on, "
+                "or that runs under the model's own no_grad or a reentrant checkpoint"
+            )
         # Pooling gives gradients that share elements (expanded), which ops refuse.
         gradient = checks.same_format(gradient.to(activation.dtype), activation)
         return cam(activation, gradient, self.method), logits.detach()
@@ -130,13 +133,11 @@ class CamBudget:
         handle = self.target_layer.register_forward_hook(cut)
         try:
             with torch.no_grad(), uncached_autocast():
-                logits = self.model(x)
+                logits = checks.logits(self.model(x), x)
         finally:
             handle.remove()
         if not found:
             raise ValueError("target_layer must be run by the model's forward, got a layer that was not")
-        if logits.ndim != 2:
-            raise ValueError(f"model must give logits (N,classes), got {tuple(logits.shape)}")
         return found[-1], logits
 
 
