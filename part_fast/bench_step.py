@@ -208,7 +208,9 @@ class Arena:
 
     @property
     def _layer(self) -> nn.Module:
-        return self.engine.budget.target_layer
+        layer = self.engine.budget.target_layer
+        assert layer is not None  # a method of ours has one
+        return layer
 
 
 def configuration(model: str, batch: int, **changed: Any) -> TrainConfig:

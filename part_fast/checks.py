@@ -157,8 +157,8 @@ def labels(name: str, value: Any, x: Tensor, classes: int | None = None) -> Tens
 def logits(value: Any, x: Tensor) -> Tensor:
     """What `model` gave for the images x: logits (N,classes), floating."""
     if not isinstance(value, Tensor):
-        got = f"a dict with keys {', '.join(map(str, value))}" if isinstance(value, dict) else f"a {_kind(value)}"
-        takes = f"logits ({x.shape[0]}, classes) as one Tensor"
+        takes = f"logits ({x.shape[0]}, classes), a Tensor"
+        got = type(value).__name__
         raise TypeError(f"model must give {takes}, got {got}: wrap it in a module that returns the logits alone")
     if value.ndim != 2 or value.shape[0] != x.shape[0]:
         raise ValueError(f"model must give logits ({x.shape[0]}, classes), got {tuple(value.shape)}")

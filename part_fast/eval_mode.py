@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 
 @contextlib.contextmanager
@@ -66,6 +67,19 @@ def _roots(model: Any) -> list[nn.Module]:
     if inspect.ismethod(model):
         return _roots(model.__self__)
     return _roots(model.__wrapped__) if inspect.isfunction(model) and hasattr(model, "__wrapped__") else []
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What a wrapper runs that gives the same numbers without it: of torch.compile, DataParallel,
+    DistributedDataParallel or AveragedModel. A wrapper that has hooks of its own stays."""
+    while not (model._forward_hooks or model._forward_pre_hooks):
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+            model = compiled
+        else:
+            break
+    return model
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
