@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from part_fast import checks
 from part_fast.attack_model import AttackModel
 from part_fast.attack_model.graph import surroundings
-from part_fast.eval_mode import eval_mode, uncached_autocast
+from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
 from part_fast.ops.pgd_step import pgd_step_
 
@@ -71,7 +71,7 @@ def pgd(
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
     with eval_mode(model), torch.no_grad(), uncached_autocast():
-        return model(x)
+        return checks.logits(model(x), x)
 
 
 def mma(
@@ -103,7 +103,7 @@ def mma(
         if x.shape[0] == 0:
             return _start(x, eps, start, (0.0, 1.0))
         logits = clean_logits(model, x)
-        checks.labels("y", y, x, _classes(logits, x))
+        checks.labels("y", y, x, logits.shape[1])
         k = min(k, logits.shape[1] - 1)
         if k == 0:
             raise ValueError("model must give at least 2 classes for a minimum-margin attack, got 1")
@@ -145,10 +145,10 @@ def ascend(
         with eval_mode(model), torch.enable_grad():
             for step in range(steps):
                 leaf = x_adv.detach().requires_grad_()
-                logits = model(leaf)
+                logits = checks.logits(model(leaf), x)
                 if step == 0 and not _capturing(x):
-                    checks.labels("y", y, x, _classes(logits, x))
-                (grad,) = torch.autograd.grad(loss(logits, y, *others).sum(), leaf, allow_unused=True)
+                    checks.labels("y", y, x, logits.shape[1])
+                grad = input_gradient(loss(logits, y, *others).sum(), leaf)
                 if grad is None:
                     raise ValueError(
                         "model must lead from its input to the loss, got a loss that does not depend on x_adv"
@@ -322,9 +322,3 @@ def plain(value: Tensor) -> Tensor:
 
 def _usable(grad: Tensor) -> bool:
     return grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)
-
-
-def _classes(logits: Tensor, x: Tensor) -> int:
-    if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
-        raise ValueError(f"model must give logits ({x.shape[0]}, classes), got {tuple(logits.shape)}")
-    return logits.shape[1]

@@ -32,7 +32,7 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float = 8 / 255, see
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(model), torch.inference_mode(False):
         with torch.no_grad():
-            classes = model(x[:1].clone()).shape[1]
+            classes = checks.logits(model(x[:1].clone()), x[:1]).shape[1]
         checks.labels("y", y, x, classes)
         attack = AutoAttack(model, eps=eps, seed=seed, device=x.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)

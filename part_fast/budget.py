@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from part_fast import checks
 from part_fast.attack_model import AttackModel
 from part_fast.controls import check_control, control_map
-from part_fast.eval_mode import eval_mode, uncached_autocast
+from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast, unwrapped
 from part_fast.external_cam import Explain, check_method, external_cam
 from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
@@ -114,7 +114,7 @@ class CamBudget:
         if x.shape[0] == 0:  # layers disagree on empty batches
             return x.new_empty(0, 1, 1, dtype=torch.float32), x.new_empty(0, 0)
         devices = [x.device] if x.device.type == "cuda" else []
-        model = _unwrapped(self.model)
+        model = unwrapped(self.model)
         turn = _turns.setdefault(model, threading.RLock())
         with turn, torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(model):
             x = x.clone() if x.is_inference() else x.detach()
@@ -124,9 +124,7 @@ class CamBudget:
             target = _target(target, logits, x)
             with torch.enable_grad():
                 score = logits.gather(1, target[:, None].clone()).sum()
-            gradient = None
-            if score.requires_grad:
-                (gradient,) = torch.autograd.grad(score, activation, allow_unused=True)
+            gradient = input_gradient(score, activation)
         if gradient is None:
             raise ValueError(
                 "target_layer must lead to the logits, got a layer whose output they do not depend on, or only through "
@@ -141,7 +139,7 @@ class CamBudget:
     ) -> tuple[Tensor, Tensor]:
         """The maps of a method of others, and the logits."""
         with torch.no_grad(), uncached_autocast():
-            logits = _checked_logits(model(x))
+            logits = checks.logits(model(x), x)
         target = _target(target, logits, x).clone()
         layer = self.target_layer
         if isinstance(method, type) and isinstance(model, AttackModel):
@@ -179,18 +177,7 @@ class CamBudget:
             handle.remove()
         if not found:
             raise ValueError("target_layer must be run by the model's forward, got a layer that was not")
-        return found[-1], _checked_logits(logits)
-
-
-def _checked_logits(logits: object) -> Tensor:
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"model must give logits (N,classes), a Tensor, got {type(logits).__name__}: wrap it in a module that "
-            f"returns the logits alone"
-        )
-    if logits.ndim != 2:
-        raise ValueError(f"model must give logits (N,classes), got {tuple(logits.shape)}")
-    return logits
+        return found[-1], checks.logits(logits, x)
 
 
 def _target(target: Tensor | None, logits: Tensor, x: Tensor) -> Tensor:
@@ -225,26 +212,15 @@ def _channels_are_last(output: Tensor, x: Tensor, model: nn.Module) -> bool:
     return False
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """What DataParallel, DistributedDataParallel and torch.compile wrap, whose hooks and names are the user's own."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
-
-
 def _copied(model: nn.Module) -> nn.Module:
     """The user's own network: an AttackModel's source, without wrappers."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     return _copied(model.source) if isinstance(model, AttackModel) else model
 
 
 def _run(model: nn.Module) -> nn.Module:
     """What a forward of `model` runs, under the same names: an AttackModel's copy, without wrappers."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     return _run(model.module) if isinstance(model, AttackModel) else model
 
 
@@ -262,10 +238,10 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
     if name is None:
         assert isinstance(target_layer, nn.Module)
         return target_layer
-    fast, folded = _unwrapped(model), dict[str, str]()
+    fast, folded = unwrapped(model), dict[str, str]()
     while isinstance(fast, AttackModel):
         folded |= dict(fast._pairs)
-        fast = _unwrapped(fast.source)
+        fast = unwrapped(fast.source)
     if name in folded:
         raise ValueError(
             f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "

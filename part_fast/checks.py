@@ -167,6 +167,19 @@ def labels(name: str, value: Any, x: Tensor, classes: int | None = None) -> Tens
     return value
 
 
+def logits(value: Any, x: Tensor) -> Tensor:
+    """What `model` gave for the images x: logits (N,classes), floating."""
+    if not isinstance(value, Tensor):
+        takes = f"logits ({x.shape[0]}, classes), a Tensor"
+        got = type(value).__name__
+        raise TypeError(f"model must give {takes}, got {got}: wrap it in a module that returns the logits alone")
+    if value.ndim != 2 or value.shape[0] != x.shape[0]:
+        raise ValueError(f"model must give logits ({x.shape[0]}, classes), got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"model must give floating logits, got {value.dtype}")
+    return value
+
+
 def _readable(value: Tensor) -> bool:
     if value.numel() == 0 or torch.compiler.is_compiling():
         return False

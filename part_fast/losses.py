@@ -54,7 +54,8 @@ def trades_loss(
     loss = attacks.objective("kl", clean)
     x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, *loss)
     _begin(model, optimizer)
-    return trades_objective(model(x_natural), model(x_adv), y, beta)
+    logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
+    return trades_objective(logits, logits_adv, y, beta)
 
 
 def trades_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
@@ -95,7 +96,8 @@ def mart_loss(
     loss = attacks.objective("ce")
     x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, *loss)
     _begin(model, optimizer)
-    return mart_objective(model(x_natural), model(x_adv), y, beta)
+    logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
+    return mart_objective(logits, logits_adv, y, beta)
 
 
 def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
