@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import checks
+from part_fast.checks import Clip
 from part_fast.controls import check_control, control_map
 from part_fast.eval_mode import eval_mode, uncached_autocast
 from part_fast.external_cam import Explain, external_cam
@@ -29,6 +30,7 @@ class CamBudget:
         default: the module called `layer4`, else `block3`, under any prefix.
     control: "none", "permuted", "random", "inverted" or "uniform": what is done to the map afterwards, to tell
         whether the CAM matters; see `part_fast.controls`. "permuted" and "random" draw from torch's generators.
+    clip: (low, high), what a pixel may be, as in `pgd`.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
     before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
@@ -51,6 +53,7 @@ class CamBudget:
         rule: str = "zscore",
         target_layer: nn.Module | str | None = None,
         control: str = "none",
+        clip: Clip = (0.0, 1.0),
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -59,6 +62,8 @@ class CamBudget:
             raise ValueError(f"method must be one of {known}, got {method!r}")
         self.eps, self.eps_low = eps_pair(eps, eps_low)
         self.channels = parse_rule(rule, 1, 1, soft=True)[2]
+        self.clip = clip
+        checks.image_units("eps", self.eps, clip, stacklevel=2)
         self.model = model
         self.method = method
         self.rule = rule
@@ -66,7 +71,7 @@ class CamBudget:
         self.target_layer = _find_layer(model, target_layer)
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        """Eps map (N,M,H,W) of the images x (N,C,H,W) in [0,1].
+        """Eps map (N,M,H,W) of the images x (N,C,H,W) within clip.
 
         target: class indices (N,) to explain; default: the model's prediction.
         """
@@ -88,7 +93,7 @@ class CamBudget:
 
     def evidence(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""
-        checks.values("x", checks.images("x", x), 0, 1)
+        x = checks.pixels("x", x, self.clip)
         if target is not None:
             checks.labels("target", target, x)
         if x.shape[0] == 0:  # layers disagree on empty batches

@@ -131,6 +131,7 @@ class TrainConfig:
         if self.refresh_epochs and self.mask_rule == "soft":
             raise ValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
         eps_pair(self.eps, self.eps_low)
+        checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "accumulate"):
