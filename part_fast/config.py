@@ -134,6 +134,7 @@ class TrainConfig:
             eps_pair(self.eps, self.eps_low)
         for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
             checks.number(name, getattr(self, name), 0)
+        checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "accumulate"):
