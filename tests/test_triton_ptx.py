@@ -152,17 +152,19 @@ def with_exchanges(text: str, stores: list[str]) -> str:
         return text
     text = re.sub(r"^\{$", "{\n.reg .b32 %old32;\n.reg .b64 %old64;", text, count=1, flags=re.MULTILINE)
     for store in dict.fromkeys(stores):
+        # An offset of 0 is left out in some versions, and what ptx_cpu names has single spaces.
         predicate, bits, base, offset, values = re.fullmatch(
-            r"(@!?%\w+ )?st\.shared(?:::cta)?(?:\.v\d)?\.b(\d+) \[ ?(%\w+) ?\+ ?(\d+) ?\], \{?([^{}]*)\}?", store
+            r"(@!?%\w+ )?st\.shared(?:::cta)?(?:\.v\d)?\.b(\d+) \[ ?(%\w+) ?(?:\+ ?(\d+) ?)?\], \{?([^{}]*)\}?", store
         ).groups()
         exchange = f"{predicate or ''}atom.shared.exch.b{bits} %old{bits}"
         step = int(bits) // 8
         parts = [
-            f"{exchange}, [{base}+{int(offset) + i * step}], {value.strip()};"
+            f"{exchange}, [{base}+{int(offset or 0) + i * step}], {value.strip()};"
             for i, value in enumerate(values.split(","))
         ]
-        assert f"{store};" in text
-        text = text.replace(f"{store};", "\n".join(parts))
+        as_written = r"\s+".join(map(re.escape, f"{store};".split()))
+        text, count = re.subn(as_written, "\n".join(parts), text)
+        assert count, store
     return text
 
 
