@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 MAKES_FROM_HOST = (torch.tensor, torch.as_tensor, torch.asarray)
+INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_)
 READS_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -70,11 +71,11 @@ class GpuTensor(Tensor):
         numbers = torch.Tag.pointwise in func.tags and func.overloadpacket is not torch.ops.aten.where
         if on_host and not (numbers and all(t.ndim == 0 for t in on_host)):
             gpu.copies(f"{func} copies {tuple(on_host[0].shape)} from the host")
-        if set(func.tags) & set(READS_VALUES):
-            gpu.copies(f"{func} reads values")
-        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+        if func.overloadpacket in INDEXING:
             if any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
                 gpu.copies(f"{func} by a mask counts it")
+        elif set(func.tags) & set(READS_VALUES):
+            gpu.copies(f"{func} reads values")
         inner_args, inner_kwargs = tree_map_only(GpuTensor, lambda t: t.inner, (args, kwargs))
         result = gpu.launch(func, inner_args, inner_kwargs, index)
         wrapped = tree_map_only(Tensor, lambda t: GpuTensor(gpu, t, index), result)
@@ -267,5 +268,10 @@ def gpu(monkeypatch):
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    with gpu, Formulas(gpu):
-        yield gpu
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # `module.to` would leave `inner` as it was
+    try:
+        with gpu, Formulas(gpu):
+            yield gpu
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
