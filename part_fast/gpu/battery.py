@@ -15,6 +15,7 @@ import dataclasses
 import glob
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,8 @@ from typing import Any
 
 from part_fast.gpu import page
 from part_fast.gpu.checkout import ROOT
-from part_fast.gpu.record import RESULTS, append
+from part_fast.gpu.record import CASES_FAILED, RESULTS, append
+from part_fast.report import replacing
 
 LOG, LOG_CHARACTERS = "log.txt", 200_000  # of each process
 SANITIZERS = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer")
@@ -69,7 +71,7 @@ class Process:
 class Part:
     """Processes that run side by side. processes: of the settings; or, in words, why there are none.
 
-    files: what it writes beside rows.
+    files: what it writes beside rows. asked: whether it runs only where it is asked for.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Part:
     title: str
     processes: Callable[[Settings], list[Process] | str]
     files: tuple[str, ...] = ()
+    asked: bool = False
 
 
 def _module(settings: Settings, name: str, *arguments: str, **environment: str) -> Process:
@@ -90,7 +93,7 @@ def _ops(settings: Settings) -> list[Process]:
     """cuda by one process, all its cases; a thinned selection by the others, Triton, which compiles, by many."""
     kinds = "step,backward,cam,upsample,soft,mask,stream,graph"
     if settings.device == "cpu":
-        return [_module(settings, "ops", "--backends", "cpp,reference", "--thin", "101")]
+        return [_module(settings, "ops", "--backends", "cpp,reference", "--kinds", f"{kinds},big", "--thin", "101")]
     shards = max(1, settings.cores - 4)
     found = [_module(settings, "ops", "--backends", "cuda", "--kinds", kinds)]
     found.append(_module(settings, "ops", "--backends", "reference", "--kinds", kinds, "--thin", "11"))
@@ -137,14 +140,14 @@ def _sanitize(settings: Settings) -> list[Process] | str:
 def find_sanitizer() -> str | None:
     """compute-sanitizer, if it is on PATH or in a folder where CUDA puts it."""
     home = os.environ.get("CUDA_HOME")
-    places = [pattern for pattern in ([f"{home}/bin/compute-sanitizer"] if home else []) + list(SANITIZERS)]
+    places = (*([f"{home}/bin/compute-sanitizer"] if home else []), *SANITIZERS)
     found = [path for pattern in places for path in sorted(glob.glob(pattern), reverse=True)]
     return shutil.which("compute-sanitizer") or (found[0] if found else None)
 
 
 def _host(settings: Settings) -> list[Process]:
     backends = "cpp" if settings.device == "cpu" else "cuda,triton"
-    return [_module(settings, "ops", "--backends", backends, "--kinds", "host")]
+    return [_module(settings, "ops", "--backends", backends, "--kinds", "host", "--part", "host")]
 
 
 def _poster(settings: Settings) -> list[Process] | str:
@@ -185,50 +188,52 @@ GROUPS: tuple[tuple[Part, ...], ...] = (
         ),
     ),
     (Part("train", 60, "a short training, killed and resumed", lambda s: [_module(s, "training")]),),
-    (Part("poster", 540, "rows of the published table", _poster),),
+    (Part("poster", 540, "rows of the published table", _poster, asked=True),),
 )
-PARTS = {part.name: part for group in GROUPS for part in group}
-DEFAULT = tuple(name for name in PARTS if name != "poster")
+PARTS = tuple(part.name for group in GROUPS for part in group)
 
 
 def run(settings: Settings, only: Sequence[str] = (), groups: Sequence[Sequence[Part]] = GROUPS) -> int:
-    """Run the parts named, by default all but the poster; the exit code: whether anything failed.
+    """Run the parts named and `environment`, by default all but the poster; the exit code: whether anything failed.
 
-    Errors: ValueError for unknown parts, minutes <= 0, and where the folder holds results of another card or torch.
+    Errors: ValueError for unknown parts, minutes <= 0, and where the folder holds results of another machine.
     """
-    known = {part.name for group in groups for part in group}
-    unknown = [name for name in only if name not in known]
+    parts = {part.name: part for group in groups for part in group}
+    unknown = [name for name in only if name not in parts]
     if unknown:
-        raise ValueError(f"only must name parts among {', '.join(known)}, got {', '.join(unknown)}")
+        raise ValueError(f"only must name parts among {', '.join(parts)}, got {', '.join(unknown)}")
     if not settings.minutes > 0:
         raise ValueError(f"minutes must be > 0, got {settings.minutes}")
-    asked = {*only, "environment"} if only else known & {*DEFAULT, *(known - set(PARTS))}
+    _same_machine(settings)
     end = time.time() + 60 * settings.minutes - RESERVE
     settings.out.mkdir(parents=True, exist_ok=True)
-    machine = page.environment(page.read(settings.out))
-    todo = [chosen for group in groups if (chosen := [part for part in group if part.name in asked])]
+    names = {*only, "environment"} if only else {part.name for part in parts.values() if not part.asked}
+    todo = [chosen for group in groups if (chosen := [part for part in group if part.name in names])]
     for i, group in enumerate(todo):
         weights = [max(part.weight for part in each) for each in todo[i:]]
-        limit = (end - time.time()) * weights[0] / sum(weights)
-        run_group(settings, group, limit)
-        if group[0].name == "environment":
-            _same_machine(machine, page.environment(page.read(settings.out)), settings.out)
-    rows = page.read(settings.out)
-    report = page.report(settings.out, {name: part.title for name, part in PARTS.items()})
-    with (settings.out / "report.md").open("w") as file:
-        file.write(report)
-    print(report)
-    print(f"written: {', '.join(sorted(str(path) for path in settings.out.iterdir() if path.is_file()))}")
-    return int(any(row["kind"] == "failed" and row["part"] in asked for row in rows))
+        run_group(settings, group, (end - time.time()) * weights[0] / sum(weights))
+    sections = page.sections(settings.out, {name: part.title for name, part in parts.items()})
+    with replacing(settings.out / "report.md") as temporary:
+        temporary.write_text("\n\n".join(sections.values()) + "\n")
+    # On a screen the last is what one sees.
+    print("\n\n".join(sections[name] for name in page.PRINTED if name in sections))
+    print(f"\nwritten: {', '.join(sorted(str(path) for path in settings.out.iterdir() if path.is_file()))}")
+    return int(any(row["kind"] == "failed" and row["part"] in names for row in page.read(settings.out)))
 
 
-def _same_machine(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, out: Path) -> None:
-    if before is None or now is None:
+def _same_machine(settings: Settings) -> None:
+    """Errors: ValueError where the folder holds results of another card or other versions."""
+    import torch
+
+    before = page.environment(page.read(settings.out))
+    if before is None:
         return
-    different = [key for key in ("card", "torch", "cuda", "python") if before.get(key) != now.get(key)]
+    card = page.NO_CARD if settings.device == "cpu" else torch.cuda.get_device_name(settings.device)
+    now = {"card": card, "torch": torch.__version__, "python": platform.python_version()}
+    different = [key for key in now if before[key] != now[key]]
     if different:
-        pairs = "; ".join(f"{key} {before.get(key)} there, {now.get(key)} here" for key in different)
-        raise ValueError(f"out must be a folder without results of another machine, got {out}: {pairs}")
+        pairs = "; ".join(f"{key} {before[key]} there, {now[key]} here" for key in different)
+        raise ValueError(f"out must be a folder without results of another machine, got {settings.out}: {pairs}")
 
 
 def run_group(settings: Settings, parts: Sequence[Part], limit: float) -> None:
@@ -251,12 +256,12 @@ def run_group(settings: Settings, parts: Sequence[Part], limit: float) -> None:
                     started.append((part, process, _start(process, log, begin, limit, threads), log))
         print(f"[{', '.join(sorted(names))}] {len(started)} processes, at most {max(0.0, limit):.0f} s", flush=True)
         try:
-            _wait(settings.out, started, begin, limit)
+            seconds = _wait(settings.out, started, begin, limit)
         finally:
             for _, _, handle, _ in started:
                 _kill(handle)
-    for part in parts:
-        append(settings.out, {"part": part.name, "kind": "part", "name": part.name, "seconds": time.time() - begin})
+    for name, taken in seconds.items():
+        append(settings.out, {"part": name, "kind": "part", "name": name, "seconds": round(taken, 3)})
 
 
 def _start(process: Process, log: Path, begin: float, limit: float, threads: int) -> subprocess.Popen[bytes]:
@@ -287,58 +292,55 @@ def _start(process: Process, log: Path, begin: float, limit: float, threads: int
 
 def _wait(
     out: Path, started: Sequence[tuple[Part, Process, subprocess.Popen[bytes], Path]], begin: float, limit: float
-) -> None:
-    """Until all have ended or time is up; what each printed goes to the log, how it ended to the results."""
-    running = list(started)
+) -> dict[str, float]:
+    """Until all have ended or time is up; what each printed goes to the log, how it ended to the results.
+
+    Returns: seconds of each part.
+    """
+    running, taken = list(started), {}
     while running:
         late = time.time() - begin > limit
         for each in list(running):
             part, process, handle, log = each
-            if late:
-                _kill(handle)
-            elif handle.poll() is None:
+            if handle.poll() is None and not late:
                 continue
+            code = handle.poll()
+            _kill(handle)
             running.remove(each)
-            text = log.read_text(errors="replace")
-            seconds = time.time() - begin
-            row = _outcome(out, part, process, None if late else handle.returncode, seconds, text)
+            text, seconds = log.read_text(errors="replace"), time.time() - begin
+            taken[part.name] = seconds
+            row = _outcome(part, process, code, seconds, text)
             if row is not None:
                 append(out, row)
-            said = "killed" if late else f"exit code {handle.returncode}"
+            said = "killed" if code is None else f"exit code {code}"
             print(f"  {process.name}: {said}, {seconds:.1f} s", flush=True)
             with (out / LOG).open("a") as file:
-                file.write(
-                    f"\n######## {part.name}: {process.name} ({said}, {seconds:.1f} s)\n{text[-LOG_CHARACTERS:]}"
-                )
+                file.write(f"\n######## {part.name}: {process.name} ({said}, {seconds:.1f} s)\n")
+                file.write(text[-LOG_CHARACTERS:])
         time.sleep(0.02)
+    return taken
 
 
-def _outcome(
-    out: Path, part: Part, process: Process, code: int | None, seconds: float, text: str
-) -> dict[str, Any] | None:
+def _outcome(part: Part, process: Process, code: int | None, seconds: float, text: str) -> dict[str, Any] | None:
     """The row that a process's end is worth; None where its own rows say it all. code: None for a killed one."""
     row: dict[str, Any] = {"part": part.name, "kind": "failed", "name": process.name, "seconds": round(seconds, 3)}
-    if code is None:
-        return {**row, "error": f"killed at its limit, after {seconds:.0f} s"}
     if process.judged and code == 0:
         return {**row, "kind": "ok"}
-    if code == 0:
+    if code == 0 or (code == CASES_FAILED and not process.judged):
         return None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if process.judged and code == SANITIZER_FOUND:
-        found = [line.strip("= ") for line in lines if line.startswith("=========")]
+    error = f"ended with exit code {code}: {lines[-1] if lines else 'it printed nothing'}"
+    if code is None:
+        error = (
+            f"killed at its limit, after {seconds:.0f} s; the last that it printed: {lines[-1] if lines else 'nothing'}"
+        )
+    elif code < 0:
+        error = f"ended with {signal.Signals(-code).name}: {lines[-1] if lines else 'it printed nothing'}"
+    elif process.judged and code == SANITIZER_FOUND:
+        found = [said for line in lines if line.startswith("=========") and (said := line.strip("= "))]
         summary = [line for line in found if "SUMMARY" in line]
-        said = "; ".join([*summary[-1:], *[line for line in found if line and line not in summary][1:3]])
-        return {**row, "error": f"compute-sanitizer: {said}"[:400], "trace": text[-3000:]}
-    # A process whose cases failed has said so itself, and ends with 1.
-    if (
-        not process.judged
-        and code == 1
-        and any(r["kind"] == "failed" and r["part"] == part.name for r in page.read(out))
-    ):
-        return None
-    ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return {**row, "error": f"ended with {ended}: {lines[-1] if lines else 'no output'}"[:400], "trace": text[-3000:]}
+        error = "; ".join([*summary[-1:], *[line for line in found if line not in summary][1:4]])
+    return {**row, "error": error[:400], "trace": text[-3000:]}
 
 
 def _kill(handle: subprocess.Popen[bytes]) -> None:

@@ -14,6 +14,9 @@ from part_fast.gpu.record import RESULTS
 
 Row = dict[str, Any]
 FAILURES = 40  # shown; all are in results.jsonl
+PROFILED = "kernels of "
+NO_CARD = "no GPU"
+PRINTED = ("heading", "ops", "settings", "goals", "kernels", "skipped", "parts", "failures")
 
 
 def read(out: Path) -> list[Row]:
@@ -34,28 +37,30 @@ def environment(rows: Iterable[Row]) -> Row | None:
     return next((row for row in rows if row["part"] == "environment" and row["kind"] == "value"), None)
 
 
-def report(out: Path, titles: Mapping[str, str]) -> str:
-    """The page, in Markdown. titles: what each part is, by name, in the order of the table."""
+def sections(out: Path, titles: Mapping[str, str]) -> dict[str, str]:
+    """The page's sections in Markdown, by name, in its order. titles: what each part is, in the order of the table."""
     rows = read(out)
-    sections = [
-        _heading(rows),
-        _parts(rows, titles),
-        _failures(rows),
-        _skipped(rows),
-        _ops(_csv(out / "ops.csv")),
-        _settings(_csv(out / "settings.csv")),
-        _goals(_csv(out / "step_ratios.csv")),
-        _profile(_csv(out / "step_profile.csv")),
-        _values(rows),
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    found = {
+        "heading": _heading(rows),
+        "parts": _parts(rows, titles),
+        "failures": _failures(rows),
+        "skipped": _skipped(rows),
+        "ops": _ops(_csv(out / "ops.csv")),
+        "settings": _settings(_csv(out / "settings.csv")),
+        "goals": _goals(_csv(out / "step_ratios.csv")),
+        "kernels": _kernels(rows),
+        "profile": _profile(_csv(out / "step_profile.csv")),
+        "values": _values(rows),
+    }
+    return {name: text for name, text in found.items() if text}
 
 
 def _heading(rows: Sequence[Row]) -> str:
     found = environment(rows)
     if found is None:
         return "# part_fast on a GPU\n\nThe machine was not described: the part `environment` failed."
-    lines = [f"# part_fast on {found['card']}", ""]
+    title = "# part_fast: a dry run on a CPU" if found["card"] == NO_CARD else f"# part_fast on {found['card']}"
+    lines = [title, ""]
     versions = f"part_fast {found['part_fast']}, commit {found['commit'] or 'unknown'}"
     lines.append(
         f"{found['date']}. {versions}, torch {found['torch']}, CUDA {found['cuda']}, Triton {found['triton']}, "
@@ -63,9 +68,9 @@ def _heading(rows: Sequence[Row]) -> str:
     )
     if "capability" in found:
         lines.append(
-            f"Capability {found['capability']}, {found['multiprocessors']} multiprocessors, {found['memory_gb']:.1f} GB, "
-            f"L2 {found['l2_mb']:.0f} MB, cuDNN {found['cudnn']}; driver, power limit, clocks: "
-            f"{found['driver_power_clocks']}. TF32: {found['tf32']}."
+            f"Capability {found['capability']}, {found['multiprocessors']} multiprocessors, "
+            f"{found['memory_gb']:.1f} GB, L2 {found['l2_mb']:.0f} MB, cuDNN {found['cudnn']}; "
+            f"driver, power limit, clocks: {found['driver_power_clocks']}. TF32: {found['tf32']}."
         )
     live = "; ".join(f"{device}: {', '.join(names)}" for device, names in found["backends"].items())
     lines.append(f"Backends live, {live}.")
@@ -174,6 +179,17 @@ def _goals(rows: Sequence[Row]) -> str:
     return f"## Against the published steps\n\n{_table(header, cells)}"
 
 
+def _kernels(rows: Sequence[Row]) -> str:
+    """Milliseconds of each kind of kernel, a column for each profiled step."""
+    steps = [row for row in rows if row["kind"] == "value" and row["name"].startswith(PROFILED)]
+    if not steps:
+        return ""
+    kinds = dict.fromkeys(key for row in steps for key in row if key not in ("part", "kind", "name"))
+    cells = [(kind.replace("_", " "), *(_number(row.get(kind, "")) for row in steps)) for kind in kinds]
+    titles = (row["name"].removeprefix(PROFILED) for row in steps)
+    return f"## Kernels of one step, by kind\n\n{_table(('', *titles), cells)}"
+
+
 def _profile(rows: Sequence[Row]) -> str:
     sections = []
     for (model, batch), group in itertools.groupby(rows, lambda row: (row["model"], row["batch"])):
@@ -191,6 +207,7 @@ def _profile(rows: Sequence[Row]) -> str:
 def _values(rows: Sequence[Row]) -> str:
     """All other numbers: a table per part and set of columns."""
     values = [row for row in rows if row["kind"] == "value" and row["part"] not in ("environment", "bench")]
+    values = [row for row in values if not row["name"].startswith(PROFILED)]
     sections = []
     for part, group in itertools.groupby(sorted(values, key=lambda row: row["part"]), lambda row: row["part"]):
         tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
