@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 import part_fast
+from part_fast.gpu.page import NO_CARD
 from part_fast.gpu.record import Recorder, parser
 
 ROOT = Path(part_fast.__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def _card(device: torch.device) -> dict[str, Any]:
     """What identifies the machine a number was measured on."""
     record: dict[str, Any] = {"cores": os.cpu_count(), "triton": _version("triton"), "numpy": _version("numpy")}
     if device.type != "cuda":
-        return {**record, "card": f"none ({platform.machine()} CPU)"}
+        return {**record, "card": NO_CARD}
     properties = torch.cuda.get_device_properties(device)
     command = [
         "nvidia-smi",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 RESULTS = "results.jsonl"
+CASES_FAILED = 3  # the exit code of a process whose cases failed and said so; Python's own for a crash is 1
 EPS, EPS_LOW, ALPHA = 8 / 255, 7 / 255, 2 / 255
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the flags that every process of the battery gets."""
     result = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     result.add_argument("--out", type=Path, required=True, help="the folder of results.jsonl")
+    result.add_argument("--part", help="the part that its rows are of")
     result.add_argument("--device", default="cuda", help="cuda or cpu")
     result.add_argument("--until", type=float, default=math.inf, help="Unix time after which no case begins")
     result.add_argument("--dry-run", action="store_true", help="everything tiny, on a CPU")
@@ -61,7 +63,8 @@ class Recorder:
     """
 
     def __init__(self, part: str, arguments: argparse.Namespace) -> None:
-        self.part, self.out, self.until = part, arguments.out, arguments.until
+        self.part: str = arguments.part or part
+        self.out, self.until = arguments.out, arguments.until
         self.device = torch.device(arguments.device)
         self.dry: bool = arguments.dry_run
         self.failures = 0
@@ -109,7 +112,7 @@ class Recorder:
                 synchronize(self.device)
             except RuntimeError as lost:
                 self.line("failed", f"everything after {name}", error=f"the device is lost: {one_line(lost)}")
-                sys.exit(1)
+                sys.exit(CASES_FAILED)
             return None
         self.line("ok", name, seconds=round(time.perf_counter() - begin, 4))
         if not quiet:
@@ -126,7 +129,7 @@ class Recorder:
     @property
     def code(self) -> int:
         """The exit code of the process."""
-        return 1 if self.failures else 0
+        return CASES_FAILED if self.failures else 0
 
 
 def synchronize(device: torch.device) -> None:

@@ -30,6 +30,7 @@ from part_fast.attacks import cross_entropy
 from part_fast.bench_step import Arena
 from part_fast.data import draw_augmentation
 from part_fast.engine import Engine
+from part_fast.gpu.page import PROFILED
 from part_fast.gpu.record import ALPHA, EPS, Recorder, parser, synchronize, timed
 from part_fast.ops.pgd_step import pgd_step_
 
@@ -298,7 +299,7 @@ class Network:
         for microseconds, _, name in found:
             kind = kernel_kind(name)
             kinds[kind] = kinds.get(kind, 0.0) + microseconds / 1e3
-        title = f"kernels of {self.model}, batch {self.batch}, AT bf16 eager{', compiled' if changed else ''}"
+        title = f"{PROFILED}{self.model}, batch {self.batch}, AT bf16 eager{', compiled' if changed else ''}"
         total, launches = sum(kinds.values()), sum(count for _, count, _ in found)
         self.recorder.value(
             title, launches=launches, total_ms=total, **{f"{kind}_ms": ms for kind, ms in kinds.items()}
