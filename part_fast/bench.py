@@ -602,7 +602,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each provider of the case, `copy` first; by default of all that the device has.
 
-    Columns: op, shape, dtype, threads (of a CPU, those that torch has now; None elsewhere), provider, timing, median_us,
+    Columns: op, shape, dtype, threads (of a CPU; None elsewhere), provider, timing, median_us,
     p20_us, p80_us, gb_per_s, percent_of_copy, peak_bytes (None where it is not known), bytes, rounds, calls (timed
     together in a round).
     Errors: MismatchError where a provider's result is wrong; nothing is timed then.
