@@ -82,11 +82,11 @@ PF_HD void in_order(float* values, int64_t count) {
   }
 }
 
-// Asks for what the next rows hold at this place: each row begins in a page that the hardware does not read ahead into.
-// Behind the last rows lies anything; asking for it does no harm.
-template <int rows, typename T>
-PF_HD void prefetch_next(const T* from, int64_t channels) {
-  if constexpr (rows == ROWS) __builtin_prefetch(from + rows * channels);
+// Asks for what lies `values` further on, for rows that are read a few at a time: the hardware reads on in a row, but
+// not from a row to the one after the next. Behind the last row lies anything; asking for it does no harm.
+template <typename T>
+PF_HD void prefetch(const T* from, int64_t values) {
+  __builtin_prefetch(from + values);
 }
 
 // The sum of each of LANES vectors.
@@ -151,6 +151,7 @@ PF_HD void weights_of(const T* activation, const T* gradient, int64_t places, C 
       Values a = {}, g;
       if constexpr (method == XGRADCAM) get(activation + i * places + p, a);
       get(gradient + i * places + p, g);
+      prefetch(gradient + i * places + p, channels * places);
       if constexpr (std::is_same_v<Values, C[1]>) {
         add_to_weight<method, C>(a[0], g[0], last_above[i], last_below[i]);
       } else {
@@ -177,7 +178,11 @@ PF_HD void add_channels(const T* activation, const T* gradient, int64_t places, 
     typename decltype(type)::type sums = {}, a, g = {};
     for (int i = 0; i < channels; ++i) {
       get(activation + i * places + p, a);
-      if constexpr (!has_weights(method)) get(gradient + i * places + p, g);
+      prefetch(activation + i * places + p, channels * places);
+      if constexpr (!has_weights(method)) {
+        get(gradient + i * places + p, g);
+        prefetch(gradient + i * places + p, channels * places);
+      }
       for (size_t j = 0; j < std::size(a); ++j) add_term<method>(a[j], g[j], weights[i], sums[j]);
     }
     add(sums, map + p);
@@ -192,10 +197,10 @@ PF_HD void add_to_weights(const T* activation, const T* gradient, int64_t channe
     for (int i = 0; i < rows; ++i) {
       if constexpr (method == XGRADCAM) {
         get(activation + i * channels + k, a);
-        prefetch_next<rows>(activation + i * channels + k, channels);
+        prefetch(activation + i * channels + k, rows * channels);
       }
       get(gradient + i * channels + k, g);
-      prefetch_next<rows>(gradient + i * channels + k, channels);
+      prefetch(gradient + i * channels + k, rows * channels);
       for (size_t j = 0; j < std::size(g); ++j) add_to_weight<method, C>(a[j], g[j], to_above[j], to_below[j]);
     }
     add(to_above, above + k);
@@ -214,10 +219,10 @@ PF_HD void map_rows(const T* activation, const T* gradient, int64_t channels, co
     if constexpr (has_weights(method)) get(weights + k, w);
     for (int i = 0; i < rows; ++i) {
       get(activation + i * channels + k, a);
-      prefetch_next<rows>(activation + i * channels + k, channels);
+      prefetch(activation + i * channels + k, rows * channels);
       if constexpr (!has_weights(method)) {
         get(gradient + i * channels + k, g);
-        prefetch_next<rows>(gradient + i * channels + k, channels);
+        prefetch(gradient + i * channels + k, rows * channels);
       }
       if constexpr (std::is_same_v<Values, C[1]>) {
         add_term<method>(a[0], g[0], w[0], last[i]);

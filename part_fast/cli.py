@@ -187,6 +187,8 @@ class Bench:
     """One or two cases of each op, or a small network; fewer rounds."""
     rounds: int | None = None
     """Rounds, each of which times everything once; default: 21 for ops, 7 for step, with --quick 7 and 3."""
+    threads: tuple[int, ...] = ()
+    """ops: of a CPU; each case is measured with each number; default: as many as torch has."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -205,7 +207,7 @@ class Bench:
             "rounds": self.rounds,
             "overwrite": self.overwrite,
         }
-        of_ops: dict[str, Any] = {"only": self.only}
+        of_ops: dict[str, Any] = {"only": self.only, "threads": self.threads}
         of_step: dict[str, Any] = {
             "models": self.models,
             "batch_size": self.batch_size,
