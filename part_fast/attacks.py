@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 
 import torch
@@ -156,7 +157,7 @@ def ascend(
         with eval_mode(model), torch.enable_grad():
             for step in range(steps):
                 leaf = x_adv.detach().requires_grad_()
-                logits = checks.logits(model(leaf), x)
+                logits = checks.logits(forward(leaf), x)
                 if step == 0 and not _capturing(x):
                     checks.labels("y", y, x, logits.shape[1], soft=True)
                 grad = input_gradient(loss(logits, y, *others).sum(), leaf)
@@ -168,9 +169,12 @@ def ascend(
                 with torch.no_grad():
                     pgd_step_(x_adv, grad, x, held, alpha, bounds)
 
+    forward = model
+    if isinstance(model, AttackModel):
+        model.refresh_if_changed()  # once an attack
+        forward = functools.partial(model, follow=False, kind=loss)
     rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
-        model.refresh_if_changed()
         model.graphs(_graph_key(model, x, eps, alpha, steps, loss, _clip_numbers(low, high)), run, x_adv, x, y, *rest)
     else:
         run(x_adv, x, y, *rest)

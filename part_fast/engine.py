@@ -99,6 +99,7 @@ class Engine:
             return
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.attack_model.tell()
         kind, decay = self.config.averaging
         if self.averaged is not None and kind == "ema":
             self._average(self.averaged, 1 - decay)
