@@ -131,11 +131,6 @@ class AttackModel(nn.Module):
         """How many BatchNorms are part of their convolution."""
         return len(self._pairs)
 
-    @property
-    def source(self) -> nn.Module:
-        """The model that this is a copy of."""
-        return self._source[0]
-
     @torch.no_grad()
     def refresh(self) -> AttackModel:
         """Take over the weights, statistics and plain attributes that the model has now; returns itself.
