@@ -7,6 +7,7 @@ its own, because Triton decides at import whether it interprets: `TRITON_INTERPR
 import dataclasses
 import functools
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -362,6 +363,28 @@ def assert_error(call: Callable[[], object], argument: str, error: type[Exceptio
     assert message.startswith(f"{argument} must ")
     assert got in message
     assert "\n" not in message
+
+
+def repeated_halfword_adds(ptx: str) -> list[tuple[str, str]]:
+    """(kernel, constant) where a kernel has two additions of one constant to pairs of 16-bit integers.
+
+    ptxas of CUDA 12.9 and 13.0 can turn the second of them into an addition of 0 on sm_90 (triton issue 11581), which
+    no run of the PTX shows.
+    """
+    found = []
+    for part in re.split(r"\.entry\s+", ptx)[1:]:
+        kernel = re.match(r"\w+", part)[0]  # type: ignore[index]
+        held = dict(re.findall(r"\bmov\.[bus]32\s+(%\w+),\s*(-?\d\w*);", part))
+        seen = set()
+        for operands in re.findall(r"\badd\.[us]16x2\s+%\w+,\s*([^;]+);", part):
+            for operand in operands.replace(" ", "").split(","):
+                constant = held.get(operand, operand)
+                if not constant.startswith("%"):
+                    value = int(constant, 0) % 2**32
+                    if value in seen:
+                        found.append((kernel, constant))
+                    seen.add(value)
+    return found
 
 
 def keys_matrix(size_in: int, size_out: int) -> np.ndarray:
