@@ -165,7 +165,7 @@ class _Convolve(torch.autograd.Function):
 def _check_version(conv: PackedConv2d, version: int) -> None:
     if conv.version != version:
         raise RuntimeError(
-            "the weights of a PackedConv2d have changed between its forward and its backward, which needs the old ones: "
+            "the weights of a PackedConv2d have changed between its forward and its backward: "
             "take gradients before the model's next update, or run the forward again"
         )
 
