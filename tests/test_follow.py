@@ -186,7 +186,8 @@ NEAR = {"fp32": 1e-4, "bf16": 0.03}
 
 def wanted(model, x):
     was = model.training
-    logits = model.eval()(x.to(next(model.parameters()).dtype)).detach()
+    with torch.no_grad():
+        logits = model.eval()(x.to(next(model.parameters()).dtype))
     model.train(was)
     return logits
 

@@ -35,8 +35,8 @@ class AttackModel(nn.Module):
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
 
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
-    follows a convolution folded into it (as torch.fx finds them): `folded` says how many, and a warning says why where
-    it could find nothing out. Submodules keep their names, so CamBudget finds the target layer in it too; a
+    follows a convolution folded into it (as torch.fx finds them): `folded` says how many, and a warning says why
+    where it is none. Submodules keep their names, so CamBudget finds the target layer in it too; a
     convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
     `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
     quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); gradients
