@@ -8,6 +8,7 @@ import inspect
 import itertools
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -178,7 +179,9 @@ def trace(model: nn.Module) -> Graph | None:
         if parameter.default is not parameter.empty
     }
     try:
-        graph = _Tracer().trace(model, optional)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of hooks and the like, that they see no tensors
+            graph = _Tracer().trace(model, optional)
         after = [dict(part.__dict__) for part in parts]
     finally:
         for part, attributes in zip(parts, before, strict=True):

@@ -258,10 +258,10 @@ class AttackModel(nn.Module):
             self.refresh_if_changed()
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
-        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad
+        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and n > 0
         if fast:
             run = self.__dict__["_fast"]
-            if self.batch_sizes is not None and n > 0 and (missing := self.batch_sizes(n, kind) - n):
+            if self.batch_sizes is not None and (missing := self.batch_sizes(n, kind) - n):
                 x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
         x = x.contiguous(memory_format=torch.channels_last)
         if self.precision == "fp32":
