@@ -147,6 +147,7 @@ class Twice(nn.Module):
         return self.bn2(self.again(self.bn2(self.again(out)))).mean((2, 3))
 
 
+@pytest.mark.filterwarnings("ignore:AttackModel folded none")
 @pytest.mark.parametrize("kind", [Untraceable, Twice])
 def test_what_cannot_be_folded_is_copied(kind):
     model, (x, y) = kind().eval(), batch()
@@ -187,6 +188,7 @@ class OtherwiseInTraining(nn.Module):
         return (seen if self.training else seen + out.relu()).mean((2, 3))
 
 
+@pytest.mark.filterwarnings("ignore:AttackModel folded none")
 @pytest.mark.parametrize(("kind", "folded"), [(Tied, 1), (OtherwiseInTraining, 0)])
 def test_only_what_is_used_once_is_folded(kind, folded):
     torch.manual_seed(0)

@@ -109,6 +109,38 @@ def test_a_second_derivative_is_an_error_and_not_zero():
         torch.autograd.grad(first.sum(), x)
 
 
+@pytest.mark.parametrize("way", ["alone", "with ReLU", "residual"])
+def test_a_backward_through_other_weights_is_an_error_as_in_torch(way):
+    packed, x = PackedConv2d(frozen(16, 16, 3, padding=1)), torch.randn(2, 16, 8, 8, requires_grad=True)
+    run = {
+        "alone": packed,
+        "with ReLU": packed.with_relu,
+        "residual": lambda x: residual(packed, PackedConv2d(frozen(16, 16, 3, padding=1)), x),
+    }[way]
+    expected = torch.autograd.grad(run(x).sum(), x)[0]
+    out = run(x)
+    packed.weight.mul_(4)
+    packed.repack()
+    with pytest.raises(RuntimeError, match="have changed between its forward and its backward"):
+        out.sum().backward()
+    assert not torch.allclose(torch.autograd.grad(run(x).sum(), x)[0], expected)
+
+
+def test_an_attack_model_refreshed_before_its_backward_raises_and_asking_does_not():
+    model, x = models.resnet_small(), torch.rand(2, 3, 16, 16, requires_grad=True)
+    fast = AttackModel(model)
+    out = fast(x)
+    fast(x)  # asks, and finds nothing
+    out.sum().backward()
+    out = fast(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    fast(x)
+    with pytest.raises(RuntimeError, match=r"between its forward and its backward|modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_an_empty_batch_copies_and_pickles():
     packed, x = PackedConv2d(frozen(4, 8, 3)), torch.randn(2, 4, 6, 6)
     out = packed(x)

@@ -46,6 +46,7 @@ class Watch:
 
     def take(self) -> None:
         """Remember the model as it is now."""
+        self._other = False
         self._take_objects()
         self.take_values()
 
@@ -62,10 +63,12 @@ class Watch:
         """What has changed since `take`, and which plain attributes: (module, attribute)."""
         change = Change.NOTHING
         attributes: list[tuple[str, str]] = []
-        if self._identities() != self._ids:
+        if not self._other and self._identities() != self._ids:
             change, attributes = self._compare_objects()
-            if change is not Change.STRUCTURE:
-                self._take_objects()
+            self._told |= change is Change.VALUES  # until they are taken
+            self._other = change is Change.STRUCTURE
+        if self._other:
+            return Change.STRUCTURE, []
         if change is Change.NOTHING and self._values_changed():
             change = Change.VALUES
         return change, attributes
@@ -95,7 +98,8 @@ class Watch:
             for key, value in getattr(module, kind).items()
         }
         self._kinds = {key: _kind(value) for key, value in self._registered.items()}
-        tensors = [v for v in (*self._registered.values(), *self.attributes.values()) if isinstance(v, Tensor)]
+        every = flat([*self._registered.values(), *self.attributes.values()])
+        tensors = [value for value in every if isinstance(value, Tensor) and not _is_result(value)]
         self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
 
     def _identities(self) -> list[int]:
@@ -122,7 +126,7 @@ class Watch:
             if key not in before or key not in self.attributes or not _same(contents[key], self._contents[key])
         ]
         for key in changed:
-            if any(isinstance(value, nn.Module) for value in _flat(self.attributes.get(key))):
+            if any(isinstance(value, nn.Module) for value in flat(self.attributes.get(key))):
                 return Change.STRUCTURE, []
             if type(self._modules[key[0]]).__module__.startswith("torch.nn.") and not isinstance(
                 self.attributes.get(key), Tensor
@@ -222,12 +226,13 @@ def _content(value: Any) -> Any:
     return list(value) if type(value) is list else dict(value) if type(value) is dict else value
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def flat(value: Any) -> Iterator[Any]:
+    """What is in a value: of lists, tuples and dicts the items."""
     if isinstance(value, (list, tuple)):
         for part in value:
-            yield from _flat(part)
+            yield from flat(part)
     elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
+        yield from flat(list(value.values()))
     else:
         yield value
 

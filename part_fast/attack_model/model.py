@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from part_fast.attack_model.batch_sizes import BatchSizes
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_weights, has_hooks, still_folded
-from part_fast.attack_model.follow import Change, Watch
+from part_fast.attack_model.follow import Change, Watch, flat
 from part_fast.attack_model.graph import GraphedSteps
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,8 +35,8 @@ class AttackModel(nn.Module):
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
 
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
-    follows a convolution folded into it (as torch.fx finds them): `folded` says how many, and a warning says why where
-    it could find nothing out. Submodules keep their names, so CamBudget finds the target layer in it too; a
+    follows a convolution folded into it (as torch.fx finds them): `folded` says how many, and a warning says why
+    where it is none. Submodules keep their names, so CamBudget finds the target layer in it too; a
     convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
     `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
     quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); gradients
@@ -80,11 +80,16 @@ class AttackModel(nn.Module):
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
         self._copied_in: dict[int, Any] | None = None
         self._moved_to: tuple[torch.dtype, torch.device] | None = None
+        self.eval()
         self._build()
 
     def _build(self) -> None:
         """Copy the model, fold, pack, cast and compile."""
         model = self.source
+        if self.precision != "fp32" and (dtype := _whereabouts(model)[0]) == torch.float64:
+            raise ValueError(
+                f"precision {self.precision} needs a float32 model, got {dtype}: take fp32, which keeps it"
+            )
         module = copy.deepcopy(model).eval().requires_grad_(False)
         # Of the copy: in train mode a model may take another way.
         self._pairs, why_not = foldable(module)
@@ -180,10 +185,19 @@ class AttackModel(nn.Module):
         ours = dict(itertools.chain(self.module.named_parameters(), self.module.named_buffers()))
         folded = [f"{conv}.{kind}" for kind in ("weight", "bias") for conv, _ in self._pairs]
         plain = [name for name in ours if name not in set(folded)]
-        self._taken = [ours[name] for name in (*plain, *folded)]
+        # Tensors that are plain attributes are copied like buffers, of lists and dicts the items made anew.
+        assert self._watch is not None
+        kept, self._holding = [], []
+        for (name, key), value in self._watch.attributes.items():
+            mine = getattr(self.module.get_submodule(name), key, None)
+            if isinstance(value, Tensor) and isinstance(mine, Tensor) and value.shape == mine.shape:
+                kept.append((mine, value))
+            elif any(isinstance(part, Tensor) for part in flat(value)):
+                self._holding.append((name, key))
+        self._taken = [*(mine for mine, _ in kept), *(ours[name] for name in (*plain, *folded))]
         # The same memory, of which torch does not count what is written.
         self._memory = [tensor.data for tensor in self._taken]
-        self._theirs = [theirs[name] for name in plain]
+        self._theirs = [*(value for _, value in kept), *(theirs[name] for name in plain)]
         self._to_fold = (
             [theirs[f"{conv}.weight"] for conv, _ in self._pairs],
             [theirs.get(f"{conv}.bias") for conv, _ in self._pairs],
@@ -193,8 +207,10 @@ class AttackModel(nn.Module):
 
     @torch.no_grad()
     def _take_values(self, noticed: bool = True) -> None:
-        """noticed: whether the weights are others for certain; a backward through the old ones then raises, as torch's."""
+        """noticed: whether the weights are others for certain; a backward through the old ones then raises."""
         assert self._watch is not None
+        if noticed:
+            self._set(self._holding)
         weights, biases = folded_weights(*self._to_fold)
         _copy(self._memory, [*self._theirs, *weights, *biases])
         if noticed:
@@ -207,11 +223,13 @@ class AttackModel(nn.Module):
         """Give the copy the model's plain attributes; whether it then still runs as it was folded."""
         assert self._watch is not None
         decides = False
+        if attributes and self.graphs is not None:
+            self.graphs = GraphedSteps()  # what was captured has the old ones
         for name, key in attributes:
             part = self.module.get_submodule(name)
             if (name, key) in self._watch.attributes:
                 value = self._watch.attributes[name, key]
-                decides |= not isinstance(value, Tensor)
+                decides |= not any(isinstance(part, Tensor) for part in flat(value))
                 setattr(part, key, _detached(value))
             else:
                 decides = True
@@ -240,10 +258,10 @@ class AttackModel(nn.Module):
             self.refresh_if_changed()
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
-        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad
+        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and n > 0
         if fast:
             run = self.__dict__["_fast"]
-            if self.batch_sizes is not None and n > 0 and (missing := self.batch_sizes(n, kind) - n):
+            if self.batch_sizes is not None and (missing := self.batch_sizes(n, kind) - n):
                 x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
         x = x.contiguous(memory_format=torch.channels_last)
         if self.precision == "fp32":
@@ -292,7 +310,17 @@ class AttackModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_source": (self.source,), "_watch": None}
-        for name in ("_fast", "batch_sizes", "graphs", "_taken", "_memory", "_theirs", "_to_fold", "_packed"):
+        for name in (
+            "_fast",
+            "batch_sizes",
+            "graphs",
+            "_taken",
+            "_memory",
+            "_theirs",
+            "_to_fold",
+            "_holding",
+            "_packed",
+        ):
             state.pop(name, None)
         return state
 

@@ -21,8 +21,9 @@ class PackedConv2d(nn.Conv2d):
 
     What a convolution on the CPU does to its weights first, in every forward and in every backward, is done once for
     each here, in the first forward and backward after `repack`. 3x3 convolutions of stride 1 on enough pixels are
-    multiplied by `ops.winograd` in float32, with a quarter of the products and about twice the rounding; all others by
-    oneDNN in `dtype`, bit for bit what torch does. Gradients are for the input alone.
+    multiplied by `ops.winograd` in float32, with a quarter of the products, and errors relative to the largest input of
+    a 6x6 tile: two to three times torch's where inputs are of one size, see `winograd.convolve`; all others by oneDNN
+    in `dtype`, bit for bit what torch does. Gradients are for the input alone.
 
     Equivalent to: `nn.Conv2d` with `requires_grad_(False)` weights.
     """
@@ -157,7 +158,7 @@ class _Convolve(torch.autograd.Function):
 def _check_version(conv: PackedConv2d, version: int) -> None:
     if conv.version != version:
         raise RuntimeError(
-            "the weights of a PackedConv2d have changed between its forward and its backward, which needs the old ones: "
+            "the weights of a PackedConv2d have changed between its forward and its backward: "
             "take gradients before the model's next update, or run the forward again"
         )
 
