@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attacks import check_images
-from part_fast.eval_mode import eval_mode
+from part_fast.eval_mode import eval_mode, grads_kept, input_gradient
 
 
 def autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float = 8 / 255, seed: int = 0) -> Tensor:
@@ -30,9 +30,13 @@ def autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float = 8 / 255, see
     if x.shape[0] == 0:
         return x.clone()
     devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model), torch.inference_mode(False):
-        with torch.no_grad():
-            classes = checks.logits(model(x[:1].clone()), x[:1]).shape[1]
+    with torch.random.fork_rng(devices), eval_mode(model), grads_kept(model), torch.inference_mode(False):
+        with torch.enable_grad():
+            leaf = x.clone().detach().requires_grad_()
+            logits = checks.logits(model(leaf), x)
+            if input_gradient(logits.sum(), leaf) is None:
+                raise ValueError("model must lead from its input to the logits, got logits that do not depend on x")
+        classes = logits.shape[1]
         checks.labels("y", y, x, classes)
         attack = AutoAttack(model, eps=eps, seed=seed, device=x.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)

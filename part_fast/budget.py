@@ -247,7 +247,13 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
             f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "
             f"BatchNorm: name that, {folded[name]!r}, or a later layer"
         )
-    return _run(model).get_submodule(name)
+    layer = _run(model).get_submodule(name)
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ValueError(
+            "target_layer must be a module that takes hooks, got one of TorchScript: give the model as it was before "
+            "torch.jit, or method=callable(model, x, target) -> maps (N,h,w)"
+        )
+    return layer
 
 
 def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.Module | str | None) -> str | None:

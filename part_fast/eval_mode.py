@@ -34,6 +34,12 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
     try:
         for root in _roots(model):
             root.eval()
+        for module, mode in training:
+            if mode and switches(module) and module.training and _ignores_mode(module):
+                raise ValueError(
+                    f"model must set `training` in its train(), got a {type(module).__name__} that leaves it as it is: "
+                    "call super().train(mode) there"
+                )
         yield
     finally:
         for module, mode in training:
@@ -50,6 +56,16 @@ def switches(module: nn.Module) -> bool:
     """Whether the module does more in train() or eval() than to set a flag."""
     kind = type(module)
     return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+
+
+def _ignores_mode(module: nn.Module) -> bool:
+    """Whether train() leaves `training` alone, which then does not tell the mode; some always set it, as for dropout
+    that stays on."""
+    module.training = False
+    module.train(False)
+    ignored = not module.training
+    module.training = True
+    return ignored
 
 
 def modules_of(model: Callable[..., Any]) -> list[nn.Module]:
@@ -75,7 +91,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while not (model._forward_hooks or model._forward_pre_hooks):
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
         else:
             break
@@ -118,6 +134,20 @@ def input_gradient(of: Tensor, to: Tensor) -> Tensor | None:
         if "use_reentrant" not in str(error):
             raise
         raise ValueError("model must checkpoint with use_reentrant=False, got a reentrant checkpoint") from error
+
+
+@contextlib.contextmanager
+def grads_kept(model: Callable[..., Any]) -> Iterator[None]:
+    """Every parameter's .grad is as before the block, whatever a backward inside adds to it, also after an exception."""
+    parameters = list(dict.fromkeys(parameter for root in _roots(model) for parameter in root.parameters()))
+    grads = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None  # so that a backward adds to nothing of the user's
+    try:
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
 
 
 @contextlib.contextmanager

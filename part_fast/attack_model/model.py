@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from part_fast import checks
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.fold import absorb, foldable, folded_weights, has_hooks
 from part_fast.attack_model.follow import Watch
+from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_, read
 from part_fast.attack_model.graph import GraphedSteps
+from part_fast.eval_mode import unwrapped
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # float16 has no gradients below 6e-8. A factor on all of them leaves their signs, and this one keeps sums finite.
@@ -49,6 +52,7 @@ class AttackModel(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        model = unwrapped(model)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(0)).device
@@ -58,7 +62,7 @@ class AttackModel(nn.Module):
             raise ValueError(f"cuda_graph needs a CUDA model, got one on {device.type}")
         self.precision = precision
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.module = frozen_copy(model)
         self._pairs = foldable(self.module)  # of the copy: in train mode a model may take another way
         for conv, bn in self._pairs:
             absorb(self.module, conv, bn)
@@ -69,7 +73,8 @@ class AttackModel(nn.Module):
                 # A packed convolution casts where it packs.
                 if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, PackedConv2d):
                     module.to(PRECISIONS[precision])
-        self.module.to(memory_format=torch.channels_last)
+        self._format = torch.channels_last
+        lay_(self.module, self._format)
         self._fast: Callable[[Tensor], Tensor] = torch.compile(self.module) if compile else self.module
         self._padded = 0 if compile else None
         self.graphs = GraphedSteps() if cuda_graph else None
@@ -90,20 +95,21 @@ class AttackModel(nn.Module):
     def refresh(self) -> AttackModel:
         """Take over the weights and statistics that the model has now, into the same memory; returns itself."""
         (model,) = self._source
+        with read(model):
+            # Under all their names: of a tensor that has two, the copy may have lost the first with a BatchNorm.
+            every = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+            theirs = dict(itertools.chain(*every))
+            ours = dict(itertools.chain(self.module.named_parameters(), self.module.named_buffers()))
+            folded = {f"{conv}.{kind}" for conv, _ in self._pairs for kind in ("weight", "bias")}
+            plain = [name for name in ours if name not in folded]
+            _copy([ours[name] for name in plain], [theirs[name] for name in plain])
+            for conv, bn in self._pairs:
+                norm = model.get_submodule(bn)
+                assert isinstance(norm, nn.BatchNorm2d)
+                weight, bias = folded_weights(theirs[f"{conv}.weight"], theirs.get(f"{conv}.bias"), norm)
+                ours[f"{conv}.weight"].copy_(weight)
+                ours[f"{conv}.bias"].copy_(bias)
         self._watch = Watch(model)
-        # Under all their names: of a tensor that has two, the copy may have lost the first with a BatchNorm.
-        every = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-        theirs = dict(itertools.chain(*every))
-        ours = dict(itertools.chain(self.module.named_parameters(), self.module.named_buffers()))
-        folded = {f"{conv}.{kind}" for conv, _ in self._pairs for kind in ("weight", "bias")}
-        plain = [name for name in ours if name not in folded]
-        _copy([ours[name] for name in plain], [theirs[name] for name in plain])
-        for conv, bn in self._pairs:
-            norm = model.get_submodule(bn)
-            assert isinstance(norm, nn.BatchNorm2d)
-            weight, bias = folded_weights(theirs[f"{conv}.weight"], theirs.get(f"{conv}.bias"), norm)
-            ours[f"{conv}.weight"].copy_(weight)
-            ours[f"{conv}.bias"].copy_(bias)
         for part in self.module.modules():
             if isinstance(part, PackedConv2d):
                 part.repack()
@@ -129,13 +135,31 @@ class AttackModel(nn.Module):
             if self._padded is not None:
                 self._padded = max(self._padded, n)
                 x = torch.cat([x, x.new_zeros(self._padded - n, *x.shape[1:])]) if n < self._padded else x
-        x = x.contiguous(memory_format=torch.channels_last)
         if self.precision == "fp32":
-            return run(x)[:n]
+            return checks.logits(self._run(run, x), x)[:n]
         # No cache: the weights are in their dtype already, and what is cached here would outlive `refresh`.
         with torch.autocast(x.device.type, PRECISIONS[self.precision], cache_enabled=False):
-            logits = run(x)[:n].float()
+            logits = checks.logits(self._run(run, x), x)[:n].float()
         return _scaled(logits) if self.precision == "fp16" else logits
+
+    def _run(self, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """The copy's output; from the first `.view` on that channels_last does not allow, in contiguous memory."""
+        try:
+            return run(x.contiguous(memory_format=self._format))
+        except RuntimeError as error:
+            if self._format is torch.contiguous_format or not is_of_view(error):
+                raise
+        warnings.warn(
+            f"{type(self._source[0]).__name__} flattens by .view, which channels_last memory does not allow: its "
+            "AttackModel runs in contiguous memory, unpacked; torch.flatten or .reshape is faster",
+            stacklevel=3,
+        )
+        self._format = torch.contiguous_format
+        lay_(self.module, self._format)
+        for part in self.module.modules():
+            if isinstance(part, PackedConv2d):
+                part.unpack()
+        return run(x.contiguous())
 
 
 class _Scaled(torch.autograd.Function):
