@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -70,7 +71,7 @@ def pgd(
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
     with eval_mode(model), torch.no_grad(), uncached_autocast():
-        return checks.logits(model(x), x)
+        return checks.logits(model(x.clone()), x)  # some normalise in place
 
 
 def mma(
@@ -144,7 +145,7 @@ def ascend(
         with eval_mode(model), torch.enable_grad():
             for step in range(steps):
                 leaf = x_adv.detach().requires_grad_()
-                logits = checks.logits(model(leaf), x)
+                logits = checks.logits(forward(leaf), x)
                 if step == 0 and not _capturing(x):
                     checks.labels("y", y, x, logits.shape[1])
                 grad = input_gradient(loss(logits, y, *others).sum(), leaf)
@@ -156,9 +157,12 @@ def ascend(
                 with torch.no_grad():
                     pgd_step_(x_adv, grad if _usable(grad) else grad.contiguous(), x, held, alpha, clip)
 
+    forward = model
+    if isinstance(model, AttackModel):
+        model.refresh_if_changed()  # once an attack
+        forward = functools.partial(model, follow=False, kind=loss)
     rest = (*_eps_tensors(eps), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None:
-        model.refresh_if_changed()
         model.graphs((loss, steps, alpha, clip, _eps_numbers(eps)), run, x_adv, x, y, *rest)
     else:
         run(x_adv, x, y, *rest)

@@ -117,7 +117,7 @@ class CamBudget:
         model = unwrapped(self.model)
         turn = _turns.setdefault(model, threading.RLock())
         with turn, torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(model):
-            x = x.clone() if x.is_inference() else x.detach()
+            x = x.clone().detach()  # some models normalise in place
             if not isinstance(self.method, str):
                 return self._external(self.method, model, x, target)
             activation, logits = self._forward(model, x)

@@ -103,6 +103,7 @@ class Engine:
             return
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.attack_model.tell()
         if self.averaged is not None and self.config.averaging[0] == "ema":
             self.averaged.update_parameters(self.model)
 

@@ -354,6 +354,17 @@ class NormalisesInPlace(Net):
         return super().forward(x.sub_(0.5).div_(0.25))
 
 
+class Normalises(nn.Module):
+    """NormalisesInPlace, elsewhere: what it gives when its input is copied."""
+
+    def __init__(self, model: NormalisesInPlace) -> None:
+        super().__init__()
+        self.layer4, self.model = model.layer4, model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.clone())
+
+
 def hooked() -> nn.Module:
     model = Net()
     model.conv1.register_forward_hook(lambda module, args, out: out * 1.5)
@@ -527,11 +538,7 @@ KINDS = {
     ),
     "`torch.jit.script`": Kind(scripted, of_cams(NO_HOOKS)),
     "`torch.jit.trace`": Kind(traced, of_cams(NO_HOOKS)),
-    "`torch.jit.freeze`": Kind(
-        frozen,
-        of_cams("target_layer must be given")
-        | {entry: "model must be a module that trains, got a frozen one of TorchScript" for entry in ("trades", "mart")},
-    ),
+    "`torch.jit.freeze`": Kind(frozen, of_cams("target_layer must be given")),
     "a part of TorchScript": Kind(ScriptedPart),
     "`functools.partial`": Kind(lambda: functools.partial(Net()), NO_MODULE, lambda model: model.func),
     "a bound method": Kind(lambda: Net().forward, NO_MODULE, lambda model: model.__self__),
@@ -552,7 +559,11 @@ KINDS = {
     "loaded with `assign=True`": Kind(assigned),
     "cannot be copied": Kind(HoldsLock, of_copies("model must be one that copy.deepcopy copies")),
     "has forward hooks": Kind(hooked),
-    "writes into its input": Kind(NormalisesInPlace, everywhere(IN_PLACE)),
+    "normalises its input in place": Kind(
+        NormalisesInPlace,
+        dict.fromkeys(("pgd", "mma", "trades", "mart", "autoattack"), IN_PLACE),
+        lambda model: Normalises(model),
+    ),
 }
 
 

@@ -63,9 +63,6 @@ def test_a_forward_takes_over_weights_changed_in_place():
         optimizer.step()  # weights and running statistics are others now
         model.eval()
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
-    model.linear.weight.data.mul_(2)  # which leaves no mark
-    assert not torch.allclose(fast(x), model(x), rtol=1e-2)
-    torch.testing.assert_close(fast.refresh()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_is_computed_anew_while_weights_stay(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from part_fast.eval_mode import check_weights, eval_mode, modules_of, switches
+from part_fast.eval_mode import check_weights, modules_of
 
 
 class _CopiesResults(TorchFunctionMode):
@@ -35,7 +34,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     """
     check_weights(modules_of(model))
     try:
-        with torch.inference_mode(False), _CopiesResults():
+        with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
             module = copy.deepcopy(model)
     except Exception as error:  # whatever an object's copying raises
         why = " ".join(f"{type(error).__name__}: {error}".split())
@@ -44,11 +43,6 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     for parameter in module.parameters():  # not by the module, which of TorchScript cannot
         parameter.requires_grad_(False)
     return module
-
-
-def read(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """To be held while a copy takes over from `model`: eval mode, where that changes weights, as merging LoRA does."""
-    return eval_mode(model) if any(map(switches, model.modules())) else contextlib.nullcontext()
 
 
 def lay_(module: nn.Module, memory_format: torch.memory_format) -> None:

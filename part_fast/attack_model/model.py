@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from part_fast import checks
+from part_fast.attack_model.batch_sizes import BatchSizes
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.attack_model.fold import absorb, foldable, folded_weights, has_hooks
-from part_fast.attack_model.follow import Watch
-from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_, read
+from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_weights, has_hooks, still_folded
+from part_fast.attack_model.follow import Change, Watch
+from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_
 from part_fast.attack_model.graph import GraphedSteps
-from part_fast.eval_mode import unwrapped
+from part_fast.eval_mode import eval_mode, switches, unwrapped
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # float16 has no gradients below 6e-8. A factor on all of them leaves their signs, and this one keeps sums finite.
@@ -30,21 +33,36 @@ class AttackModel(nn.Module):
     precision: "fp32", "bf16" or "fp16": of convolutions and linear layers, by autocast with weights that are cast
         once; images, other layers' parameters and the returned logits stay float32. On a CPU bf16 leaves those
         convolutions in float32 that are faster in it (see PackedConv2d).
-    compile: run forward and backward of the attack by torch.compile. A smaller batch than the largest so far is filled
-        up with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch.
+    compile: run forward and backward of the attack by torch.compile, for few batch sizes: smaller batches are filled up
+        with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch.
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
 
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
-    follows a convolution folded into it (as torch.fx finds them; a model that it cannot trace keeps all): `folded` says
-    how many. Submodules keep their names, so CamBudget finds the target layer in it too; a convolution's output is
-    then what its BatchNorm's was. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take
-    a quarter of the products, for which they keep eight times their weights (see PackedConv2d); gradients have no
-    second derivative then. A forward takes over the model's weights where they were changed in place since the last
-    one, as optimizers do; after parameters were replaced, or written through `.data`, call `refresh`.
+    follows a convolution folded into it (as torch.fx finds them): `folded` says how many, and a warning says why where
+    it could find nothing out. Submodules keep their names, so CamBudget finds the target layer in it too; a
+    convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
+    `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
+    quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); gradients
+    have no second derivative then.
+
+    The copy follows the model. Once an attack, and once in every forward outside of one, it takes over weights, buffers
+    and plain attributes that have changed: by an optimizer, fused or not, in place, through `p.data = ...`, by new
+    tensors in their place (`load_state_dict(assign=True)`), or by `model.to(...)`. It is made anew when the model got
+    other modules, shapes, dtypes or another device; what was captured or compiled is then lost, and modules that were
+    taken from it are no longer its own. On a GPU all weights are copied each time, in at most 12 launches.
+    Not noticed is what a CPU model gets through `.data` in place where 16 values in the middle of each tensor stay what
+    they were, and a list or dict of the model's that is changed deeper than its own items: PART_FAST_CHECK=1 compares
+    every weight, and `refresh` takes over all. Hooks are those that the model had when it was copied.
+
+    It is no part of a module that it becomes an attribute of: its weights are not among that one's parameters and not
+    in its `state_dict`. It moves with the model: `.to()` and `.double()` of it alone raise at the next forward.
+    A deepcopy follows the model too, or the model's copy where that was copied along.
 
     Equivalent to: `model.eval()` with every `p.requires_grad_(False)`, up to rounding.
     Errors: TypeError or ValueError that names the argument.
     """
+
+    module: nn.Module
 
     def __init__(
         self, model: nn.Module, *, precision: str = "fp32", compile: bool = False, cuda_graph: bool = False
@@ -52,7 +70,7 @@ class AttackModel(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        model = unwrapped(model)
+        model = _unwrapped(model)
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(0)).device
@@ -61,80 +79,184 @@ class AttackModel(nn.Module):
         if cuda_graph and device.type != "cuda":
             raise ValueError(f"cuda_graph needs a CUDA model, got one on {device.type}")
         self.precision = precision
+        self.compiled, self.cuda_graph = compile, cuda_graph
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
-        self.module = frozen_copy(model)
-        self._pairs = foldable(self.module)  # of the copy: in train mode a model may take another way
+        self._copied_in: dict[int, Any] | None = None
+        self._moved_to: tuple[torch.dtype, torch.device] | None = None
+        self._build()
+
+    def _build(self) -> None:
+        """Copy the model, fold, pack, cast and compile."""
+        model = self.source
+        module = frozen_copy(model)
+        self._switches = any(map(switches, model.modules()))
+        # Of the copy: in train mode a model may take another way.
+        self._pairs, why_not = foldable(module)
+        if why_not is not None and (norms := sum(isinstance(part, BATCH_NORMS) for part in module.modules())):
+            warnings.warn(
+                f"AttackModel folded none of the {norms} BatchNorms of {type(model).__name__}, "
+                f"and is slower for it: {why_not}",
+                stacklevel=3,
+            )
         for conv, bn in self._pairs:
-            absorb(self.module, conv, bn)
-        if not compile:  # Inductor knows torch's own convolutions
-            _pack(self.module, PRECISIONS[precision])
-        if precision != "fp32":
-            for module in self.module.modules():
+            absorb(module, conv, bn)
+        if not self.compiled:  # Inductor knows torch's own convolutions
+            _pack(module, PRECISIONS[self.precision])
+        if self.precision != "fp32":
+            for part in module.modules():
                 # A packed convolution casts where it packs.
-                if isinstance(module, (nn.Conv2d, nn.Linear)) and not isinstance(module, PackedConv2d):
-                    module.to(PRECISIONS[precision])
+                if isinstance(part, (nn.Conv2d, nn.Linear)) and not isinstance(part, PackedConv2d):
+                    part.to(PRECISIONS[self.precision])
+        module.eval()
         self._format = torch.channels_last
-        lay_(self.module, self._format)
-        self._fast: Callable[[Tensor], Tensor] = torch.compile(self.module) if compile else self.module
-        self._padded = 0 if compile else None
-        self.graphs = GraphedSteps() if cuda_graph else None
-        self.eval()
+        lay_(module, self._format)
+        self.__dict__["module"] = module  # not as a submodule: it is nobody's to save, to train and to move
+        self._hooks = _hooks(module)
+        self._set_up()
+        self._watch: Watch | None = None
         self.refresh()
+
+    def _set_up(self) -> None:
+        """What cannot be copied or pickled."""
+        # Sizes are few, and each is faster than one for all.
+        self.__dict__["_fast"] = torch.compile(self.module, dynamic=False) if self.compiled else self.module
+        self.batch_sizes = BatchSizes() if self.compiled else None
+        self.graphs = GraphedSteps() if self.cuda_graph else None
+
+    @property
+    def source(self) -> nn.Module:
+        """The model that is followed."""
+        if self._copied_in is not None:
+            # What deepcopy had not come to yet when it copied this.
+            self._source = (self._copied_in.get(id(self._source[0]), self._source[0]),)
+            self._copied_in = None
+        return self._source[0]
 
     @property
     def folded(self) -> int:
         """How many BatchNorms are part of their convolution."""
         return len(self._pairs)
 
-    @property
-    def source(self) -> nn.Module:
-        """The model that this is a copy of."""
-        return self._source[0]
-
     @torch.no_grad()
     def refresh(self) -> AttackModel:
-        """Take over the weights and statistics that the model has now, into the same memory; returns itself."""
-        (model,) = self._source
-        with read(model):
-            # Under all their names: of a tensor that has two, the copy may have lost the first with a BatchNorm.
-            every = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-            theirs = dict(itertools.chain(*every))
-            ours = dict(itertools.chain(self.module.named_parameters(), self.module.named_buffers()))
-            folded = {f"{conv}.{kind}" for conv, _ in self._pairs for kind in ("weight", "bias")}
-            plain = [name for name in ours if name not in folded]
-            _copy([ours[name] for name in plain], [theirs[name] for name in plain])
-            for conv, bn in self._pairs:
-                norm = model.get_submodule(bn)
-                assert isinstance(norm, nn.BatchNorm2d)
-                weight, bias = folded_weights(theirs[f"{conv}.weight"], theirs.get(f"{conv}.bias"), norm)
-                ours[f"{conv}.weight"].copy_(weight)
-                ours[f"{conv}.bias"].copy_(bias)
-        self._watch = Watch(model)
-        for part in self.module.modules():
-            if isinstance(part, PackedConv2d):
-                part.repack()
+        """Take over the weights, statistics and plain attributes that the model has now; returns itself.
+
+        They go into the same memory, unless the model has another structure, shapes, dtype or device.
+        """
+        with self._reading():
+            if self._watch is None:
+                self._watch = Watch(self.source)
+                self._plan()
+            else:
+                change, attributes = self._watch.ask()
+                if change is Change.STRUCTURE or not self._set(attributes):
+                    self._rebuild()
+                    return self
+                self._plan()
+            self._take_values()
         return self
 
     def refresh_if_changed(self) -> None:
-        """`refresh`, if any weight was written in place since the last one."""
-        if self._watch.changed():
+        """`refresh`, if the model may have changed since; what an attack asks first."""
+        if self._moved_to is not None:
+            self._check_moved(*self._moved_to)
+        if self._watch is None:
             self.refresh()
+            return
+        with self._reading():
+            change, attributes = self._watch.ask()
+            if change is Change.STRUCTURE or not self._set(attributes):
+                self._rebuild()
+            elif change is Change.VALUES:
+                self._plan()
+                self._take_values()
+            elif self._watch.unread:
+                self._take_values(noticed=False)
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        """Held while the model is read: eval mode, where that changes more than a flag, as where LoRA is merged."""
+        return eval_mode(self.source) if self._switches else contextlib.nullcontext()
+
+    def tell(self) -> None:
+        """Say that the weights have changed, in a way that leaves no mark: the next forward takes them over."""
+        if self._watch is not None:
+            self._watch.tell()
+
+    @torch.no_grad()
+    def _plan(self) -> None:
+        """Which of the model's tensors go where."""
+        model = self.source
+        # Under all their names: of a tensor that has two, the copy may have lost the first with a BatchNorm.
+        every = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+        theirs = dict(itertools.chain(*every))
+        ours = dict(itertools.chain(self.module.named_parameters(), self.module.named_buffers()))
+        folded = [f"{conv}.{kind}" for kind in ("weight", "bias") for conv, _ in self._pairs]
+        plain = [name for name in ours if name not in set(folded)]
+        self._taken = [ours[name] for name in (*plain, *folded)]
+        # The same memory, of which torch does not count what is written.
+        self._memory = [tensor.data for tensor in self._taken]
+        self._theirs = [theirs[name] for name in plain]
+        self._to_fold = (
+            [theirs[f"{conv}.weight"] for conv, _ in self._pairs],
+            [theirs.get(f"{conv}.bias") for conv, _ in self._pairs],
+            [model.get_submodule(bn) for _, bn in self._pairs],
+        )
+        self._packed = [part for part in self.module.modules() if isinstance(part, PackedConv2d)]
+
+    @torch.no_grad()
+    def _take_values(self, noticed: bool = True) -> None:
+        """noticed: whether the weights are others for certain; a backward through the old ones then raises, as torch's."""
+        assert self._watch is not None
+        weights, biases = folded_weights(*self._to_fold)
+        _copy(self._memory, [*self._theirs, *weights, *biases])
+        if noticed:
+            torch.autograd.graph.increment_version(self._taken)
+            for part in self._packed:
+                part.repack()
+            self._watch.take_values()
+
+    def _set(self, attributes: list[tuple[str, str]]) -> bool:
+        """Give the copy the model's plain attributes; whether it then still runs as it was folded."""
+        assert self._watch is not None
+        decides = False
+        for name, key in attributes:
+            part = self.module.get_submodule(name)
+            if (name, key) in self._watch.attributes:
+                value = self._watch.attributes[name, key]
+                decides |= not isinstance(value, Tensor)
+                setattr(part, key, _detached(value))
+            else:
+                decides = True
+                part.__dict__.pop(key, None)
+        return not (decides and self._pairs) or still_folded(self.module, self._pairs)
+
+    def _rebuild(self) -> None:
+        model = self.source
+        if _hooks(self.module) != self._hooks:
+            raise ValueError(
+                f"model, the {type(model).__name__} of this AttackModel, has other modules, shapes, dtypes or another "
+                "device now, and hooks hang on its copy, which would be lost: make a new AttackModel"
+            )
+        self._build()
 
     def train(self, mode: bool = True) -> AttackModel:
         """Stays in eval mode."""
         return super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (N,classes), float32 (float64 for a float64 model), of images (N,C,H,W) in [0,1]."""
-        self.refresh_if_changed()
+    def forward(self, x: Tensor, *, follow: bool = True, kind: Hashable = None) -> Tensor:
+        """Logits (N,classes), float32 (float64 for a float64 model), of images (N,C,H,W) in [0,1].
+
+        follow: whether to ask first for what changed in the model. kind: of attack, see BatchSizes.
+        """
+        if follow:
+            self.refresh_if_changed()
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
         run, fast = self.module, torch.is_grad_enabled() and x.requires_grad
         if fast:
-            run = self._fast  # type: ignore[assignment]
-            if self._padded is not None:
-                self._padded = max(self._padded, n)
-                x = torch.cat([x, x.new_zeros(self._padded - n, *x.shape[1:])]) if n < self._padded else x
+            run = self.__dict__["_fast"]
+            if self.batch_sizes is not None and n > 0 and (missing := self.batch_sizes(n, kind) - n):
+                x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
         if self.precision == "fp32":
             return checks.logits(self._run(run, x), x)[:n]
         # No cache: the weights are in their dtype already, and what is cached here would outlive `refresh`.
@@ -150,16 +272,71 @@ class AttackModel(nn.Module):
             if self._format is torch.contiguous_format or not is_of_view(error):
                 raise
         warnings.warn(
-            f"{type(self._source[0]).__name__} flattens by .view, which channels_last memory does not allow: its "
+            f"{type(self.source).__name__} flattens by .view, which channels_last memory does not allow: its "
             "AttackModel runs in contiguous memory, unpacked; torch.flatten or .reshape is faster",
             stacklevel=3,
         )
         self._format = torch.contiguous_format
         lay_(self.module, self._format)
-        for part in self.module.modules():
-            if isinstance(part, PackedConv2d):
-                part.unpack()
+        for part in self._packed:
+            part.unpack()
+        self._plan()
         return run(x.contiguous())
+
+    # The copy's modules are this one's, and not those of a module that this one is an attribute of.
+
+    follows_a_model = True
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """This one and, where it is asked itself and not by its parent, those of the copy, named `module.*`."""
+        outermost = memo is None
+        yield from super().named_modules(memo, prefix, remove_duplicate)
+        if outermost:
+            inner = f"{prefix}.module" if prefix else "module"
+            yield from self.module.named_modules(None, inner, remove_duplicate)
+
+    def _load_from_state_dict(self, *_: Any, **__: Any) -> None:
+        """Nothing is loaded, and what an older version saved is not unexpected."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttackModel:
+        """`.to()` and the like: it is the model that moves, before or after this one."""
+        dtype, device = _whereabouts(self.source)
+        after = fn(torch.empty(0, dtype=dtype, device=device))
+        self._moved_to = after.dtype, after.device
+        return self
+
+    def _check_moved(self, dtype: torch.dtype, device: torch.device) -> None:
+        at = _whereabouts(self.source)
+        if at != (dtype, device):
+            raise ValueError(
+                f"model must be moved, and its AttackModel follows: the model is {at[0]} on {at[1]}, "
+                f"and the AttackModel was to become {dtype} on {device}"
+            )
+        self._moved_to = None
+
+    def extra_repr(self) -> str:
+        """What is shown of it."""
+        return f"{type(self.source).__name__}, precision={self.precision}, folded={self.folded}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_source": (self.source,), "_watch": None}
+        for name in ("_fast", "batch_sizes", "graphs", "_taken", "_memory", "_theirs", "_to_fold", "_packed"):
+            state.pop(name, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_up()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttackModel:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        state = self.__getstate__()
+        source = state.pop("_source")
+        copied.__setstate__({**copy.deepcopy(state, memo), "_source": source, "_copied_in": memo})
+        return copied
 
 
 class _Scaled(torch.autograd.Function):
@@ -175,6 +352,35 @@ class _Scaled(torch.autograd.Function):
 def _scaled(logits: Tensor) -> Tensor:
     """The logits; gradients that go back through here are FP16_SCALE times as large."""
     return _Scaled.apply(logits)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in what only says how to run, train, average or attack it."""
+    while (inner := model.source if isinstance(model, AttackModel) else unwrapped(model)) is not model:
+        model = inner
+    return model
+
+
+def _whereabouts(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Dtype and device of the first floating tensor of a model."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(0))
+    return first.dtype, first.device
+
+
+def _hooks(model: nn.Module) -> list[int]:
+    """Names, unique in the process, of all hooks in a model."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [key for module in model.modules() for kind in kinds for key in getattr(module, kind)]
+
+
+def _detached(value: Any) -> Any:
+    """A plain attribute's value for the copy: tensors of its own; other objects are the model's."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_detached, value))
+    return {key: _detached(part) for key, part in value.items()} if type(value) is dict else value
 
 
 def _pack(module: nn.Module, dtype: torch.dtype) -> None:

@@ -46,6 +46,7 @@ class PackedConv2d(nn.Conv2d):
             self.dtype = dtype  # not for images: few operations, and a cast would cost more than it gains
         self.packs = True
         self._transformed: dict[bool, Tensor] = {}  # memory that is kept; by whether it is for the backward
+        self.version = 0  # of the weights
         self.repack()
 
     @staticmethod
@@ -61,7 +62,8 @@ class PackedConv2d(nn.Conv2d):
         return known and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
     def repack(self) -> None:
-        """To be called after the weights have changed."""
+        """To be called after the weights have changed. A backward through the old ones raises then."""
+        self.version += 1
         self._forward: tuple[Tensor, Tensor | None] | None = None
         self._backward: Tensor | None = None
         self._fresh: set[bool] = set()  # which of `_transformed` are of the present weights
@@ -150,6 +152,7 @@ class _Convolve(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, other: Tensor | None, conv: PackedConv2d, relu: bool) -> Tensor:
         out = conv.convolve(x, other, relu)
         ctx.conv, ctx.size, ctx.relu = conv, x.shape, relu
+        ctx.version = conv.version
         if relu:
             ctx.save_for_backward(out)
         return out
@@ -157,12 +160,21 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        _check_version(ctx.conv, ctx.version)
         to_x, to_other, *_ = ctx.needs_input_grad
         positive = ctx.saved_tensors[0] if ctx.relu else None
         if to_other and positive is not None:
             grad_out, positive = torch.ops.aten.threshold_backward(grad_out, positive, 0), None
         grad_x = ctx.conv.input_gradient(grad_out, ctx.size, positive) if to_x else None
         return grad_x, grad_out if to_other else None, None, None
+
+
+def _check_version(conv: PackedConv2d, version: int) -> None:
+    if conv.version != version:
+        raise RuntimeError(
+            "the weights of a PackedConv2d have changed between its forward and its backward, which needs the old ones: "
+            "take gradients before the model's next update, or run the forward again"
+        )
 
 
 def residual(first: PackedConv2d, second: PackedConv2d, x: Tensor) -> Tensor:
@@ -182,6 +194,7 @@ class _Residual(torch.autograd.Function):
             winograd.convolve(x_, first.transformed(), first.out_channels, first.bias, relu=True, out=middle_)
             winograd.convolve(middle_, second.transformed(), second.out_channels, second.bias, x_, relu=True, out=out_)
         ctx.first, ctx.second = first, second
+        ctx.versions = first.version, second.version
         ctx.save_for_backward(middle, out)
         return out
 
@@ -189,6 +202,8 @@ class _Residual(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         first, second = ctx.first, ctx.second
+        _check_version(first, ctx.versions[0])
+        _check_version(second, ctx.versions[1])
         grad_x = winograd.empty(grad_out, first.in_channels)
         for grad_, middle_, out_, to in _cached(grad_out, *ctx.saved_tensors, grad_x):
             within = winograd.convolve(grad_, second.transformed(True), second.in_channels, x_positive=out_)
