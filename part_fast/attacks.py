@@ -78,7 +78,7 @@ def pgd(
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
     with eval_mode(model), torch.no_grad(), uncached_autocast():
-        return checks.logits(model(x), x)
+        return checks.logits(model(x.clone()), x)  # some normalise in place
 
 
 def mma(

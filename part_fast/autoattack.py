@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attacks import check_images, plain
-from part_fast.eval_mode import eval_mode
+from part_fast.eval_mode import eval_mode, grads_kept, input_gradient
 from part_fast.ops.project_linf import project_linf
 
 
@@ -54,10 +54,14 @@ def autoattack(
     scaled = (low, high) != (0.0, 1.0)
     attacked = (lambda z: model(z * span + low)) if scaled else model
     devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model), torch.inference_mode(False):
+    with torch.random.fork_rng(devices), eval_mode(model), grads_kept(model), torch.inference_mode(False):
         x, y = plain(x), plain(y)
-        with torch.no_grad():
-            classes = checks.logits(model(x[:1].clone()), x[:1]).shape[1]
+        with torch.enable_grad():
+            leaf = x.clone().requires_grad_()
+            logits = checks.logits(model(leaf), x)
+            if input_gradient(logits.sum(), leaf) is None:
+                raise ValueError("model must lead from its input to the logits, got logits that do not depend on x")
+        classes = logits.shape[1]
         checks.labels("y", y, x, classes)
         if classes < 2:
             raise ValueError("model must give at least 2 classes for AutoAttack, got 1")

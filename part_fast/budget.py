@@ -122,7 +122,7 @@ class CamBudget:
         model = unwrapped(self.model)
         turn = _turns.setdefault(model, threading.RLock())
         with turn, torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(model):
-            x = x.clone() if x.is_inference() else x.detach()
+            x = x.clone().detach()  # some models normalise in place
             if not isinstance(self.method, str):
                 return self._external(self.method, model, x, target)
             activation, logits = self._forward(model, x)
@@ -252,7 +252,13 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
             f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "
             f"BatchNorm: name that, {folded[name]!r}, or a later layer"
         )
-    return _run(model).get_submodule(name)
+    layer = _run(model).get_submodule(name)
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ValueError(
+            "target_layer must be a module that takes hooks, got one of TorchScript: give the model as it was before "
+            "torch.jit, or method=callable(model, x, target) -> maps (N,h,w)"
+        )
+    return layer
 
 
 def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.Module | str | None) -> str | None:

@@ -14,6 +14,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
+# What torch raises, when a model is differentiated to its input, of which the user can know nothing.
+MEANT = {
+    "use_reentrant": "model must checkpoint with use_reentrant=False, got a reentrant checkpoint",
+    "a leaf Variable that requires grad": "model must not write into its input, got an in-place operation on the images",
+}
+
+
 @contextlib.contextmanager
 def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
     """Every module of `model` in eval mode inside the block; each gets its own mode back, also after an exception.
@@ -22,19 +29,28 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
     other callable has no mode and is left alone. A module whose train() is its own, such as one that merges weights for
     eval mode, is switched by it both ways, and its weights are then put back bit for bit: what is merged and taken
     apart again has been rounded twice.
-    Errors: ValueError naming `model` where its weights are not there yet or record no gradient.
+    Errors: ValueError naming `model` where its weights are not there yet or record no gradient, where it overwrites its
+    input, and for reentrant checkpoints, which cannot do without the gradients of parameters.
     """
     modules = modules_of(model)
     check_weights(modules)
     training = [(module, getattr(module, "training", False)) for module in modules]  # a frozen TorchScript has no mode
     if not any(mode for _, mode in training):
-        yield
+        with _named_errors():
+            yield
         return
     kept = {tensor: tensor.detach().clone() for module in modules if switches(module) for tensor in _tensors(module)}
     try:
         for root in _roots(model):
             root.eval()
-        yield
+        for module, mode in training:
+            if mode and switches(module) and module.training and _ignores_mode(module):
+                raise ValueError(
+                    f"model must set `training` in its train(), got a {type(module).__name__} that leaves it as it is: "
+                    "call super().train(mode) there"
+                )
+        with _named_errors():
+            yield
     finally:
         for module, mode in training:
             if switches(module):  # whatever its own flag says; a parent before its children, whose modes it may change
@@ -46,10 +62,31 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
             tensor.data.copy_(value)  # a graph that holds the tensor is as right as before
 
 
+@contextlib.contextmanager
+def _named_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        for said, meant in MEANT.items():
+            if said in str(error):
+                raise ValueError(meant) from error
+        raise
+
+
 def switches(module: nn.Module) -> bool:
     """Whether the module does more in train() or eval() than to set a flag."""
     kind = type(module)
     return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+
+
+def _ignores_mode(module: nn.Module) -> bool:
+    """Whether train() leaves `training` alone, which then does not tell the mode; some always set it, as for dropout
+    that stays on."""
+    module.training = False
+    module.train(False)
+    ignored = not module.training
+    module.training = True
+    return ignored
 
 
 def modules_of(model: Callable[..., Any]) -> list[nn.Module]:
@@ -75,7 +112,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while not (model._forward_hooks or model._forward_pre_hooks):
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
             model = model.module
-        elif isinstance(compiled := model._modules.get("_orig_mod"), nn.Module):
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
         else:
             break
@@ -106,18 +143,22 @@ def check_weights(modules: list[nn.Module]) -> None:
 
 
 def input_gradient(of: Tensor, to: Tensor) -> Tensor | None:
-    """Gradient of the scalar `of` for `to`, and for nothing else; None where the one does not lead to the other.
+    """Gradient of the scalar `of` for `to`, and for nothing else; None where the one does not lead to the other."""
+    return torch.autograd.grad(of, to, allow_unused=True)[0] if of.requires_grad else None
 
-    Errors: ValueError naming `model` for reentrant checkpoints, which cannot do without the gradients of parameters.
-    """
-    if not of.requires_grad:
-        return None
+
+@contextlib.contextmanager
+def grads_kept(model: Callable[..., Any]) -> Iterator[None]:
+    """Every parameter's .grad is as before the block, whatever a backward inside adds to it, also after an exception."""
+    parameters = list(dict.fromkeys(parameter for root in _roots(model) for parameter in root.parameters()))
+    grads = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None  # so that a backward adds to nothing of the user's
     try:
-        return torch.autograd.grad(of, to, allow_unused=True)[0]
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise ValueError("model must checkpoint with use_reentrant=False, got a reentrant checkpoint") from error
+        yield
+    finally:
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
 
 
 @contextlib.contextmanager

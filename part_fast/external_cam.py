@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import checks
+from part_fast.eval_mode import grads_kept
 
 Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -43,16 +44,8 @@ def external_cam(
     Every parameter's .grad is as before, whatever the method does to it, also after an exception.
     Errors: ValueError or TypeError for a result that is no map of every image.
     """
-    parameters = list(model.parameters())
-    grads = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None  # so that a backward inside adds to nothing of ours
-    try:
-        with torch.enable_grad():
-            maps = _grad_cam(method, model, layer, x, target) if isinstance(method, type) else method(model, x, target)
-    finally:
-        for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
+    with grads_kept(model), torch.enable_grad():
+        maps = _grad_cam(method, model, layer, x, target) if isinstance(method, type) else method(model, x, target)
     checks.tensor("the result of method", maps)
     if maps.ndim != 3 or maps.shape[0] != x.shape[0]:
         raise ValueError(f"method must give maps ({x.shape[0]},h,w), got {tuple(maps.shape)}")

@@ -47,6 +47,7 @@ class PackedConv2d(nn.Conv2d):
         # Images are not cast: their convolution has few operations, and the cast costs more than it gains.
         if onednn.works(dtype) and self.dtype == torch.float32 and self.in_channels >= winograd.CHANNELS:
             self.dtype = dtype
+        self.packs = True
         self._transformed: dict[bool, Tensor] = {}  # memory that is kept; by whether it is for the backward
         self.version = 0  # of the weights
         self.repack()
@@ -68,6 +69,12 @@ class PackedConv2d(nn.Conv2d):
         self._backward: Tensor | None = None
         self._fresh: set[bool] = set()  # which of `_transformed` are of the present weights
 
+    def unpack(self) -> None:
+        """From now on convolve as nn.Conv2d does, whose output is contiguous where input and weights are."""
+        self.packs = self.by_winograd = False
+        self._transformed = {}
+        self.repack()
+
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights cannot be copied or pickled.
         return {**self.__dict__, "_forward": None, "_backward": None, "_fresh": set(), "_transformed": {}}
@@ -79,7 +86,7 @@ class PackedConv2d(nn.Conv2d):
     def with_relu(self, x: Tensor, other: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """`relu(self(x) + other)` in one pass, which rounds once; without `other` or without ReLU, the rest of it."""
         x = self.cast(x)
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        if not self.packs or torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
             out = self._conv_forward(x, self.weight.to(x.dtype), bias)
             out = out if other is None else out + other
