@@ -216,7 +216,8 @@ class Arena:
 
 def configuration(model: str, batch: int, **changed: Any) -> TrainConfig:
     """The published numbers, but an lr so small that training on random labels leaves weights finite."""
-    return TrainConfig(model=model, batch_size=batch, rule="released", lr=1e-3, **changed)
+    plain: dict[str, Any] = {"precision": "fp32", "cuda_graph": False}
+    return TrainConfig(model=model, batch_size=batch, rule="released", lr=1e-3, **{**plain, **changed})
 
 
 @torch.no_grad()

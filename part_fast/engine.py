@@ -28,6 +28,7 @@ class Engine:
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, *, load: bool = True) -> None:
+        config = config.on(device)
         self.config, self.device = config, device
         model = build_model(config.model, num_classes)
         if config.init is not None and load:
@@ -35,7 +36,7 @@ class Engine:
         # As in the copy that is attacked, and as GPUs multiply half precision.
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attack_model = AttackModel(
-            self.model, precision=config.precision, compile=config.compile, cuda_graph=config.cuda_graph
+            self.model, precision=config.precision, compile=config.compile, cuda_graph=bool(config.cuda_graph)
         )
         self.budget = CamBudget(
             self.attack_model,

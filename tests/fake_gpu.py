@@ -1,8 +1,7 @@
 """A GPU in a test's imagination: tensors that say they lie on cuda:N and compute on the CPU, with streams and graphs.
 
 What makes a real GPU wait for the host, or the host for it, raises `HostWait` inside `gpu.without_waits()`: reading a
-value (`item`, `bool`, `nonzero`, a bool index, ...) and copies between host and device, also the one that `torch.where`
-makes of a Python number. A graph records the operations launched on the stream that captures, and nothing else:
+value (`item`, `bool`, `nonzero`, a bool index, ...) and copies between host and device. A graph records the operations launched on the stream that captures, and nothing else:
 replayed, they read and write the memory of that time. Not imagined: asynchrony, dtypes and kernels of CUDA.
 """
 
@@ -63,11 +62,12 @@ class GpuTensor(Tensor):
         kwargs = kwargs or {}
         there = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         on_gpu = [t for t in there if isinstance(t, GpuTensor)]
+        assert all((t.dtype, t.shape, t.stride()) == (t.inner.dtype, t.inner.shape, t.inner.stride()) for t in on_gpu)
         gpu, index = on_gpu[0].gpu, on_gpu[0].index
         if len({t.index for t in on_gpu}) > 1:
             raise RuntimeError(f"{func}: tensors on two GPUs")
         on_host = [t for t in there if not isinstance(t, GpuTensor)]
-        # A kernel takes a number as its argument; torch.where has no such kernel.
+        # A kernel takes a 0-dim tensor of the host as a number; torch.where's takes none, and copies it.
         numbers = torch.Tag.pointwise in func.tags and func.overloadpacket is not torch.ops.aten.where
         if on_host and not (numbers and all(t.ndim == 0 for t in on_host)):
             gpu.copies(f"{func} copies {tuple(on_host[0].shape)} from the host")
@@ -243,6 +243,26 @@ class Formulas(TorchDispatchMode):
         if self.gpu.asked or any(isinstance(value, Tensor) for value in tree_leaves((args, kwargs or {}))):
             return result
         return tree_map_only(Tensor, lambda made: GpuTensor(self.gpu, made, self.gpu.current), result)
+
+
+class Net(torch.nn.Module):
+    """Two convolutions with BatchNorm, small enough for tensors that compute in Python."""
+
+    def __init__(self, classes=4):
+        super().__init__()
+        self.stem = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
+        self.layer4 = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, 2), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        self.linear = torch.nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.linear(self.layer4(self.stem(x)).mean((2, 3)))
+
+
+def net(classes=4):
+    """The same weights in every call."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return Net(classes).eval()
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import warnings
 
 import pytest
 import torch
-from fake_gpu import gpu  # noqa: F401 - a fixture
-from golden_attack import golden_net
+from fake_gpu import gpu, net  # noqa: F401 - a fixture
 
 from part_fast import AttackModel, PackedEpsilon, mma, pgd
 from part_fast.attack_model.graph import MOST, GraphedSteps
@@ -22,7 +21,7 @@ def batch(gpu, n=4, index=0, seed=0):
 
 
 def attacked(gpu, index=0, graph=True, **options):
-    return AttackModel(gpu.put(golden_net(), index), cuda_graph=graph, **options)
+    return AttackModel(gpu.put(net(), index), cuda_graph=graph, **options)
 
 
 def attack(model, x, y, **options):
@@ -49,7 +48,7 @@ def test_captured_where_the_model_is(gpu, index):
 
 
 def test_another_batch_and_other_weights_are_read_at_replay(gpu):
-    model = gpu.put(golden_net())
+    model = gpu.put(net())
     fast, plain = AttackModel(model, cuda_graph=True), AttackModel(model)
     for seed in range(3):
         x, y = batch(gpu, seed=seed)
@@ -166,7 +165,7 @@ def test_random_numbers_are_those_of_a_run_without_graphs(gpu):
     class Noisy(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = golden_net()
+            self.net = net()
 
         def forward(self, x):
             return self.net(x + 0.1 * torch.randn_like(x))
@@ -211,21 +210,21 @@ def test_held_graphs_are_bounded(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for alpha in alphas[:MOST]:
-            attack(fast, x, y, alpha=alpha)
+            attack(fast, x, y, steps=1, alpha=alpha)
         assert len(fast.graphs) == MOST
-        attack(fast, x, y, alpha=alphas[0])
-        attack(fast, x, y, alpha=alphas[1])
+        attack(fast, x, y, steps=1, alpha=alphas[0])
+        attack(fast, x, y, steps=1, alpha=alphas[1])
     with pytest.warns(UserWarning, match=f"more than {MOST} CUDA graphs of attacks, each used once"):
-        attack(fast, x, y, alpha=alphas[MOST])  # in the place of the third, which nobody asked for again
+        attack(fast, x, y, steps=1, alpha=alphas[MOST])  # in the place of the third, which nobody asked for again
     assert len(fast.graphs) == MOST
     captured = len(gpu.graphs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attack(fast, x, y, alpha=alphas[0])
-        attack(fast, x, y, alpha=alphas[1])
+        attack(fast, x, y, steps=1, alpha=alphas[0])
+        attack(fast, x, y, steps=1, alpha=alphas[1])
     assert len(gpu.graphs) == captured
     with pytest.warns(UserWarning):
-        attack(fast, x, y, alpha=alphas[2])
+        attack(fast, x, y, steps=1, alpha=alphas[2])
     assert len(gpu.graphs) == captured + 1
 
 
@@ -233,9 +232,9 @@ def test_replaced_graphs_are_done_before_their_memory_goes(gpu):
     fast, (x, y) = attacked(gpu), batch(gpu)
     for i in range(MOST):
         for _ in range(2):
-            attack(fast, x, y, alpha=0.01 + 0.001 * i)
+            attack(fast, x, y, steps=1, alpha=0.01 + 0.001 * i)
     last = fast.graphs._last
-    attack(fast, x, y, alpha=0.05)
+    attack(fast, x, y, steps=1, alpha=0.05)
     assert last.synchronized == 1
 
 
@@ -259,7 +258,7 @@ def test_what_cannot_be_captured_says_why(gpu):
     with pytest.raises(TypeError, match="loss must be hashable where an attack is captured, got Loss"):
         attack(fast, x, y, loss=Loss())
     with pytest.raises(TypeError, match="alpha must be a number, got str"):
-        attack(fast, x, y, alpha="2/255")
+        attack(fast, x, y, steps=1, alpha="2/255")
 
 
 def test_copies_hold_no_graphs(gpu):

@@ -133,7 +133,6 @@ def unpack_bits(bits: Tensor, size: tuple[int, int], high: float, low: float, dt
     mask = places.flatten(2)[..., : size[0] * size[1]].reshape(*bits.shape[:2], *size) != 0
     if dtype == torch.bool:
         return mask
-    # Made on the device: numbers given to torch.where are copied to a GPU, which waits for them.
     values = (torch.full((), value, dtype=torch.float32, device=bits.device).to(dtype) for value in (high, low))
     return torch.where(mask, *values)
 
