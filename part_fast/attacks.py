@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
@@ -69,7 +70,7 @@ def pgd(
 
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
-    with eval_mode(model), torch.no_grad(), uncached_autocast():
+    with record_function("part_fast: attack forward"), eval_mode(model), torch.no_grad(), uncached_autocast():
         return model(x)
 
 
@@ -144,22 +145,25 @@ def ascend(
         with eval_mode(model), torch.enable_grad():
             for step in range(steps):
                 leaf = x_adv.detach().requires_grad_()
-                logits = model(leaf)
+                with record_function("part_fast: attack forward"):
+                    logits = model(leaf)
                 if step == 0 and not _capturing(x):
                     checks.labels("y", y, x, _classes(logits, x))
-                (grad,) = torch.autograd.grad(loss(logits, y, *others).sum(), leaf, allow_unused=True)
+                with record_function("part_fast: attack backward"):
+                    (grad,) = torch.autograd.grad(loss(logits, y, *others).sum(), leaf, allow_unused=True)
                 if grad is None:
                     raise ValueError(
                         "model must lead from its input to the loss, got a loss that does not depend on x_adv"
                     )
                 del logits, leaf  # the graph is done; x_adv may be overwritten
-                with torch.no_grad():
+                with record_function("part_fast: pgd_step"), torch.no_grad():
                     pgd_step_(x_adv, grad if _usable(grad) else grad.contiguous(), x, held, alpha, clip)
 
     rest = (*_eps_tensors(eps), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None:
         model.refresh_if_changed()
-        model.graphs((loss, steps, alpha, clip, _eps_numbers(eps)), run, x_adv, x, y, *rest)
+        with record_function("part_fast: CUDA graph"):
+            model.graphs((loss, steps, alpha, clip, _eps_numbers(eps)), run, x_adv, x, y, *rest)
     else:
         run(x_adv, x, y, *rest)
     return x_adv

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.controls import check_control, control_map
@@ -77,14 +78,16 @@ class CamBudget:
 
         For losses that need the clean logits anyway, such as TRADES.
         """
-        evidence, logits = self.evidence(x, target)
-        eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
-        return control_map(eps, self.control, self.eps, self.eps_low), logits
+        with record_function("part_fast: CAM"):
+            evidence, logits = self.evidence(x, target)
+            eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
+            return control_map(eps, self.control, self.eps, self.eps_low), logits
 
     def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
         """The eps map as one bit per value, before any control; every rule but "soft"."""
-        evidence, _ = self.evidence(x, target)
-        return packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
+        with record_function("part_fast: CAM"):
+            evidence, _ = self.evidence(x, target)
+            return packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
 
     def evidence(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""

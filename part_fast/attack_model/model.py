@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.graph import GraphedSteps
@@ -111,8 +112,9 @@ class AttackModel(nn.Module):
 
     def refresh_if_changed(self) -> None:
         """`refresh`, if any weight was written in place since the last one."""
-        if [tensor._version for tensor in self._watched] != self._versions:
-            self.refresh()
+        with record_function("part_fast: refresh of AttackModel"):
+            if [tensor._version for tensor in self._watched] != self._versions:
+                self.refresh()
 
     def train(self, mode: bool = True) -> AttackModel:
         """Stays in eval mode."""
