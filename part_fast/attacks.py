@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
@@ -77,7 +78,7 @@ def pgd(
 
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
-    with eval_mode(model), torch.no_grad(), uncached_autocast():
+    with record_function("part_fast: attack forward"), eval_mode(model), torch.no_grad(), uncached_autocast():
         return checks.logits(model(x.clone()), x)  # some normalise in place
 
 
@@ -157,16 +158,18 @@ def ascend(
         with eval_mode(model), torch.enable_grad():
             for step in range(steps):
                 leaf = x_adv.detach().requires_grad_()
-                logits = checks.logits(forward(leaf), x)
+                with record_function("part_fast: attack forward"):
+                    logits = checks.logits(forward(leaf), x)
                 if step == 0 and not _capturing(x):
                     checks.labels("y", y, x, logits.shape[1], soft=True)
-                grad = input_gradient(loss(logits, y, *others).sum(), leaf)
+                with record_function("part_fast: attack backward"):
+                    grad = input_gradient(loss(logits, y, *others).sum(), leaf)
                 if grad is None:
                     raise ValueError(
                         "model must lead from its input to the loss, got a loss that does not depend on x_adv"
                     )
                 del logits, leaf  # the graph is done; x_adv may be overwritten
-                with torch.no_grad():
+                with record_function("part_fast: pgd_step"), torch.no_grad():
                     pgd_step_(x_adv, grad, x, held, alpha, bounds)
 
     forward = model
@@ -175,7 +178,9 @@ def ascend(
         forward = functools.partial(model, follow=False, kind=loss)
     rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
-        model.graphs(_graph_key(model, x, eps, alpha, steps, loss, _clip_numbers(low, high)), run, x_adv, x, y, *rest)
+        key = _graph_key(model, x, eps, alpha, steps, loss, _clip_numbers(low, high))
+        with record_function("part_fast: CUDA graph"):
+            model.graphs(key, run, x_adv, x, y, *rest)
     else:
         run(x_adv, x, y, *rest)
     return x_adv

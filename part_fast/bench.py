@@ -425,10 +425,27 @@ def check(case: Case, providers: Sequence[Provider], device: torch.device) -> in
 Pass = Callable[[], Any]
 
 
+def traced(call: Pass, *, device: torch.device | None = None, profile_memory: bool = False) -> list[dict[str, Any]]:
+    """The events of torch's profiler while `call` runs, a GPU's too, as in Chrome's trace format."""
+    # The profiler's library reports on stderr when it starts and stops, and that it sees no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device is not None and device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=profile_memory) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+    return events
+
+
 class CpuClock:
     """Wall time of calls made from Python, on one set of inputs."""
 
     seconds_at_least = 0.002
+    step_seconds_at_least = 0.0  # of a training step: long enough alone
 
     def sets(self, bytes_per_set: int, captured: bool) -> int:
         return 1
@@ -448,15 +465,8 @@ class CpuClock:
 
     def peak_bytes(self, call: Pass) -> int:
         """The largest running sum of what one call allocates and frees, its result included."""
-        # The profiler's library reports on stderr when it starts and stops, and that it sees no GPU.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            kept = call()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        del kept
+        kept: list[Any] = []  # until the profiler has stopped
+        events = traced(lambda: kept.append(call()), profile_memory=True)
         steps = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
         return max(itertools.accumulate(step for _, step in steps), default=0)
 
@@ -465,6 +475,7 @@ class CudaClock:
     """Time between two CUDA events; passes are CUDA graphs, over enough sets of inputs to leave none in L2."""
 
     seconds_at_least = 0.001
+    step_seconds_at_least = 0.5  # the first launches after an event find a device that waits for them
 
     def __init__(self, device: torch.device):
         self.device = device

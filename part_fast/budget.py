@@ -7,6 +7,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
@@ -92,9 +93,10 @@ class CamBudget:
 
         For losses that need the clean logits anyway, such as TRADES.
         """
-        evidence, logits = self.evidence(x, target)
-        eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
-        return control_map(eps, self.control, self.eps, self.eps_low), logits
+        with record_function("part_fast: CAM"):
+            evidence, logits = self.evidence(x, target)
+            eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
+            return control_map(eps, self.control, self.eps, self.eps_low), logits
 
     def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
         """The eps map as one bit per value: what a call gives, by every rule but "soft" and control but "uniform"."""
@@ -102,12 +104,13 @@ class CamBudget:
             raise ValueError(
                 "control must not be uniform in a packed map, which has two values: call the budget itself"
             )
-        evidence, _ = self.evidence(x, target)
-        packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
-        if self.control == "none":
-            return packed
-        mask = control_map(packed.mask().float(), self.control, 1.0, 0.0) > 0.5
-        return PackedEpsilon.pack(mask, self.eps, self.eps_low)
+        with record_function("part_fast: CAM"):
+            evidence, _ = self.evidence(x, target)
+            packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
+            if self.control == "none":
+                return packed
+            mask = control_map(packed.mask().float(), self.control, 1.0, 0.0) > 0.5
+            return PackedEpsilon.pack(mask, self.eps, self.eps_low)
 
     def evidence(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""

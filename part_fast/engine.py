@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.profiler import record_function
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
@@ -67,6 +68,7 @@ class Engine:
         self._group = 0
         self._last = True
 
+    @record_function("part_fast: optimizer")
     def begin(self, done: int, total: int, epoch: int) -> None:
         """Before a batch; `done` of this process's `total` images of the epoch are behind it."""
         every = self.config.batch_size * self.config.accumulate
@@ -91,9 +93,10 @@ class Engine:
 
     def backward(self, loss: Tensor, images: int) -> None:
         """Gradients of the mean loss of so many images, as their share of the update's."""
-        with torch.autocast(self.device.type, enabled=False):
+        with record_function("part_fast: training backward"), torch.autocast(self.device.type, enabled=False):
             self.scaler.scale(loss * (images / self._group)).backward()
 
+    @record_function("part_fast: optimizer")
     def end(self) -> None:
         """After a batch: the update, if it was the last one of it."""
         if not self._last:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model.batch_sizes import BatchSizes
@@ -163,12 +164,12 @@ class AttackModel(nn.Module):
 
     def refresh_if_changed(self) -> None:
         """`refresh`, if the model may have changed since; what an attack asks first."""
-        if self._moved_to is not None:
-            self._check_moved(*self._moved_to)
-        if self._watch is None:
-            self.refresh()
-            return
-        with self._reading():
+        with record_function("part_fast: refresh of AttackModel"):
+            if self._moved_to is not None:
+                self._check_moved(*self._moved_to)
+            if self._watch is None:
+                self.refresh()
+                return
             change, attributes = self._watch.ask()
             if change is Change.STRUCTURE or not self._set(attributes):
                 self._rebuild()
@@ -177,10 +178,6 @@ class AttackModel(nn.Module):
                 self._take_values()
             elif self._watch.unread:
                 self._take_values(noticed=False)
-
-    def _reading(self) -> contextlib.AbstractContextManager[None]:
-        """Held while the model is read: eval mode, where that changes more than a flag, as where LoRA is merged."""
-        return eval_mode(self.source) if self._switches else contextlib.nullcontext()
 
     def tell(self) -> None:
         """Say that the weights have changed, in a way that leaves no mark: the next forward takes them over."""
