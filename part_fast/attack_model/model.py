@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast import checks
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.graph import GraphedSteps
 
@@ -35,7 +36,8 @@ class AttackModel(nn.Module):
     how many. Submodules keep their names, so CamBudget finds the target layer in it too; a convolution's output is
     then what its BatchNorm's was. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take
     a quarter of the products, for which they keep eight times their weights (see PackedConv2d); gradients have no
-    second derivative then. A forward takes over the model's weights where they were changed in place since the last
+    second derivative then. Under torch.func transforms and forward-mode AD it computes plainly, as the model does, with
+    every derivative. A forward takes over the model's weights where they were changed in place since the last
     one, as optimizers do; after parameters were replaced, or written through `.data`, call `refresh`.
 
     Equivalent to: `model.eval()` with every `p.requires_grad_(False)`, up to rounding.
@@ -123,19 +125,21 @@ class AttackModel(nn.Module):
         self.refresh_if_changed()
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
-        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad
+        transformed = checks.transformed()
+        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and not transformed
         if fast:
             run = self._fast  # type: ignore[assignment]
             if self._padded is not None:
                 self._padded = max(self._padded, n)
                 x = torch.cat([x, x.new_zeros(self._padded - n, *x.shape[1:])]) if n < self._padded else x
-        x = x.contiguous(memory_format=torch.channels_last)
+        if not transformed:  # which knows no memory format
+            x = x.contiguous(memory_format=torch.channels_last)
         if self.precision == "fp32":
             return run(x)[:n]
         # No cache: the weights are in their dtype already, and what is cached here would outlive `refresh`.
         with torch.autocast(x.device.type, PRECISIONS[self.precision], cache_enabled=False):
             logits = run(x)[:n].float()
-        return _scaled(logits) if self.precision == "fp16" else logits
+        return _scaled(logits) if self.precision == "fp16" and not transformed else logits
 
 
 class _Scaled(torch.autograd.Function):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from part_fast import checks
 from part_fast.ops import winograd
 
 # Of one tensor of the images that a residual block works on at once: 2 MB, of which each of two threads reads half.
@@ -76,7 +77,7 @@ class PackedConv2d(nn.Conv2d):
     def with_relu(self, x: Tensor, other: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """`relu(self(x) + other)` in one pass, which rounds once; without `other` or without ReLU, the rest of it."""
         x = self.cast(x)
-        if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        if torch.compiler.is_compiling() or checks.transformed() or x.device.type != "cpu" or x.numel() == 0:
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
             out = self._conv_forward(x, self.weight.to(x.dtype), bias)
             out = out if other is None else out + other
@@ -160,7 +161,8 @@ class _Convolve(torch.autograd.Function):
 
 def residual(first: PackedConv2d, second: PackedConv2d, x: Tensor) -> Tensor:
     """`relu(second(relu(first(x))) + x)`; where Winograd serves both, forward and backward are two passes each."""
-    if first.winograd_takes(x) and second.winograd_takes(x) and not torch.compiler.is_compiling():
+    plain = torch.compiler.is_compiling() or checks.transformed()
+    if first.winograd_takes(x) and second.winograd_takes(x) and not plain:
         return _Residual.apply(x.float(), first, second)
     return second.with_relu(first.with_relu(x), x)
 
