@@ -44,7 +44,8 @@ class AttackModel(nn.Module):
     convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
     `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
     quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); gradients
-    have no second derivative then.
+    have no second derivative then. Under torch.func transforms and forward-mode AD it computes plainly, as the model
+    does, with every derivative.
 
     The copy follows the model. Once an attack, and once in every forward outside of one, it takes over weights, buffers
     and plain attributes that have changed: by an optimizer, fused or not, in place, through `p.data = ...`, by new
@@ -164,12 +165,12 @@ class AttackModel(nn.Module):
 
     def refresh_if_changed(self) -> None:
         """`refresh`, if the model may have changed since; what an attack asks first."""
-        with record_function("part_fast: refresh of AttackModel"):
-            if self._moved_to is not None:
-                self._check_moved(*self._moved_to)
-            if self._watch is None:
-                self.refresh()
-                return
+        if self._moved_to is not None:
+            self._check_moved(*self._moved_to)
+        if self._watch is None:
+            self.refresh()
+            return
+        with record_function("part_fast: refresh of AttackModel"), self._reading():
             change, attributes = self._watch.ask()
             if change is Change.STRUCTURE or not self._set(attributes):
                 self._rebuild()
@@ -178,6 +179,10 @@ class AttackModel(nn.Module):
                 self._take_values()
             elif self._watch.unread:
                 self._take_values(noticed=False)
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        """Held while the model is read: eval mode, where that changes more than a flag, as where LoRA is merged."""
+        return eval_mode(self.source) if self._switches else contextlib.nullcontext()
 
     def tell(self) -> None:
         """Say that the weights have changed, in a way that leaves no mark: the next forward takes them over."""
@@ -267,7 +272,8 @@ class AttackModel(nn.Module):
             self.refresh_if_changed()
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
-        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and n > 0
+        transformed = checks.transformed()
+        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and n > 0 and not transformed
         if fast:
             run = self.__dict__["_fast"]
             if self.batch_sizes is not None and (missing := self.batch_sizes(n, kind) - n):
@@ -277,12 +283,13 @@ class AttackModel(nn.Module):
         # No cache: the weights are in their dtype already, and what is cached here would outlive `refresh`.
         with torch.autocast(x.device.type, PRECISIONS[self.precision], cache_enabled=False):
             logits = checks.logits(self._run(run, x), x)[:n].float()
-        return _scaled(logits) if self.precision == "fp16" else logits
+        return _scaled(logits) if self.precision == "fp16" and not transformed else logits
 
     def _run(self, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """The copy's output; from the first `.view` on that channels_last does not allow, in contiguous memory."""
         try:
-            return run(x.contiguous(memory_format=self._format))
+            # Transforms of torch.func know no memory format.
+            return run(x if checks.transformed() else x.contiguous(memory_format=self._format))
         except RuntimeError as error:
             if self._format is torch.contiguous_format or not is_of_view(error):
                 raise

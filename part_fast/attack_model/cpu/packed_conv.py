@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from part_fast import checks
 from part_fast.attack_model.cpu import onednn
 from part_fast.ops import winograd
 
@@ -86,7 +87,8 @@ class PackedConv2d(nn.Conv2d):
     def with_relu(self, x: Tensor, other: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """`relu(self(x) + other)` in one pass, which rounds once; without `other` or without ReLU, the rest of it."""
         x = self.cast(x)
-        if not self.packs or torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        unpacked = not self.packs or torch.compiler.is_compiling() or checks.transformed()
+        if unpacked or x.device.type != "cpu" or x.numel() == 0:
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
             out = self._conv_forward(x, self.weight.to(x.dtype), bias)
             out = out if other is None else out + other
@@ -172,7 +174,8 @@ def _check_version(conv: PackedConv2d, version: int) -> None:
 
 def residual(first: PackedConv2d, second: PackedConv2d, x: Tensor) -> Tensor:
     """`relu(second(relu(first(x))) + x)`; where Winograd serves both, forward and backward are two passes each."""
-    if first.winograd_takes(x) and second.winograd_takes(x) and not torch.compiler.is_compiling():
+    plain = torch.compiler.is_compiling() or checks.transformed()
+    if first.winograd_takes(x) and second.winograd_takes(x) and not plain:
         return _Residual.apply(x.float(), first, second)
     return second.with_relu(first.with_relu(x), x)
 
