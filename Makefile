@@ -23,7 +23,7 @@ BUILT := build/built-$(PART_FAST_CUDA).stamp
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) PART_FAST_CUDA=$(PART_FAST_CUDA) (auto, 0, 1) PYTEST_ARGS="
 
 $(PY):
@@ -63,14 +63,15 @@ test-versions: ## the tests on each of TORCH_VERSIONS and on the pinned torch; a
 	grep -E '^part_fast: torch|^(=+ )?[0-9]+ (passed|failed).* in ' $(TORCH_VERSIONS:%=$(VERSIONS)/torch-%.log) $(VERSIONS)/pinned.log; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
-# Triton 3.6, which torch 2.10 and 2.11 ask for, interprets no loop with numpy 2.4 or newer.
+# Triton 3.6, which torch 2.10 and 2.11 ask for, interprets no loop with numpy 2.4 or newer. A new environment brings an
+# older setuptools than pyproject.toml needs, and torch 2.11 takes none from 82 on.
 test-torch-%: ## the tests on one more torch, such as test-torch-2.10
 	mkdir -p $(VERSIONS)/torch-$*/checkout
 	rm -rf $(foreach part,part_fast csrc tests,$(VERSIONS)/torch-$*/checkout/$(part)) $(VERSIONS)/torch-$*/checkout/build/*.stamp
 	git ls-files -z | xargs -0 cp --preserve=timestamps --parents --target-directory=$(VERSIONS)/torch-$*/checkout
 	test ! -d ../shared || ln -sfn $(abspath ../shared) $(VERSIONS)/torch-$*/shared
-	printf 'torch==$*.*\nnumpy<2.4\n' | cmp -s - $(VERSIONS)/torch-$*/constraints.txt \
-	    || printf 'torch==$*.*\nnumpy<2.4\n' > $(VERSIONS)/torch-$*/constraints.txt
+	printf '%s\n' 'torch==$*.*' 'numpy<2.4' 'setuptools>=77,<82' > $(VERSIONS)/torch-$*/constraints.new
+	cd $(VERSIONS)/torch-$* && { cmp -s constraints.new constraints.txt || mv constraints.new constraints.txt; }
 	$(MAKE) -C $(VERSIONS)/torch-$*/checkout test VENV=$(abspath $(VERSIONS))/torch-$* CONSTRAINTS=../constraints.txt
 
 bench: install ## benchmarks of the ops; all cases with PYTEST_ARGS=--full

@@ -49,6 +49,10 @@ _missing: dict[str, str | None] = {
 
 if _missing["cpp"]:
     warnings.warn(f"part_fast runs its slower reference ops on the CPU: {_missing['cpp']}", stacklevel=2)
+if torch.version.cuda is not None and _missing["triton"] and _missing["cuda"]:
+    warnings.warn(
+        f"part_fast runs its slower reference ops on a GPU: {_missing['triton']}; {_missing['cuda']}", stacklevel=2
+    )
 
 
 def _known(name: str, argument: str) -> str:

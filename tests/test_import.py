@@ -95,6 +95,24 @@ print("opcheck of", len(test_backends.RAW_OPS))
     assert library == "broken" or ran.stdout == "opcheck of 10\n"
 
 
+def test_a_gpu_that_would_run_the_reference_is_warned_of():
+    """A torch for CUDA with neither the compiled library nor Triton; the other tests here have nothing said of it."""
+    code = """
+    import sys, warnings
+    import torch
+    torch.version.cuda = "13.0"
+    sys.modules["triton"] = sys.modules["part_fast._C_cuda"] = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        import part_fast
+    print(*[w.message for w in caught if "on a GPU" in str(w.message)], sep="\\n")
+    """
+    said = run(code).stdout
+    assert said.startswith("part_fast runs its slower reference ops on a GPU: triton is not installed"), said
+    assert "part_fast._C_cuda is not built" in said
+    assert said.count("\n") == 1
+
+
 def test_without_a_gpu():
     code = f"""
     import torch
