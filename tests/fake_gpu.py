@@ -220,11 +220,12 @@ class FakeGpu(TorchFunctionMode):
     @contextlib.contextmanager
     def capture(self, graph, pool=None, stream=None, capture_error_mode="global"):
         graph.pool, graph.stream, graph.mode, stream.recording = pool, stream, capture_error_mode, []
+        before, self.streams[stream.device] = self.streams[stream.device], stream
         try:
-            with self.stream(stream):
-                yield
+            yield
         finally:
             graph.launches, stream.recording = stream.recording, None
+        self.streams[stream.device] = before  # not where the capture fails, as in torch
         self.graphs.append(graph)
 
     def pool(self):

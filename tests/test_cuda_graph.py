@@ -240,14 +240,15 @@ def test_replaced_graphs_are_done_before_their_memory_goes(gpu):
 
 def test_what_cannot_be_captured_says_why(gpu):
     def reads(logits, y):
-        return logits.sum(1) * float(logits.amax())
+        return logits.sum(1) * float(logits.detach().amax())
 
-    fast, (x, y) = attacked(gpu), batch(gpu)
+    fast, (x, y), stream = attacked(gpu), batch(gpu), torch.cuda.current_stream()
     said = "cuda_graph must be off for this attack, whose steps cannot be captured: CUDA error: operation not permitted"
     with pytest.raises(RuntimeError, match=said) as error:
         attack(fast, x, y, loss=reads)
     assert "\n" not in str(error.value)
     assert len(fast.graphs) == 0
+    assert torch.cuda.current_stream() is stream
 
     class Loss:
         __hash__ = None
