@@ -33,8 +33,8 @@ def join(device: torch.device) -> torch.device:
     missing = [kind for kind in by if f"{kind}:" not in there]
     if missing:
         raise ValueError(
-            f"the process group must take {' and '.join(by)} tensors, such as init_process_group('cpu:gloo,cuda:nccl'), "
-            f"got {there!r}"
+            f"the process group must take {' and '.join(by)} tensors, such as "
+            f"init_process_group('cpu:gloo,cuda:nccl'), got {there!r}"
         )
     return device
 

@@ -1,27 +1,28 @@
-"""How a process multiplies: TF32, and by which algorithms. Settings of torch for the whole process, put back afterwards."""
+"""How a process multiplies: TF32, and by which algorithms; settings of torch for a whole process, put back after."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
 def tf32() -> dict[str, bool]:
-    """Whether float32 is multiplied in TF32 on CUDA, with 10 bits of mantissa in place of 23; torch's default is
-    convolutions alone."""
-    return {
-        "convolutions": torch.backends.cudnn.conv.fp32_precision == "tf32",
-        "matrix_products": torch.backends.cuda.matmul.fp32_precision == "tf32",
-    }
+    """Whether float32 is multiplied in TF32 on CUDA, with 10 bits of mantissa in place of 23.
+
+    Torch's default is TF32 for convolutions and none for matrix products.
+    """
+    convolutions, products = (setting.fp32_precision == "tf32" for setting in _settings())
+    return {"convolutions": convolutions, "matrix_products": products}
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
     """Float32 is multiplied in float32 inside the block, on CUDA too."""
-    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    settings = _settings()
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
@@ -30,6 +31,11 @@ def full_float32() -> Iterator[None]:
     finally:
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+def _settings() -> tuple[Any, Any]:
+    # Not allow_tf32, which raises where the caller used these.
+    return torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

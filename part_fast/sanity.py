@@ -86,7 +86,8 @@ def gradient_flags(
 def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """What reduced precision does to the input gradients of the cross-entropy, which PGD reads the signs of.
 
-    model: in full precision, which on CUDA means without TF32 here. fast: the same in another, as it runs. x: images (N,C,H,W). y: class indices (N,).
+    model: in full precision, here without TF32 on CUDA. fast: the same in another, as it runs elsewhere.
+    x: images (N,C,H,W). y: class indices (N,).
     Returns: zero_gradients, the share of values that are exactly zero by `fast` and not by `model`; sign_agreement, the
     share of those that are not zero by `model` whose sign is the same.
     """

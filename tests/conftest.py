@@ -17,6 +17,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from fake_gpu import gpu  # noqa: F401 - a fixture
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -1,8 +1,9 @@
 """A GPU in a test's imagination: tensors that say they lie on cuda:N and compute on the CPU, with streams and graphs.
 
-What makes a real GPU wait for the host, or the host for it, raises `HostWait` inside `gpu.without_waits()`: reading a
-value (`item`, `bool`, `nonzero`, a bool index, ...) and copies between host and device. A graph records the operations launched on the stream that captures, and nothing else:
-replayed, they read and write the memory of that time. Not imagined: asynchrony, dtypes and kernels of CUDA.
+What makes a real GPU wait for the host, or the host for it, raises `HostWaitError` inside `gpu.without_waits()`:
+reading a value (`item`, `bool`, `nonzero`, a bool index, ...) and copies between host and device. A graph records the
+operations launched on the stream that captures, and nothing else: replayed, they read and write the memory of that
+time. Not imagined: asynchrony, and the dtypes and kernels of CUDA.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ INDEXING = (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index
 READS_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
-class HostWait(AssertionError):
+class HostWaitError(AssertionError):
     """Host and device wait for each other."""
 
 
@@ -148,7 +149,7 @@ class FakeGpu(TorchFunctionMode):
 
     def copies(self, what):
         if self.watching:
-            raise HostWait(what)
+            raise HostWaitError(what)
         if any(stream.recording is not None for stream in self.streams):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}\nmore lines")
 
@@ -219,11 +220,12 @@ class FakeGpu(TorchFunctionMode):
     @contextlib.contextmanager
     def capture(self, graph, pool=None, stream=None, capture_error_mode="global"):
         graph.pool, graph.stream, graph.mode, stream.recording = pool, stream, capture_error_mode, []
+        before, self.streams[stream.device] = self.streams[stream.device], stream
         try:
-            with self.stream(stream):
-                yield
+            yield
         finally:
             graph.launches, stream.recording = stream.recording, None
+        self.streams[stream.device] = before  # not where the capture fails, as in torch
         self.graphs.append(graph)
 
     def pool(self):
@@ -232,7 +234,7 @@ class FakeGpu(TorchFunctionMode):
 
 
 class Formulas(TorchDispatchMode):
-    """What derivatives make inside of torch, `at::scalar_tensor(0, grad.options())`, they make where the gradient is."""
+    """What derivatives make inside of torch, `scalar_tensor(0, grad.options())`, they make where the gradient is."""
 
     def __init__(self, gpu):
         super().__init__()

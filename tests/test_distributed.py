@@ -9,7 +9,6 @@ import textwrap
 
 import pytest
 import torch
-from fake_gpu import gpu  # noqa: F401 - a fixture
 from safetensors.torch import load_file
 
 from part_fast import distributed
@@ -198,7 +197,7 @@ class Group:
         self.sent.append((value.device.type, backends[value.device.type]))
 
 
-def test_cpu_and_gpu_tensors_each_have_their_way(gpu, monkeypatch):  # noqa: F811
+def test_cpu_and_gpu_tensors_each_have_their_way(gpu, monkeypatch):
     """An epoch's order is broadcast from the CPU, sums and statistics from the GPU."""
     group = Group(monkeypatch)
     assert distributed.join(torch.device("cuda")) == torch.device("cuda", 1)

@@ -6,12 +6,12 @@ import dataclasses
 import pytest
 import torch
 from conftest import TINY_RUN
-from fake_gpu import GpuTensor, HostWait, gpu, net  # noqa: F401 - a fixture
+from fake_gpu import GpuTensor, HostWaitError, net
 
 import part_fast.engine as engines
 from part_fast import PackedEpsilon
 from part_fast.config import METHODS
-from part_fast.data import draw_augmentation, to_float
+from part_fast.data import draw_augmentation
 from part_fast.engine import Engine
 from part_fast.mask_bank import MaskBank
 from part_fast.models import build_model
@@ -21,7 +21,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 N = 6
 
 
-def make(gpu, config, device):  # noqa: F811
+def make(gpu, config, device):
     """An engine, its images and its bank there, all alike on both devices."""
     torch.manual_seed(0)
     model = net(10) if config.model == "net" else build_model(config.model, 10)
@@ -50,7 +50,7 @@ def step(engine, images, labels, bank, i):
     return train_step(engine, engine.config.method, x, y, epsilon, (i * N, 3 * N, 0))
 
 
-def run(gpu, config, device):  # noqa: F811
+def run(gpu, config, device):
     """Losses of three batches; on a GPU the last two, and a refresh of the masks, make nobody wait."""
     engine, images, labels, bank = make(gpu, config, device)
     torch.manual_seed(1)
@@ -62,19 +62,19 @@ def run(gpu, config, device):  # noqa: F811
                 bank.fill(engine.budget, images, N)
             losses.append(step(engine, images, labels, bank, i))
     assert isinstance(losses[0], GpuTensor) == (device.type == "cuda")
-    return [float(loss) for loss in losses], engine
+    return [float(loss) for loss in losses]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_no_method_waits(gpu, method, precision):  # noqa: F811
+def test_no_method_waits(gpu, method, precision):
     model = "resnet-small" if method == "part-t" else "net"
     config = dataclasses.replace(TINY_RUN, model=model, method=method, precision=precision, average="ema:0.9")
     config = dataclasses.replace(config, cuda_graph=True)
-    losses, engine = run(gpu, config, CUDA)
+    losses = run(gpu, config, CUDA)
     assert len(gpu.graphs) == 1
     if precision == "fp32":
-        plain, _ = run(gpu, dataclasses.replace(config, cuda_graph=False), CPU)
+        plain = run(gpu, dataclasses.replace(config, cuda_graph=False), CPU)
         # What is imagined computes what the CPU does, whose Winograd rounds otherwise: a sign may turn.
         assert losses == pytest.approx(plain, rel=0.02)
 
@@ -92,13 +92,13 @@ def test_no_method_waits(gpu, method, precision):  # noqa: F811
     ],
     ids=lambda changes: ", ".join(map(str, changes.values())),
 )
-def test_no_option_waits(gpu, changes):  # noqa: F811
+def test_no_option_waits(gpu, changes):
     config = dataclasses.replace(TINY_RUN, model="net", precision="bf16", cuda_graph=True, **changes)
-    losses, _ = run(gpu, config, CUDA)
+    losses = run(gpu, config, CUDA)
     assert all(0 < loss < 20 for loss in losses)
 
 
-def test_packed_epsilon_makes_its_numbers_on_the_device(gpu):  # noqa: F811
+def test_packed_epsilon_makes_its_numbers_on_the_device(gpu):
     mask = torch.rand(3, 1, 5, 7) < 0.5
     there = gpu.put(mask)
     with gpu.without_waits():
@@ -130,10 +130,10 @@ def test_packed_epsilon_makes_its_numbers_on_the_device(gpu):  # noqa: F811
         lambda x: x.copy_(torch.zeros(3)),
     ],
 )
-def test_a_wait_is_seen(gpu, wait):  # noqa: F811
+def test_a_wait_is_seen(gpu, wait):
     x = gpu.put(torch.rand(3))
     wait(x)
     with gpu.without_waits():
         x * 2 + torch.arange(3, device=x.device) + torch.zeros_like(x)  # which does not
-        with pytest.raises(HostWait):
+        with pytest.raises(HostWaitError):
             wait(x)

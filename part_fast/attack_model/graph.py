@@ -7,12 +7,14 @@ import itertools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from part_fast import backends
 from part_fast.eval_mode import uncached_autocast
+from part_fast.precision import tf32
 
 Run = Callable[..., None]
 Replay = Callable[[], object]
@@ -31,7 +33,7 @@ class Capture:
     """
 
     def __init__(self) -> None:
-        self._pool: object = None
+        self._pool: Any = None
         self._streams: dict[int, torch.cuda.Stream] = {}
 
     def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
@@ -57,9 +59,9 @@ class Capture:
             try:
                 # "thread_local", since NCCL's watchdog asks the driver things from a thread of its own, which would
                 # end a "global" capture. The backward's thread launches on the capture's stream all the same.
-                with torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._streams[device], capture_error_mode="thread_local"
-                ):
+                how = {"pool": self._pool, "stream": self._streams[device], "capture_error_mode": "thread_local"}
+                # The outer block brings the current stream back, which torch leaves changed where a capture fails.
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
                     run()
             except RuntimeError as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -71,8 +73,9 @@ class Capture:
 
 @dataclasses.dataclass
 class _Graph:
-    """A recorded run: the memory that it reads and writes, how to launch it again, how often that was done."""
+    """A recorded run: its kind, the memory that it reads and writes, how to launch it, how often that was done."""
 
+    kind: Hashable
     memory: list[Tensor]
     replay: Replay
     replays: int = 0
@@ -112,11 +115,10 @@ class GraphedSteps:
         with torch.cuda.device_of(x_adv):
             graph = self._held.get(place)
             if graph is None:
-                largest = max((len(held.memory[0]) for (k, _), held in self._held.items() if k == kind), default=0)  # type: ignore[misc]
-                if len(x_adv) < largest:
+                if any(len(x_adv) < len(held.memory[0]) for held in self._held.values() if held.kind == kind):
                     run(*tensors)
                     return
-                graph = self._hold(place, run, tensors)
+                graph = self._hold(kind, place, run, tensors)
             self._held.move_to_end(place)
             if x_adv.is_cuda and self._last is not None:
                 torch.cuda.current_stream().wait_event(self._last)
@@ -129,9 +131,9 @@ class GraphedSteps:
             if x_adv.is_cuda:
                 self._last = torch.cuda.current_stream().record_event()
 
-    def _hold(self, place: Hashable, run: Run, tensors: tuple[Tensor, ...]) -> _Graph:
+    def _hold(self, kind: Hashable, place: Hashable, run: Run, tensors: tuple[Tensor, ...]) -> _Graph:
         memory = [tensor.clone() for tensor in tensors]
-        graph = _Graph(memory, self._record(lambda: run(*memory)))
+        graph = _Graph(kind, memory, self._record(lambda: run(*memory)))
         if len(self._held) == MOST:
             if self._last is not None:
                 self._last.synchronize()  # whoever gets the memory next may be on another stream
@@ -166,8 +168,7 @@ def surroundings(module: nn.Module, device: torch.device) -> Hashable:
     return (
         tuple(weight.data_ptr() if weight.layout is torch.strided else id(weight) for weight in weights),
         torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
-        torch.backends.cudnn.conv.fp32_precision,
-        torch.backends.cuda.matmul.fp32_precision,
+        tuple(tf32().values()),
         torch.are_deterministic_algorithms_enabled(),
         backends.current_backend(device),
     )

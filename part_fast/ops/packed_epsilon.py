@@ -133,8 +133,8 @@ def unpack_bits(bits: Tensor, size: tuple[int, int], high: float, low: float, dt
     mask = places.flatten(2)[..., : size[0] * size[1]].reshape(*bits.shape[:2], *size) != 0
     if dtype == torch.bool:
         return mask
-    values = (torch.full((), value, dtype=torch.float32, device=bits.device).to(dtype) for value in (high, low))
-    return torch.where(mask, *values)
+    set_, clear = (torch.full((), value, dtype=torch.float32, device=bits.device).to(dtype) for value in (high, low))
+    return torch.where(mask, set_, clear)
 
 
 def _places(device: torch.device) -> Tensor:
