@@ -4,6 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PART_FAST_CUDA ?= auto
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 export PART_FAST_CUDA
 
 PY := $(VENV)/bin/python
@@ -14,12 +15,12 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo test test-slow bench lint format lock clean
+.PHONY: help install build demo test test-slow gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
-	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) PART_FAST_CUDA=$(PART_FAST_CUDA) (auto, 0, 1) PYTEST_ARGS="
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) PART_FAST_CUDA=$(PART_FAST_CUDA) (auto, 0, 1) PYTEST_ARGS= GPU_ARGS="
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
@@ -48,6 +49,9 @@ test: install ## all tests but the slow ones, and the Triton kernels in the inte
 
 test-slow: install ## the proofs that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+gpu: $(INSTALLED) ## everything on the GPU that is there: build for it, check, time, report; runs/gpu, 9 minutes
+	$(PY) -m part_fast.gpu $(GPU_ARGS)
 
 bench: install ## benchmarks of the ops; all cases with PYTEST_ARGS=--full
 	$(PY) -m pytest benchmarks $(PYTEST_ARGS)

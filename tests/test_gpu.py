@@ -129,19 +129,19 @@ def test_attack_model_attacks_as_the_model_and_follows_it(device, graph, loss, f
     model, x, y = network(device)
     if graph and device.type == "cpu":
         pytest.skip("a CUDA graph needs a CUDA device")
-    eps = budgets(device)[form]
+    eps, start = budgets(device)[form], (x + EPS * torch.randn_like(x).sign()).clamp(0, 1)
     fast = AttackModel(model, cuda_graph=graph)
     found = []
     with attacks.full_float32():
         for _ in range(3):
-            wanted = pgd(model, x, y, eps, steps=3, start="zero", loss=loss)
-            found.append(pgd(fast, x, y, eps, steps=3, start="zero", loss=loss))
-            # Folded BatchNorm rounds otherwise: a gradient as good as zero may change its sign.
-            assert float(((found[-1] - wanted).abs() > 1e-6).float().mean()) < 0.02
+            wanted = pgd(model, x, y, eps, steps=3, start=start, loss=loss)
+            found.append(pgd(fast, x, y, eps, steps=3, start=start, loss=loss))
+            # The copy rounds otherwise: a gradient as good as zero may change its sign, and three steps build on it.
+            assert float(((found[-1] - wanted).abs() > 1e-6).float().mean()) < 0.05
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
-    assert record.share_differing(found[0], found[1]) > 0.01
+    assert record.share_differing(found[0], found[1]) > 0.1
     if graph:
         assert len(fast.graphs) == 1
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -62,11 +63,9 @@ def test_a_failed_part_stops_no_other(settings, capsys):
     assert [row["name"] for row in rows(out, kind="ok")] == ["one"]
     text = (out / "report.md").read_text()
     for name, result in (("first", "**failed**"), ("second", "**failed**"), ("third", "**failed**"), ("last", "ok")):
-        assert any(line.split("|")[1:4:2] == [f" {name:<11} ", f" {result:<10} "] for line in text.splitlines()) or (
-            f"| {name} " in text and result in text
-        )
+        assert re.search(rf"^\| {name} +\| what {name} is +\| {re.escape(result)} ", text, re.MULTILINE), name
     assert "asked" not in text
-    assert "| first  | a case | ValueError: so it is" in text
+    assert re.search(r"^\| first +\| a case +\| ValueError: so it is ", text, re.MULTILINE)
     assert "hello" in (out / battery.LOG).read_text()
     assert "## Failures" in capsys.readouterr().out.rpartition("## Parts")[2]
 
@@ -108,9 +107,8 @@ def test_time_not_used_is_the_others(settings, monkeypatch):
 def test_processes_are_told_when_to_stop_and_judged_ones_are_not(settings):
     said = "import sys; print(sys.argv)"
     battery.run(settings, (), [[part("a", python(said, "told"), python(said, "judged", True))]])
-    told, judged = sorted(
-        line for line in (settings.out / battery.LOG).read_text().splitlines() if line.startswith("[")
-    )[::-1]
+    lines = [line for line in (settings.out / battery.LOG).read_text().splitlines() if line.startswith("[")]
+    judged, told = sorted(lines, key=len)
     assert judged == "['-c']"
     assert eval(told)[1] == "--until"
     assert time.time() < float(eval(told)[2]) < time.time() + 60
@@ -162,7 +160,7 @@ def test_results_of_another_machine_are_not_mixed_in(settings):
 )
 def test_bad_input(arguments, message, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert pytest.importorskip("re").search(f"^part_fast.gpu: error: {message}", capsys.readouterr().err)
+    assert re.search(f"^part_fast.gpu: error: {message}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
