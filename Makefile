@@ -9,6 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # environment, with a copy of the checkout in it, of 7 GB below VERSIONS.
 TORCH_VERSIONS ?= 2.10 2.11
 VERSIONS ?= build/versions
+GPU_ARGS ?=
 export PART_FAST_CUDA
 
 PY := $(VENV)/bin/python
@@ -19,12 +20,12 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo test test-slow test-versions bench lint format lock clean
+.PHONY: help install build demo test test-slow test-versions gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
-	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) PART_FAST_CUDA=$(PART_FAST_CUDA) (auto, 0, 1) PYTEST_ARGS="
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) PART_FAST_CUDA=$(PART_FAST_CUDA) (auto, 0, 1) PYTEST_ARGS= GPU_ARGS="
 
 $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
@@ -73,6 +74,9 @@ test-torch-%: ## the tests on one more torch, such as test-torch-2.10
 	printf '%s\n' 'torch==$*.*' 'numpy<2.4' 'setuptools>=77,<82' > $(VERSIONS)/torch-$*/constraints.new
 	cd $(VERSIONS)/torch-$* && { cmp -s constraints.new constraints.txt || mv constraints.new constraints.txt; }
 	$(MAKE) -C $(VERSIONS)/torch-$*/checkout test VENV=$(abspath $(VERSIONS))/torch-$* CONSTRAINTS=../constraints.txt
+
+gpu: $(INSTALLED) ## everything on the GPU that is there: build for it, check, time, report; runs/gpu, 9 minutes
+	$(PY) -m part_fast.gpu $(GPU_ARGS)
 
 bench: install ## benchmarks of the ops; all cases with PYTEST_ARGS=--full
 	$(PY) -m pytest benchmarks $(PYTEST_ARGS)

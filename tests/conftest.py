@@ -2,6 +2,8 @@
 
 A test that takes the `backend` fixture runs once for each backend. `triton` on CPU tensors needs a process of
 its own, because Triton decides at import whether it interprets: `TRITON_INTERPRET=1 pytest -m interpret`.
+
+Tests marked gpu need a CUDA device: `pytest -m gpu` runs them, those of the ops on its backends among them.
 """
 
 import dataclasses
@@ -24,6 +26,9 @@ from torch import Tensor
 import part_fast
 from part_fast import PackedEpsilon
 from part_fast.config import TrainConfig
+
+# cuBLAS reads it when it is first used; without it torch refuses matrix products in deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,6 +80,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=dropped)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def pytest_report_header() -> list[str]:
     lines = [f"part_fast: torch {torch.__version__}, CPU backends {', '.join(part_fast.available_backends())}"]
     if INTERPRETED:
@@ -117,7 +127,7 @@ CPU_BACKENDS = [
     pytest.param(Backend("triton", "cpu"), id="triton", marks=pytest.mark.interpret),
 ]
 GPU_BACKENDS = [
-    pytest.param(Backend(name, "cuda"), id=f"{name}-gpu")
+    pytest.param(Backend(name, "cuda"), id=f"{name}-gpu", marks=pytest.mark.gpu)
     for name in ("reference", "triton", "cuda")
     if name in part_fast.available_backends("cuda")
 ]
@@ -128,6 +138,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The backend that every op of the test runs on."""
     with part_fast.backend(request.param.name):
         yield request.param
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device a test runs on, for tests of what is above the ops."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -450,8 +466,9 @@ def map_sizes(backend: Backend, *case: object) -> list[tuple[tuple[int, int, int
     return [*usual, *odd, ((2, 6, 6), (6, 6)), ((0, 4, 4), (8, 8)), ((1, 16, 16), (65, 130))]
 
 
-# An epoch of AT and one of PART, which take a second or so.
+# An epoch of AT and one of PART, which take a second or so; on the CPU, also where there is a GPU.
 TINY_RUN = TrainConfig(
+    device="cpu",
     method="part",
     epochs=2,
     warmup_epochs=1,

@@ -107,10 +107,10 @@ def test_independent_quantile(backend, dtype, q):
             assert (one == (u.ravel() > least_kept))[settled].all()
         if backend.exact and shape[0]:
             u = upsample_cam(cam.to(torch.float64 if dtype == torch.float64 else torch.float32), size)
-            order = np.argsort(-u.flatten(1).numpy(), axis=1, kind="stable")[:, :k]
+            order = np.argsort(-u.flatten(1).cpu().numpy(), axis=1, kind="stable")[:, :k]
             chosen = np.zeros((shape[0], size[0] * size[1]), bool)
             np.put_along_axis(chosen, order, True, axis=1)
-            chosen &= (cam.amax((1, 2)) > cam.amin((1, 2))).numpy()[:, None]
+            chosen &= (cam.amax((1, 2)) > cam.amin((1, 2))).cpu().numpy()[:, None]
             assert (mask.flatten(1).numpy() == chosen).all()
 
 

@@ -139,14 +139,11 @@ class Outcomes:
 
     def __init__(self, recorder: Recorder, name: str) -> None:
         self.recorder, self.name = recorder, name
-        self.passed, self.skipped, self.collected = 0, 0, 0
+        self.passed, self.skipped = 0, 0
         self.session: Any = None
 
     def pytest_sessionstart(self, session: Any) -> None:
         self.session = session
-
-    def pytest_collection_finish(self, session: Any) -> None:
-        self.collected = len(session.items)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -178,7 +175,18 @@ def tests(recorder: Recorder, expression: str, workers: int) -> None:
     import pytest
 
     outcomes = Outcomes(recorder, expression)
-    command = ["tests", "-m", "gpu", "-q", "--tb=short", "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    command = [
+        "tests",
+        "-m",
+        "gpu and not slow and not interpret",
+        "-q",
+        "--tb=short",
+        "--maxfail=200",
+        "--rootdir",
+        str(ROOT),
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["-k", expression] if expression else []
     if importlib.util.find_spec("xdist") is not None and workers > 1:
         command += ["-n", str(workers)]

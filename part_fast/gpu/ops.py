@@ -406,7 +406,7 @@ class Checks:
     # --- which of them ------------------------------------------------------------------------------------------------
 
     def cases(self, kinds: set[str], thin: int) -> Iterator[Case]:
-        """The checks of values: the wide products thinned to every `thin`-th."""
+        """The checks of values: the wide products thinned to every `thin`-th, the small ones to a share of that."""
         if "step" in kinds:
             wide = itertools.product(DTYPES, LAYOUTS, FORMS, SHAPES)
             for d, layout, form, shape in itertools.islice(wide, 0, None, thin):
@@ -424,7 +424,8 @@ class Checks:
                 yield f"cam {d} {layout} {method} {shape}", self.cam, shape, DTYPES[d], layout, method
         for kind, check, sizes in (("upsample", self.upsample, SIZES), ("soft", self.soft, SIZES[:6])):
             if kind in kinds:
-                for (maps, size), d in itertools.product(sizes, DTYPES):
+                some = itertools.islice(itertools.product(sizes, DTYPES), 0, None, max(1, thin // 11))
+                for (maps, size), d in some:
                     yield f"{kind} {d} {maps} {size}", check, maps, size, DTYPES[d]
         if "mask" in kinds:
             masks = itertools.product(SIZES, RULES, DTYPES)

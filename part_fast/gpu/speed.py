@@ -250,7 +250,7 @@ class Network:
             step()
             synchronize(self.device)
             first = time.perf_counter() - begin
-            step()  # captures what the first one only warmed up
+            step()  # what later ones find in caches is there now
             once, _, _ = timed(step, self.device, rounds=1)
             calls = 1 if self.recorder.dry else max(1, min(20, int(0.5 / max(once, 1e-4))))
             median, least, most = timed(step, self.device, rounds=1 if self.recorder.dry else 4, calls=calls)
