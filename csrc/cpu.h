@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "tensor.h"
 
@@ -31,6 +32,30 @@ template <typename S, typename C>
 void widen(const S* from, C* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<C>(load(from[i]));
 }
+
+// Two BFloat16 side by side, from anywhere. As halves of 32 bits they become floats, and floats become them, by shifts
+// and masks: a loop over pairs needs no shuffles, and no buffers of floats. (x86 and ARM: the even one is the low
+// half.)
+typedef uint32_t Pair __attribute__((may_alias, aligned(alignof(BFloat16))));
+
+PF_HD float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+PF_HD float even_of(uint32_t pair) { return float_of_bits(pair << 16); }
+
+PF_HD float odd_of(uint32_t pair) { return float_of_bits(pair & 0xffff0000u); }
+
+// The high half is `value` rounded to BFloat16, to nearest even, every NaN the same one as in torch.
+PF_HD uint32_t rounded_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return value != value ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1);
+}
+
+PF_HD uint32_t pair_of(float even, float odd) { return rounded_bits(even) >> 16 | (rounded_bits(odd) & 0xffff0000u); }
 
 // A chunk of an input in the compute type C: in place, or decoded into `buffer`.
 template <typename C, typename T>

@@ -28,6 +28,27 @@ PF_CLONES void step_chunk(const double* x_adv, const double* grad, const double*
   step_loop(x_adv, grad, x, eps, step, out, count);
 }
 
+// Of BFloat16 alone, two at a time.
+PF_CLONES void step_chunk(const BFloat16* x_adv, const BFloat16* grad, const BFloat16* x, const float* eps,
+                          Step<float> step, BFloat16* out, int64_t count) {
+  const auto stepped = [&](float a, float g, float b, float bound) __attribute__((always_inline)) {
+    return clip(project(moved_by_step(a, sign<float>(g), b, step.alpha), b, bound), step.clip_low, step.clip_high);
+  };
+  const Pair *x_advs = reinterpret_cast<const Pair*>(x_adv), *grads = reinterpret_cast<const Pair*>(grad),
+             *xs = reinterpret_cast<const Pair*>(x);
+  Pair* outs = reinterpret_cast<Pair*>(out);
+  PF_INDEPENDENT
+  for (int64_t i = 0; i < count / 2; ++i) {
+    const uint32_t a = x_advs[i], g = grads[i], b = xs[i];
+    outs[i] = pair_of(stepped(even_of(a), even_of(g), even_of(b), eps[2 * i]),
+                      stepped(odd_of(a), odd_of(g), odd_of(b), eps[2 * i + 1]));
+  }
+  if (count % 2) {
+    const int64_t last = count - 1;
+    out[last] = store<BFloat16>(stepped(load(x_adv[last]), load(grad[last]), load(x[last]), eps[last]));
+  }
+}
+
 template <typename C>
 PF_HD void bwd_loop(const C* grad_out, const C* x_adv, const C* grad, const C* x, const C* eps, Step<C> step,
                     C* to_x_adv, C* to_x, C* to_eps, int64_t count) {
@@ -72,11 +93,15 @@ void pgd_step_into(const Tensor& out, const Tensor& x_adv, const Tensor& grad, c
       T* out_data = mutable_data<T>(out);
       const auto step = step_of<C>(alpha, clip_low, clip_high);
       for_each_chunk<C>(Images(x_adv), eps_of(eps, eps_high, eps_low), [&](int64_t at, int64_t count, const C* bound) {
-        alignas(64) C buffer[3][CHUNK];
-        C* to = place(out_data + at, buffer[0]);
-        step_chunk(decoded(x_adv_data + at, buffer[0], count), decoded_sign(grad_data + at, buffer[1], count),
-                   decoded(x_data + at, buffer[2], count), bound, step, to, count);
-        write(to, out_data + at, count);
+        if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<G, BFloat16>) {
+          step_chunk(x_adv_data + at, grad_data + at, x_data + at, bound, step, out_data + at, count);
+        } else {
+          alignas(64) C buffer[3][CHUNK];
+          C* to = place(out_data + at, buffer[0]);
+          step_chunk(decoded(x_adv_data + at, buffer[0], count), decoded_sign(grad_data + at, buffer[1], count),
+                     decoded(x_data + at, buffer[2], count), bound, step, to, count);
+          write(to, out_data + at, count);
+        }
       });
     });
   });

@@ -18,6 +18,22 @@ PF_CLONES void project_chunk(const double* x_adv, const double* x, const double*
   project_loop(x_adv, x, eps, out, count);
 }
 
+// Of BFloat16, two at a time.
+PF_CLONES void project_chunk(const BFloat16* x_adv, const BFloat16* x, const float* eps, BFloat16* out, int64_t count) {
+  const Pair *x_advs = reinterpret_cast<const Pair*>(x_adv), *xs = reinterpret_cast<const Pair*>(x);
+  Pair* outs = reinterpret_cast<Pair*>(out);
+  PF_INDEPENDENT
+  for (int64_t i = 0; i < count / 2; ++i) {
+    const uint32_t a = x_advs[i], b = xs[i];
+    outs[i] = pair_of(project(even_of(a) - even_of(b), even_of(b), eps[2 * i]),
+                      project(odd_of(a) - odd_of(b), odd_of(b), eps[2 * i + 1]));
+  }
+  if (count % 2) {
+    const int64_t last = count - 1;
+    out[last] = store<BFloat16>(project(load(x_adv[last]) - load(x[last]), load(x[last]), eps[last]));
+  }
+}
+
 template <typename C>
 PF_HD void bwd_loop(const C* grad_out, const C* x_adv, const C* x, const C* eps, C* to_x_adv, C* to_x, C* to_eps,
                     int64_t count) {
@@ -49,11 +65,15 @@ Tensor project_linf(const Tensor& x_adv, const Tensor& x, const std::optional<Te
     const T *x_adv_data = data<T>(x_adv), *x_data = data<T>(x);
     T* out_data = mutable_data<T>(out);
     for_each_chunk<C>(Images(x_adv), eps_of(eps, eps_high, eps_low), [&](int64_t at, int64_t count, const C* bound) {
-      alignas(64) C buffer[2][CHUNK];
-      C* to = place(out_data + at, buffer[0]);
-      project_chunk(decoded(x_adv_data + at, buffer[0], count), decoded(x_data + at, buffer[1], count), bound, to,
-                    count);
-      write(to, out_data + at, count);
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        project_chunk(x_adv_data + at, x_data + at, bound, out_data + at, count);
+      } else {
+        alignas(64) C buffer[2][CHUNK];
+        C* to = place(out_data + at, buffer[0]);
+        project_chunk(decoded(x_adv_data + at, buffer[0], count), decoded(x_data + at, buffer[1], count), bound, to,
+                      count);
+        write(to, out_data + at, count);
+      }
     });
   });
   return out;

@@ -1,12 +1,12 @@
 """bench step: published loops are the authors', pairs that differ are refused, times add up, files are written."""
 
 import ast
+import collections
 import contextlib
 import csv
 import inspect
 import io
 import json
-import time
 from unittest import mock
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from golden_attack import EXPECTED, golden_net
+from matplotlib.figure import Figure
 from PIL import Image
 
 import part_fast.train as training
@@ -250,28 +251,69 @@ def test_flop_of_a_product_and_a_convolution():
         assert count.total == 2 * 2 * (2 * 32 * 8 * 8) * (16 * 3 * 3)
 
 
-def test_stopwatch_gives_time_to_the_innermost_part_but_a_cam_keeps_its_own(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    waited = []
-    watch = bench_step.Stopwatch(lambda: waited.append(now[0]))
-
-    def work(seconds, inner=()):
-        for name, part in inner:
-            watch.timed(name, lambda part=part: work(*part))()
-        now[0] += seconds
-
-    forward = ("attack forward", (2.0, [("refresh of AttackModel", (0.5,))]))
-    with watch.part("other"):
-        work(1.0)
-        watch.timed("CAM", lambda: work(4.0, [forward, ("attack backward", (8.0,))]))()
-        work(16.0, [forward])
-    expected = {"CAM": 14.0, "refresh of AttackModel": 1.0, "attack forward": 2.0, "other": 17.0}
-    assert {name: value for name, value in watch.seconds.items() if value} == expected
-    assert len(waited) == 14  # before every reading
+def named(name, begin, end):
+    return {"cat": "user_annotation", "name": f"part_fast: {name}", "ts": begin, "dur": end - begin}
 
 
-def test_profile_covers_every_part_and_puts_everything_back():
+def test_parts_of_nested_ranges():
+    """A step of 31 s: an inner range's time is not its outer one's, and a CAM keeps its own but for refreshing."""
+    events = [
+        named("other", 0, 31e6),
+        named("CAM", 1e6, 15.5e6),
+        named("attack forward", 5e6, 7.5e6),
+        named("refresh of AttackModel", 7e6, 7.5e6),
+        named("attack backward", 7.5e6, 15.5e6),  # begins where the other one ends
+        named("attack forward", 15.5e6, 18e6),
+        named("refresh of AttackModel", 15.5e6, 16e6),  # begins with the outer one
+        named("unknown to the table", 20e6, 21e6),
+        named("pgd_step", 25e6, 25e6),  # took no time
+        {"cat": "user_annotation", "name": "ProfilerStep#1", "ts": 0, "dur": 99e6},
+        {"cat": "cpu_op", "name": "part_fast: CAM", "ts": 20e6, "dur": 5e6},
+        {"name": "[memory]", "ts": 1, "args": {"Bytes": 3}},
+    ]
+    expected = {"CAM": 14.0, "refresh of AttackModel": 1.0, "attack forward": 2.0, "other": 14.0}
+    for order in (events, events[::-1]):
+        found = bench_step.part_seconds(order)
+        assert tuple(found) == bench_step.PARTS
+        assert {name: value for name, value in found.items() if value} == pytest.approx(expected)
+
+
+def test_parts_of_a_gpu_are_what_was_launched_in_them():
+    """By the time of the launch, whatever thread it came from and however late the device did it."""
+
+    def launch(number, at, kind="cuda_runtime", name="cudaLaunchKernel", thread=1):
+        return {"cat": kind, "name": name, "ts": at, "dur": 1, "tid": thread, "args": {"correlation": number}}
+
+    def ran(number, begin, end, kind="kernel"):
+        return {"cat": kind, "name": "any", "ts": begin, "dur": end - begin, "args": {"correlation": number}}
+
+    events = [
+        named("other", 0, 100),
+        named("attack forward", 10, 20),
+        named("attack backward", 20, 30),
+        named("CUDA graph", 40, 50),
+        # What the profiler makes of the ranges on the device's own timeline would count twice.
+        {"cat": "gpu_user_annotation", "name": "part_fast: attack forward", "ts": 0, "dur": 1e6},
+        launch(1, 12),
+        launch(2, 25, thread=2),  # autograd's own thread
+        launch(3, 28, kind="cuda_driver", name="cuLaunchKernel"),  # as Triton does it
+        launch(4, 45, name="cudaGraphLaunch"),
+        launch(5, 60, name="cudaMemcpyAsync"),
+        ran(1, 1000, 1300),
+        ran(2, 1400, 1500),
+        ran(3, 1450, 1600),  # beside the one before, on another stream
+        ran(4, 1600, 1700),
+        ran(4, 1700, 1800),  # all kernels of a graph have its launch
+        ran(5, 2000, 2040, "gpu_memcpy"),
+        ran(99, 2040, 2050, "gpu_memset"),  # whose launch is not in the trace
+    ]
+    found = bench_step.part_seconds(events)
+    # The device did nothing from 1300 to 1400 and from 1800 to 2000.
+    expected = {"attack forward": 300, "attack backward": 250, "CUDA graph": 200, "other": 50, "waiting": 300}
+    assert {name: 1e6 * value for name, value in found.items() if value} == pytest.approx(expected)
+
+
+def test_profile_covers_every_part():
     rows = bench_step.profile(config(), CPU, 1)
     of = {(row["method"], row["part"]): row for row in rows}
     assert len(rows) == len(bench_step.METHODS) * (len(bench_step.PARTS) + 1)
@@ -279,16 +321,117 @@ def test_profile_covers_every_part_and_puts_everything_back():
         parts = {part: of[method, part]["median_s"] for part in bench_step.PARTS}
         assert sum(parts.values()) == pytest.approx(of[method, "total"]["median_s"])
         assert (parts["CAM"] > 0) == method.startswith("part")
-        for part in set(parts) - {"CAM"}:
+        assert parts["CUDA graph"] == parts["waiting"] == 0
+        for part in set(parts) - {"CAM", "CUDA graph", "waiting"}:
             assert parts[part] > 0, part
         assert max(parts, key=parts.get) in ("attack forward", "attack backward")
-    assert torch.autograd.grad.__module__ == "torch.autograd"
-    assert bench_step.attacks.pgd_step_.__module__ == "part_fast.ops.pgd_step"
+    shown, _ = zip(*[(cells[0], cells[1:]) for cells in bench_step._profile_cells(rows)[1]], strict=True)
+    assert shown == (*(part for part in bench_step.PARTS if part not in ("CUDA graph", "waiting")), "total")
 
 
-def row(name, seconds, peak=None, model="resnet18", batch=32):
+def test_forward_hooks_of_a_profile_go_away():
+    model = torch.nn.Linear(2, 2)
+    with bench_step.named_forward(model, "training forward"):
+        events = bench.traced(lambda: model(torch.ones(1, 2)))
+    assert [event["name"] for event in events if event.get("cat") == "user_annotation"] == [
+        "part_fast: training forward"
+    ]
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_attack_replayed_from_a_graph_is_one_range():
+    """On a stand-in for CUDA graphs that runs what it recorded."""
+    model = bench_step.AttackModel(models.build_model("resnet-small"))
+    model.graphs = bench_step.GraphedSteps(lambda run: run() or (lambda: None))
+    x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    bench_step.attacks.pgd(model, x, y, EPS, steps=2)
+    events = bench.traced(lambda: bench_step.attacks.pgd(model, x, y, EPS, steps=2))
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert names.count("part_fast: CUDA graph") == 1
+    assert not {"part_fast: attack forward", "part_fast: pgd_step"} & set(names)
+
+
+class Clock(bench.CpuClock):
+    """By which every call takes `each` seconds, and a row of calls a second more."""
+
+    def __init__(self, each, at_least):
+        self.each, self.step_seconds_at_least = each, at_least
+
+    def seconds(self, one_pass, passes):
+        for _ in range(passes):
+            one_pass()
+        return 1.0 + self.each * passes
+
+
+def test_steps_on_a_gpu_are_timed_several_to_a_pair_of_events():
+    def never():
+        raise AssertionError
+
+    assert bench_step.together(bench.CpuClock(), never) == 1
+    assert bench.CudaClock.step_seconds_at_least > 0
+    assert bench_step.together(Clock(0.5, 6.0), lambda: None) == 4  # one alone takes 1.5 s
+    assert bench_step.together(Clock(0.5, 1.0), lambda: None) == 1
+    assert bench_step.together(Clock(0.0, 1e9), lambda: None) == 100
+
+
+def test_seconds_are_of_one_of_several_steps(monkeypatch):
+    monkeypatch.setattr(bench_step, "MATMUL_SIZE", {"cpu": 8})
+    monkeypatch.setattr(bench_step, "count_flop", lambda config, device, progress: collections.defaultdict(float))
+    monkeypatch.setattr(bench_step, "clock_for", lambda device: Clock(0.25, 5.0))
+    monkeypatch.setattr(bench_step.Arena, "steps", lambda self: dict.fromkeys(names, lambda: None))
+    monkeypatch.setattr(bench_step.Arena, "pieces", lambda self: dict.fromkeys(pieces, lambda: None))
+    names, pieces = ("AT", "PART", "PART, bank"), ("clean logits", "lookup", "refresh")
+    rows = {each["name"]: each for each in bench_step.measure(config(), CPU, 2)}
+    for name in (*names, *pieces, "AT fp32"):
+        assert rows[name]["calls"] == 4  # 5 s by steps of 1.25
+        assert rows[name]["seconds"] == pytest.approx([(1.0 + 4 * 0.25) / 4] * 2)
+    assert rows["matmul fp32"]["calls"] == bench_step.MATMULS
+
+
+def test_peak_memory_counts_what_graphs_hold(monkeypatch):
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 1},
+        {"device": 0, "segment_pool_id": (0, 3), "total_size": 20},
+        {"device": 0, "segment_pool_id": [1, 0], "total_size": 300},
+        {"device": 1, "segment_pool_id": (0, 3), "total_size": 4000},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert bench_step.graph_pool_bytes(torch.device("cuda")) == 320
+    assert bench_step.graph_pool_bytes(torch.device("cuda", 1)) == 4000
+    assert bench_step.graph_pool_bytes(CPU) == 0
+
+
+def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
+    """Before a step's peak is read the graphs of the others are gone, and it has captured its own."""
+    made = bench_step.Arena(config(), CPU)
+    held = made.engine.attack_model.graphs = bench_step.GraphedSteps()
+    made.forget_graphs()
+    assert made.engine.attack_model.graphs is not held
+    assert len(made.engine.attack_model.graphs) == 0
+    made.engine.attack_model.graphs = None
+    made.forget_graphs()
+    assert made.engine.attack_model.graphs is None
+
+
+def test_goals_of_a_gpu_are_at_batch_128():
+    goals = {goal.title: goal for goal in bench_step.GOALS}
+    assert [bench_step.default_batch(model, "cuda") for model in bench_step.MODELS] == [128, 128]
+    assert [bench_step.default_batch(model, "cpu") for model in bench_step.MODELS] == [32, 4]
+    for goal in goals.values():
+        assert goal.due("wrn-34-10", 128, "cuda") is not None
+        assert goal.due("wrn-34-10", 4, "cuda") is None
+        assert (goal.due("wrn-34-10", 4, "cpu") is None) == (goal.kind == "rate")
+        assert goal.due("resnet-small", 128, "cuda") is None
+    assert goals["AT, images/s"].due("wrn-34-10", 128, "cuda") == 1170
+    assert goals["PART over AT, refresh 10"].due("resnet18", 128, "cuda") == 0.005
+
+
+def row(name, seconds, peak=None, batch=32, device="cpu"):
     median = float(np.median(seconds))
-    return {"model": model, "batch": batch, "name": name, "seconds": seconds, "median_s": median, "peak_bytes": peak}
+    times = {"seconds": seconds, "median_s": median, "images_per_s": batch / median}
+    return {"model": "resnet18", "batch": batch, "device": device, "name": name, "peak_bytes": peak, **times}
 
 
 def test_ratios_from_medians_with_their_goals():
@@ -298,7 +441,7 @@ def test_ratios_from_medians_with_their_goals():
     rows = [row(name, [seconds] * 3) for name, seconds in names.items()]
     rows += [row("AT", [10.0, 9.0, 20.0], peak=100), row("PART", [10.3, 9.9, 20.0], peak=106)]
     found = {each["what"]: each for each in bench_step.ratios(rows)}
-    assert list(found) == [goal.title for goal in bench_step.GOALS]
+    assert list(found) == [goal.title for goal in bench_step.GOALS if goal.kind != "rate"]
     assert found["AT step"]["value"] == pytest.approx(3.5)
     assert found["AT step"]["goal"] == 3.3
     assert found["AT step"]["met"] is True
@@ -317,6 +460,21 @@ def test_ratios_from_medians_with_their_goals():
     assert found["peak memory, PART over AT"]["met"] is False
     others = bench_step.ratios([{**each, "batch": 16} for each in rows])
     assert {(each["goal"], each["met"]) for each in others} == {(None, None)}
+
+    fast = [row(each["name"], [s / 1e3 for s in each["seconds"]], each["peak_bytes"], 128, "cuda") for each in rows]
+    on_gpu = {each["what"]: each for each in bench_step.ratios(fast)}
+    assert list(on_gpu) == [goal.title for goal in bench_step.GOALS]
+    at = on_gpu["AT, images/s"]
+    assert at["value"] == pytest.approx(12800)
+    assert [at["p20"], at["p80"]] == pytest.approx(
+        [128e3 / 20 + 0.4 * (128e3 / 10 - 128e3 / 20), 12800 + 0.6 * 128e3 / 90]
+    )
+    assert (at["goal"], at["met"]) == (7100, True)
+    (cells,) = bench_step._ratio_table([at])[2]
+    assert cells[3] == "12800"
+    assert on_gpu["AT step"]["goal"] == 3.3
+    slow = [{**each, "images_per_s": 7000.0} for each in fast]
+    assert {each["what"]: each["met"] for each in bench_step.ratios(slow)}["AT, images/s"] is False
 
 
 def test_bf16_where_the_hardware_has_it(monkeypatch):
@@ -354,7 +512,7 @@ def test_command_writes_what_it_prints(finished):
     written = read(out / "step.csv")
     assert [each["name"] for each in written] == [each["name"] for each in rows]
     names = {each["name"] for each in written}
-    assert names >= {name for goal in bench_step.GOALS for name in (goal.step, goal.other)}
+    assert names >= {name for goal in bench_step.GOALS for name in (goal.step, goal.other or goal.step)}
     precision = {each["name"]: each["precision"] for each in written}
     assert precision["PART-T"] == precision["PART, refresh 10"] == precision["mask"] == "bf16"
     assert precision["AT fp32"] == precision["published PART"] == precision["matmul fp32"] == "fp32"
@@ -398,6 +556,39 @@ def test_rows_are_consistent(finished):
     assert all(each["peak_bytes"] > weights for each in rows if each["peak_bytes"] is not None)
     # A mask's own memory is less than a training step's, which stands for the peak of both.
     assert of["PART"]["peak_bytes"] == pytest.approx(of["AT"]["peak_bytes"], rel=0.05)
+
+
+def test_legends_name_the_colours_beside_them(finished, tmp_path, monkeypatch):
+    """Left the bars of ours and of the published loops, right the parts; no colour means two things."""
+    _, rows, _ = finished
+    profiled = json.loads((finished[0] / "step.json").read_text())["profile"]
+    figures = []
+
+    @contextlib.contextmanager
+    def keep(path, size, layout=None):
+        figures.append(Figure(figsize=size, layout=layout))
+        yield figures[-1]
+
+    monkeypatch.setattr(bench_step.report, "drawing", keep)
+    bench_step.draw(tmp_path / "step.png", rows, profiled, "caption")
+    left, right = figures[0].axes
+    assert not figures[0].legends
+
+    def legend(axes):
+        box = axes.get_legend()
+        return {
+            text.get_text(): patch.get_facecolor()
+            for text, patch in zip(box.get_texts(), box.get_patches(), strict=True)
+        }
+
+    names = [label.get_text() for label in left.get_yticklabels()]
+    for name, bar in zip(names, left.patches, strict=True):
+        published = name.startswith(("published", "input-gradient"))
+        assert bar.get_facecolor() == legend(left)["published loops" if published else "part_fast"], name
+    parts = legend(right)
+    assert list(parts) == bench_step._parts_there(profiled)
+    assert {bar.get_facecolor() for bar in right.patches} == set(parts.values())
+    assert len({*parts.values(), *legend(left).values()}) == len(parts) + 2
 
 
 def test_record(finished):
