@@ -10,6 +10,7 @@ from torch import Tensor
 from part_fast import checks, distributed
 from part_fast.budget import CamBudget
 from part_fast.data import Augmentation, to_float
+from part_fast.ops.epsilon_map import packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, bytes_per_mask
 
 
@@ -47,7 +48,7 @@ class MaskBank:
         batch_size: int = 256,
         progress: Callable[[int], object] | None = None,
     ) -> None:
-        """Compute every mask anew by `budget.packed`. images: uint8 (samples,C,H,W), unaugmented.
+        """Compute every mask anew by the budget, before its control. images: uint8 (samples,C,H,W), unaugmented.
 
         Of several processes each computes its share, and all have all masks then.
 
@@ -63,7 +64,9 @@ class MaskBank:
         self.bits.zero_()
         for start in (starts[i] for i in distributed.shares(len(starts))):
             chunk = to_float(images[start : start + batch_size])
-            self.bits[start : start + batch_size] = budget.packed(chunk).bits
+            evidence, _ = budget.evidence(chunk)
+            masks = packed_epsilon_map(evidence, self._masks.size, budget.eps, budget.eps_low, budget.rule)
+            self.bits[start : start + batch_size] = masks.bits
             if progress is not None:
                 progress(len(chunk))
         distributed.sum_(self.bits)  # where one process has a mask, all others have zeros

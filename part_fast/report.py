@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import part_fast
-from part_fast import backends
+from part_fast import backends, precision
 
 # Okabe and Ito's palette: tells apart for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
@@ -60,6 +61,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "tf32": precision.tf32(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": {device: backends.available_backends(device) for device in devices},
         "not_available": {
@@ -71,12 +73,14 @@ def environment() -> dict[str, Any]:
 
 def environment_text(record: Mapping[str, Any]) -> str:
     """The lines that `part-fast info` prints of `environment()`."""
+    tf32 = [name.replace("_", " ") for name, used in record["tf32"].items() if used]
     lines = [
         f"part_fast {record['part_fast']}" + (f" (commit {record['commit']})" if record["commit"] else ""),
         f"torch     {record['torch']}, CUDA {record['cuda'] or 'none'}, Python {record['python']}",
         f"system    {record['system']}",
         f"CPU       {record['cpu']}, {record['cpu_capability']}, {record['threads']} threads",
         f"GPU       {', '.join(record['gpus']) or 'none'}",
+        f"TF32      on CUDA float32 is multiplied in it by {' and '.join(tf32) or 'nothing'}",
         "",
     ]
     for device, names in record["backends"].items():
@@ -224,6 +228,7 @@ def draw_masks(
     x, x_adv: (N,C,H,W) in [0,1], C 1 or 3; cams: (N,H,W) in [0,1]; maps: rule -> (N,M,H,W), the mean over M is drawn;
     titles: for each image one above it and one above its adversarial image; caption: one line at the top.
     """
+    load_matplotlib()
     from matplotlib.colors import Normalize
 
     n = len(x)
@@ -279,9 +284,29 @@ def _middle(axes: Any) -> float:
     return (box.x0 + box.x1) / 2
 
 
+def load_matplotlib() -> Any:
+    """The module, imported without the backend of MPLBACKEND, which may be absent here and draws nothing of ours.
+
+    Notebooks set it for the processes that they start. Where it is good, the process keeps it for its own figures.
+    """
+    if "matplotlib" in sys.modules:  # somebody has chosen
+        return sys.modules["matplotlib"]
+    wanted = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = wanted
+    return matplotlib
+
+
 @contextlib.contextmanager
 def drawing(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = None) -> Iterator[Any]:
     """A figure that is saved to `path` (PNG) when the block ends; no global state of pyplot is touched."""
+    load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,12 +1,17 @@
 """CamBudget: golden maps, no trace left behind, one forward and the tail's backward, any target layer, errors."""
 
+import threading
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from golden_attack import EXPECTED, Failing, Net, assert_untouched, golden_net, snapshot
 from torch import nn
 
 import part_fast
-from part_fast import CamBudget, models
+from part_fast import AttackModel, CamBudget, models
+from part_fast.controls import CONTROLS
 
 X, Y = EXPECTED["x"], EXPECTED["y"]
 
@@ -237,6 +242,40 @@ class TwoHeads(Net):
         return self.fc(torch.zeros(len(x), 12))
 
 
+Output = namedtuple("Output", "logits loss")  # what Hugging Face's networks give looks like it
+
+
+class Gives(nn.Module):
+    """A network whose output is no tensor."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = Net(), kind
+
+    def forward(self, x):
+        logits = self.net(x)
+        return Output(logits, None) if self.kind is Output else self.kind((logits, None))
+
+
+class Pairs(Net):
+    def __init__(self):
+        super().__init__()
+        self.pair = Gives(tuple)
+        self.pair.net = self.relu2
+
+    def forward(self, x):
+        x = self.conv2(self.conv1(x))
+        return self.fc(self.pair(x)[0].mean((2, 3)))
+
+
+class FrozenEnd(Net):
+    def forward(self, x):
+        x = self.conv2(self.conv1(x))
+        with torch.no_grad():
+            x = self.relu2(x)
+        return self.fc(x.mean((2, 3)))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -250,6 +289,39 @@ class TwoHeads(Net):
         (lambda: CamBudget(Net(), 0.1, 0.2, target_layer="conv1"), "eps_low must be <= eps"),
         (lambda: CamBudget(Net(), -0.1, target_layer="conv1"), "eps must be finite and >= 0, got -0.1"),
         (lambda: CamBudget(Net(), float("nan"), target_layer="conv1"), "eps must be finite and >= 0, got nan"),
+        (
+            lambda: CamBudget(Net(), target_layer="relu2", rule="released")(X[:, :1] + 0),
+            "rule released must have .* got 1",
+        ),
+        (
+            lambda: CamBudget(Net(), target_layer="relu2", rule="released").packed(torch.rand(2, 4, 8, 8)),
+            "released.*got 4",
+        ),
+        (
+            lambda: CamBudget(Net(), target_layer="relu2", control="uniform").packed(X),
+            "control must not be uniform in a",
+        ),
+        (
+            lambda: CamBudget(Net(), method=Net, target_layer="relu2"),
+            "method must be .*, got the class golden_attack.Net",
+        ),
+        (
+            lambda: CamBudget(Gives(tuple), target_layer="net.relu2")(X),
+            r"model must give logits .*, got tuple: wrap it",
+        ),
+        (
+            lambda: CamBudget(Gives(Output), target_layer="net.relu2")(X),
+            r"model must give logits .*, got Output: wrap it",
+        ),
+        (
+            lambda: CamBudget(Gives(list), method=lambda m, x, t: x[:, 0])(X),
+            "model must give logits .*, got list: wrap",
+        ),
+        (lambda: CamBudget(Pairs(), target_layer="pair")(X), r"target_layer must give a tensor \(N,K,h,w\), got tuple"),
+        (
+            lambda: CamBudget(FrozenEnd(), target_layer="relu2")(X),
+            "target_layer must lead to the logits.*under its own no_",
+        ),
         (lambda: CamBudget(Net(), target_layer="fc")(X), r"target_layer must give a tensor \(N,K,h,w\), got"),
         (lambda: CamBudget(TwoHeads(), target_layer="relu2")(X), "target_layer must lead to the logits"),
         (lambda: CamBudget(Net(), target_layer="relu2")(X * 255), r"x must be in \[0, 1\], got values from"),
@@ -265,6 +337,183 @@ def test_errors(make, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("control", [control for control in CONTROLS if control != "uniform"])
+@pytest.mark.parametrize("rule", ["zscore", "released", "quantile:0.3"])
+def test_packed_is_what_a_call_gives(control, rule):
+    budget = CamBudget(golden_net(), 0.3, 0.1, rule=rule, control=control, target_layer="relu2")
+    torch.manual_seed(0)
+    expected = budget(X)
+    torch.manual_seed(0)
+    # "inverted" subtracts, which rounds once.
+    torch.testing.assert_close(budget.packed(X).dense(), expected, atol=1e-7, rtol=0)
+    assert len(budget.packed(X[:0])) == 0
+
+
+def attacked_and_plain():
+    torch.manual_seed(0)
+    model = models.resnet_small().eval()
+    return AttackModel(model), model
+
+
+@pytest.mark.parametrize("name", ["layer4", "layer3", "layer2.0.bn1"])
+def test_attack_model_takes_its_models_names_and_modules(name):
+    fast, model = attacked_and_plain()
+    expected = CamBudget(model, rule="soft", target_layer=name)(X)
+    for layer in (name, model.get_submodule(name), f"module.{name}", fast.module.get_submodule(name)):
+        got = CamBudget(fast, rule="soft", target_layer=layer)(X)
+        # eps is a gray level of 8 to 7; what the copy rounds otherwise is a thousandth of that.
+        torch.testing.assert_close(got, expected, atol=4e-6, rtol=0)
+    with pytest.raises(ValueError, match="target_layer must be one of conv1, layer1, layer2, layer3, layer4, got 'x'"):
+        CamBudget(fast, target_layer="x")
+    with pytest.raises(ValueError, match="target_layer must be a module of the model, got another Conv2d"):
+        CamBudget(fast, target_layer=nn.Conv2d(3, 3, 1))
+
+
+def test_a_convolution_that_the_attack_model_has_folded_is_refused():
+    fast, model = attacked_and_plain()
+    for layer in ("layer2.0.conv1", model.layer2[0].conv1):
+        with pytest.raises(ValueError, match=r"target_layer must not be .*'layer2.0.conv1'.*'layer2.0.bn1'"):
+            CamBudget(fast, target_layer=layer)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, AttackModel, lambda m: AttackModel(AttackModel(m))])
+def test_wrapped_models_give_the_models_own_maps(wrap):
+    _, model = attacked_and_plain()
+    expected = CamBudget(model, rule="soft")(X)
+    for layer in (None, "layer4"):
+        got = CamBudget(wrap(model), rule="soft", target_layer=layer)(X)
+        torch.testing.assert_close(got, expected, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["GradCAM", "EigenCAM"])
+def test_grad_cam_classes_explain_an_attack_models_model(name):
+    kind = getattr(pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed"), name)
+    fast, model = attacked_and_plain()
+    before = snapshot(model.train())
+    got = CamBudget(fast, method=kind, rule="soft")(X)
+    assert_untouched(before, model)
+    assert torch.equal(got, CamBudget(model, method=kind, rule="soft")(X))
+
+
+def test_grad_cam_instance_is_refused():
+    grad_cam = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
+    net = golden_net()
+    with (
+        grad_cam.GradCAM(model=net, target_layers=[net.relu2]) as explain,
+        pytest.raises(ValueError, match=r"method must be .*, got an instance of GradCAM: give the class itself"),
+    ):
+        CamBudget(net, method=explain, target_layer="relu2")
+
+
+def tiny_swin(embed_dim=24):
+    models_of_torchvision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    return models_of_torchvision.SwinTransformer([2, 2], embed_dim, [1, 1], [1, 2], [4, 4], num_classes=10).eval()
+
+
+@pytest.mark.parametrize("name", ["features.1", "features.3"])
+@pytest.mark.parametrize("size", [(16, 16), (32, 16)])
+def test_channels_last_maps_of_swin(name, size):
+    model = tiny_swin()
+    x = torch.rand(2, 3, *size)
+    layer = model.get_submodule(name)
+    kept = {}
+    hook = layer.register_forward_hook(lambda m, a, out: kept.update(out=out))
+    logits = model(x)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), kept["out"])
+    cam = (kept["out"] * gradient.mean((1, 2), keepdim=True)).sum(3).relu()  # (N,h,w), by the last dimension
+    expected = part_fast.epsilon_map(cam.detach(), size, 0.1, 0.0, "soft")
+    got = CamBudget(model, 0.1, 0.0, rule="soft", target_layer=name)(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_map_that_can_be_read_either_way():
+    x = torch.rand(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"plainly \(N,K,h,w\), got \(N,8,8,8\), .*LayerNorm of 8"):
+        CamBudget(tiny_swin(embed_dim=8), target_layer="features.1")(x)
+    # A convolutional network with as many channels as rows and columns says which by having no LayerNorm.
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    expected = part_fast.epsilon_map(plain_gradcam(net, net[1], x), (16, 16), 0.1, 0.0, "soft")
+    got = CamBudget(net, 0.1, 0.0, rule="soft", target_layer="1")(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [8, 16])
+def test_strides_that_differ_are_no_channels_last(channels):
+    net = nn.Sequential(
+        nn.Conv2d(3, channels, 3, (1, 2), 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)
+    )
+    x = torch.rand(2, 3, 16, 16)  # the map is 16x8, with as many channels as rows
+    expected = part_fast.epsilon_map(plain_gradcam(net, net[1], x), (16, 16), 0.1, 0.0, "soft")
+    got = CamBudget(net, 0.1, 0.0, rule="soft", target_layer="1")(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_transformer_has_no_candidates_and_a_callable_needs_none():
+    vision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    vit = vision.VisionTransformer(16, 4, 1, 2, 8, 16, num_classes=10)
+    with pytest.raises(ValueError, match=r"none, .*patch embedding 'conv_proj', .*; give method=callable") as error:
+        CamBudget(vit)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"patch embedding 'features\.0\.0'.* the stages of Swin"):
+        CamBudget(tiny_swin())
+    with pytest.raises(ValueError, match="none, there is no convolution; give method=callable"):
+        CamBudget(nn.Sequential(nn.Flatten(), nn.Linear(768, 10)))
+    maps = torch.rand(8, 4, 4)
+    budget = CamBudget(vit, method=lambda model, x, target: maps)
+    assert torch.equal(budget(X), part_fast.epsilon_map(maps, (16, 16), 8 / 255, 7 / 255))
+
+
+@pytest.mark.parametrize("prefix", ["", "0.net."])
+def test_candidates_are_the_parts_within_the_wrappers(prefix):
+    vision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    with torch.device("meta"):
+        model = vision.mobilenet_v2(width_mult=0.1)
+    wrapped = nn.Sequential(nn.ModuleDict({"net": model})) if prefix else model
+    named = ", ".join(f"{prefix}features.{i}" for i in range(7, 19))
+    with pytest.raises(ValueError, match=f"candidates: {named}$"):
+        CamBudget(wrapped)
+
+
+def test_eight_threads_share_a_budget():
+    net = golden_net().train()
+    budget = CamBudget(net, rule="soft", target_layer="relu2")
+    expected = [budget(X[i : i + 1]) for i in range(8)]
+
+    def ask(i):
+        return [budget(X[i : i + 1]) for _ in range(20)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, got in enumerate(pool.map(ask, range(8))):
+            assert all(torch.equal(one, expected[i]) for one in got)
+    assert net.training
+    assert net.bn1.training
+
+
+def test_another_threads_forward_is_left_alone():
+    net = golden_net()
+    seen = []
+
+    def forward_elsewhere(module, args):
+        handle.remove()
+        thread = threading.Thread(target=lambda: seen.append(net(X.clone().requires_grad_())))
+        thread.start()
+        thread.join()
+
+    handle = net.relu1.register_forward_pre_hook(forward_elsewhere)
+    CamBudget(net, target_layer="relu2")(X)
+    x = X.clone().requires_grad_()
+    assert torch.equal(seen[0], net(x))
+    nodes, names = [seen[0].grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    assert "AccumulateGrad" in names
+    assert sum("Convolution" in name for name in names) >= 1  # its graph goes on beyond the target layer
 
 
 def test_layer_that_is_not_run():

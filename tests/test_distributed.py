@@ -9,10 +9,13 @@ import textwrap
 
 import pytest
 import torch
+from fake_gpu import gpu  # noqa: F401 - a fixture
 from safetensors.torch import load_file
 
+from part_fast import distributed
 from part_fast.config import TrainConfig
 from part_fast.data import load
+from part_fast.train import epoch_order
 
 # BatchNorm would normalise a batch by the share that each process sees, and starts are drawn by each for its own.
 WORK = """
@@ -98,6 +101,54 @@ def test_two_processes_train_what_one_does_on_batches_of_twice_the_size(changes,
         assert differing < 0.02
 
 
+AVERAGES = """
+    import torch
+    import torch.distributed as dist
+    from part_fast import distributed
+    from part_fast.config import TrainConfig
+    from part_fast.engine import Engine
+    from part_fast.train import train_step
+
+    device = distributed.join(torch.device("cpu"))
+    for average in ("ema:0.5", "swa:1"):
+        config = TrainConfig(method="at", average=average, batch_size=8, steps=1, lr=0.1, device="cpu")
+        torch.manual_seed(0)
+        engine = Engine(config, 10, device)
+        torch.manual_seed(distributed.rank())
+        for epoch in range(2):
+            for i in range(3):
+                x, y = torch.rand(8, 3, 16, 16) ** (1 + distributed.rank()), torch.randint(0, 10, (8,))
+                engine.model.train()
+                train_step(engine, "at", x, y, 8 / 255, (8 * i, 24, epoch))
+            engine.end_epoch(epoch)
+        x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+        for model in (engine.model, engine.averaged):
+            for tensor in (*model.parameters(), *model.buffers(), model.eval()(x)):
+                first = tensor.detach().clone()
+                dist.broadcast(first, 0)
+                assert torch.equal(first, tensor), (average, tensor.shape, (first - tensor).abs().max())
+    print("alike", flush=True)
+"""
+
+
+def test_the_averaged_model_is_one_in_every_process(tmp_path):
+    script = tmp_path / "averages.py"
+    script.write_text(textwrap.dedent(AVERAGES))
+    root = os.path.dirname(os.path.dirname(__file__))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("alike") == 2
+
+
 def test_an_epoch_is_shared_evenly_and_wholly(monkeypatch):
     import part_fast.distributed as distributed
     from part_fast.train import epoch_order
@@ -116,3 +167,58 @@ def test_an_epoch_is_shared_evenly_and_wholly(monkeypatch):
 def test_the_demo_set_has_what_is_tested_here():
     assert len(load("demo", "train")) >= SETTINGS["train_size"]
     assert {field.name for field in dataclasses.fields(TrainConfig)} >= set(SETTINGS)
+
+
+class Group:
+    """In the place of torch's processes, two: each kind of tensor goes by its backend, or not at all."""
+
+    def __init__(self, monkeypatch, present=None):
+        self.by, self.sent = present, []
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+        for name, value in {
+            "is_initialized": lambda: self.by is not None,
+            "init_process_group": lambda by: setattr(self, "by", by),
+            "get_backend_config": lambda: self.by,
+            "get_world_size": lambda: 2,
+            "get_rank": lambda: 1,
+            "broadcast": lambda value, source: self.send(value),
+            "all_reduce": self.send,
+            "barrier": lambda: self.send(torch.zeros(1)),
+        }.items():
+            monkeypatch.setattr(distributed.dist, name, value)
+
+    def send(self, value):
+        backends = dict(pair.split(":") for pair in self.by.split(",") if ":" in pair) or {"cuda": self.by}
+        if value.device.type not in backends:
+            raise RuntimeError(f"No backend type associated with device type {value.device.type}")
+        self.sent.append((value.device.type, backends[value.device.type]))
+
+
+def test_cpu_and_gpu_tensors_each_have_their_way(gpu, monkeypatch):  # noqa: F811
+    """An epoch's order is broadcast from the CPU, sums and statistics from the GPU."""
+    group = Group(monkeypatch)
+    assert distributed.join(torch.device("cuda")) == torch.device("cuda", 1)
+    order = epoch_order(9, TrainConfig(), 0)
+    assert len(order) == 5
+    distributed.barrier()
+    distributed.sum_(gpu.put(torch.zeros(())))
+    distributed.same_(gpu.put(torch.zeros(3, dtype=torch.int64)))
+    assert group.sent == [("cpu", "gloo"), ("cpu", "gloo"), ("cuda", "nccl"), ("cuda", "nccl")]
+
+
+def test_processes_on_cpus_need_no_nccl(monkeypatch):
+    group = Group(monkeypatch)
+    assert distributed.join(torch.device("cpu")) == torch.device("cpu")
+    epoch_order(9, TrainConfig(), 0)
+    assert group.sent == [("cpu", "gloo")]
+
+
+@pytest.mark.parametrize(("device", "present"), [("cuda", "cuda:nccl"), ("cuda", "cpu:gloo"), ("cpu", "cuda:nccl")])
+def test_a_group_that_lacks_a_way_is_refused(device, present, monkeypatch):
+    Group(monkeypatch, present)
+    with pytest.raises(ValueError, match=f"the process group must take .* tensors, such as .*, got '{present}'"):
+        distributed.join(torch.device(device))

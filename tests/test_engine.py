@@ -32,6 +32,29 @@ def weights(folder, name="model.safetensors"):
     return load_file(folder / name)
 
 
+@pytest.mark.parametrize(("images", "lengths"), [(17, [8, 9]), (9, [9]), (25, [8, 8, 9]), (33, [8, 8, 8, 9])])
+def test_a_group_counts_the_single_image_that_joins_it(images, lengths):
+    """Of two batches of 8 an update: its gradient is that of the mean over all its images."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(images, 3, 16, 16, generator=generator), torch.arange(images) % 10
+    engine = Engine(tiny(batch_size=8, accumulate=2, lr=0.0, weight_decay=0.0), 10, CPU)
+    engine.model.eval()
+    done = first = 0
+    for length in lengths:
+        engine.begin(done, images, 0)
+        batch = slice(done, done + length)
+        engine.backward(torch.nn.functional.cross_entropy(engine.model(x[batch]), y[batch]), length)
+        done += length
+        if engine._last:
+            group = slice(first, done)
+            loss = torch.nn.functional.cross_entropy(engine.model(x[group]), y[group])
+            (expected,) = torch.autograd.grad(loss, engine.model.linear.weight)
+            torch.testing.assert_close(engine.model.linear.weight.grad, expected)
+            first = done
+        engine.end()
+    assert first == done == images
+
+
 def test_cosine_and_cyclic_rates():
     cosine, cyclic = tiny(schedule="cosine", lr=0.1, epochs=10), tiny(schedule="cyclic", lr=0.1, epochs=10)
     assert [cosine.lr_at(e) for e in (0, 5, 10)] == pytest.approx([0.1, 0.05, 0.0])
@@ -104,6 +127,8 @@ def test_ema_and_swa_are_what_they_say(tmp_path):
     for name, value in weights(tmp_path / "ema", "averaged.safetensors").items():
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(value, second[name])  # batches counted: no mean
 
 
 @pytest.mark.parametrize("average", ["ema:0.9", "swa:1"])
@@ -205,7 +230,7 @@ def test_attacks_of_a_trained_model_agree_in_every_precision(tmp_path):
     [
         ({"schedule": "step"}, "schedule must be one of piecewise, cosine, cyclic, got 'step'"),
         ({"schedule": "cosine", "released": True}, "released takes schedule piecewise, got 'cosine'"),
-        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be one of fp32, bf16, fp16, auto, got 'fp8'"),
         ({"average": "ema"}, "average must be none, ema:DECAY"),
         ({"average": "ema:1"}, "average must be none, ema:DECAY"),
         ({"average": "swa:0"}, "average must be none, ema:DECAY"),

@@ -172,6 +172,7 @@ def trace(model: nn.Module) -> Graph | None:
     """
     parts = list(model.modules())
     before = [dict(part.__dict__) for part in parts]
+    buffers = [(part._buffers, dict(part._buffers)) for part in parts if type(part._buffers) is dict]
     randoms = _random_states()
     optional = {
         name: parameter.default
@@ -187,6 +188,9 @@ def trace(model: nn.Module) -> Graph | None:
         for part, attributes in zip(parts, before, strict=True):
             part.__dict__.clear()
             part.__dict__.update(attributes)
+        for held, kept in buffers:
+            held.clear()
+            held.update(kept)
     drawn = not all(map(_same_state, randoms, _random_states()))
     if drawn:
         _set_random_states(randoms)

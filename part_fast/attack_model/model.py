@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -10,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
+from part_fast import checks
 from part_fast.attack_model.batch_sizes import BatchSizes
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_weights, has_hooks, still_folded
 from part_fast.attack_model.follow import Change, Watch, flat
+from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_
 from part_fast.attack_model.graph import GraphedSteps
+from part_fast.eval_mode import eval_mode, switches, unwrapped
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # float16 has no gradients below 6e-8. A factor on all of them leaves their signs, and this one keeps sums finite.
@@ -29,7 +33,7 @@ class AttackModel(nn.Module):
     model: any nn.Module (N,C,H,W) -> (N,classes), which keeps its mode, weights and gradients.
     precision: "fp32", "bf16" or "fp16": of convolutions and linear layers, by autocast with weights that are cast
         once; images, other layers' parameters and the returned logits stay float32. On a CPU bf16 leaves those
-        convolutions in float32 that are faster in it (see PackedConv2d).
+        convolutions in float32 that are faster in it (see PackedConv2d), all of them where it cannot multiply bf16.
     compile: run forward and backward of the attack by torch.compile, for few batch sizes: smaller batches are filled up
         with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch.
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
@@ -40,7 +44,8 @@ class AttackModel(nn.Module):
     convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
     `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
     quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); gradients
-    have no second derivative then.
+    have no second derivative then. Under torch.func transforms and forward-mode AD it computes plainly, as the model
+    does, with every derivative.
 
     The copy follows the model. Once an attack, and once in every forward outside of one, it takes over weights, buffers
     and plain attributes that have changed: by an optimizer, fused or not, in place, through `p.data = ...`, by new
@@ -90,7 +95,8 @@ class AttackModel(nn.Module):
             raise ValueError(
                 f"precision {self.precision} needs a float32 model, got {dtype}: take fp32, which keeps it"
             )
-        module = copy.deepcopy(model).eval().requires_grad_(False)
+        module = frozen_copy(model)
+        self._switches = any(map(switches, model.modules()))
         # Of the copy: in train mode a model may take another way.
         self._pairs, why_not = foldable(module)
         if why_not is not None and (norms := sum(isinstance(part, BATCH_NORMS) for part in module.modules())):
@@ -108,7 +114,9 @@ class AttackModel(nn.Module):
                 # A packed convolution casts where it packs.
                 if isinstance(part, (nn.Conv2d, nn.Linear)) and not isinstance(part, PackedConv2d):
                     part.to(PRECISIONS[self.precision])
-        module.eval().to(memory_format=torch.channels_last)
+        module.eval()
+        self._format = torch.channels_last
+        lay_(module, self._format)
         self.__dict__["module"] = module  # not as a submodule: it is nobody's to save, to train and to move
         self._hooks = _hooks(module)
         self._set_up()
@@ -142,16 +150,17 @@ class AttackModel(nn.Module):
 
         They go into the same memory, unless the model has another structure, shapes, dtype or device.
         """
-        if self._watch is None:
-            self._watch = Watch(self.source)
-            self._plan()
-        else:
-            change, attributes = self._watch.ask()
-            if change is Change.STRUCTURE or not self._set(attributes):
-                self._rebuild()
-                return self
-            self._plan()
-        self._take_values()
+        with self._reading():
+            if self._watch is None:
+                self._watch = Watch(self.source)
+                self._plan()
+            else:
+                change, attributes = self._watch.ask()
+                if change is Change.STRUCTURE or not self._set(attributes):
+                    self._rebuild()
+                    return self
+                self._plan()
+            self._take_values()
         return self
 
     def refresh_if_changed(self) -> None:
@@ -161,14 +170,19 @@ class AttackModel(nn.Module):
         if self._watch is None:
             self.refresh()
             return
-        change, attributes = self._watch.ask()
-        if change is Change.STRUCTURE or not self._set(attributes):
-            self._rebuild()
-        elif change is Change.VALUES:
-            self._plan()
-            self._take_values()
-        elif self._watch.unread:
-            self._take_values(noticed=False)
+        with record_function("part_fast: refresh of AttackModel"), self._reading():
+            change, attributes = self._watch.ask()
+            if change is Change.STRUCTURE or not self._set(attributes):
+                self._rebuild()
+            elif change is Change.VALUES:
+                self._plan()
+                self._take_values()
+            elif self._watch.unread:
+                self._take_values(noticed=False)
+
+    def _reading(self) -> contextlib.AbstractContextManager[None]:
+        """Held while the model is read: eval mode, where that changes more than a flag, as where LoRA is merged."""
+        return eval_mode(self.source) if self._switches else contextlib.nullcontext()
 
     def tell(self) -> None:
         """Say that the weights have changed, in a way that leaves no mark: the next forward takes them over."""
@@ -258,18 +272,38 @@ class AttackModel(nn.Module):
             self.refresh_if_changed()
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
-        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and n > 0
+        transformed = checks.transformed()
+        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and n > 0 and not transformed
         if fast:
             run = self.__dict__["_fast"]
             if self.batch_sizes is not None and (missing := self.batch_sizes(n, kind) - n):
                 x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-        x = x.contiguous(memory_format=torch.channels_last)
         if self.precision == "fp32":
-            return run(x)[:n]
+            return checks.logits(self._run(run, x), x)[:n]
         # No cache: the weights are in their dtype already, and what is cached here would outlive `refresh`.
         with torch.autocast(x.device.type, PRECISIONS[self.precision], cache_enabled=False):
-            logits = run(x)[:n].float()
-        return _scaled(logits) if self.precision == "fp16" else logits
+            logits = checks.logits(self._run(run, x), x)[:n].float()
+        return _scaled(logits) if self.precision == "fp16" and not transformed else logits
+
+    def _run(self, run: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """The copy's output; from the first `.view` on that channels_last does not allow, in contiguous memory."""
+        try:
+            # Transforms of torch.func know no memory format.
+            return run(x if checks.transformed() else x.contiguous(memory_format=self._format))
+        except RuntimeError as error:
+            if self._format is torch.contiguous_format or not is_of_view(error):
+                raise
+        warnings.warn(
+            f"{type(self.source).__name__} flattens by .view, which channels_last memory does not allow: its "
+            "AttackModel runs in contiguous memory, unpacked; torch.flatten or .reshape is faster",
+            stacklevel=3,
+        )
+        self._format = torch.contiguous_format
+        lay_(self.module, self._format)
+        for part in self._packed:
+            part.unpack()
+        self._plan()
+        return run(x.contiguous())
 
     # The copy's modules are this one's, and not those of a module that this one is an attribute of.
 
@@ -353,16 +387,10 @@ def _scaled(logits: Tensor) -> Tensor:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model in what only says how to run or to train it."""
-    while True:
-        if isinstance(model, AttackModel):
-            model = model.source
-        elif isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
+    """The model in what only says how to run, train, average or attack it."""
+    while (inner := model.source if isinstance(model, AttackModel) else unwrapped(model)) is not model:
+        model = inner
+    return model
 
 
 def _whereabouts(model: nn.Module) -> tuple[torch.dtype, torch.device]:
@@ -391,7 +419,7 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> None:
     """PackedConv2d in the place of every convolution of `module` that can be one and has nothing hung on it."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if PackedConv2d.takes(child, dtype) and not has_hooks(child):
+            if PackedConv2d.takes(child) and not has_hooks(child):
                 setattr(parent, name, PackedConv2d(child, dtype))  # type: ignore[arg-type]
 
 

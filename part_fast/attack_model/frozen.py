@@ -1,0 +1,57 @@
+"""A frozen copy of whatever model comes: in eval mode, asking for no gradients of parameters; and its memory format."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from part_fast.eval_mode import check_weights, modules_of
+
+
+class _CopiesResults(TorchFunctionMode):
+    """copy.deepcopy copies results of autograd too, detached; it refuses them elsewhere.
+
+    Models keep them on themselves: activations of the last forward, a weight that a pre-forward hook computes.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode whose parameters ask for no gradient.
+
+    Errors: ValueError naming `model` where it cannot be copied, as sharded weights, locks and open files cannot, or
+    where its weights are not there.
+    """
+    check_weights(modules_of(model))
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
+            module = copy.deepcopy(model)
+    except Exception as error:  # whatever an object's copying raises
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"model must be one that copy.deepcopy copies, got {why[:120]}: attack the model itself") from error
+    module.eval()
+    for parameter in module.parameters():  # not by the module, which of TorchScript cannot
+        parameter.requires_grad_(False)
+    return module
+
+
+def lay_(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Every parameter and buffer of four dimensions in that memory format; Module.to refuses those of five."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+
+
+def is_of_view(error: RuntimeError) -> bool:
+    """Whether it is what `.view` raises for memory that is not contiguous: run, or traced by torch.compile."""
+    return "view size is not compatible" in str(error) or "Cannot view a tensor" in str(error)
