@@ -533,8 +533,7 @@ KINDS = {
         Reentrant,
         of_cams(NO_GRADIENT_OF_LAYER)
         | dict.fromkeys(
-            ("pgd of it", "pgd", "mma", "trades", "mart", "autoattack"),
-            "model must checkpoint with use_reentrant=False",
+            ("pgd of it", "pgd", "mma", "trades", "mart", "autoattack"), "model must checkpoint with use_reentrant=False"
         ),
     ),
     "`torch.jit.script`": Kind(scripted, of_cams(NO_HOOKS)),

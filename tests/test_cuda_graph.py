@@ -120,9 +120,7 @@ def test_empty_graph_is_refused(gpu):
     fast, (x, y) = attacked(gpu), batch(gpu, index=0)
     fast.graphs = GraphedSteps(Nothing())
     before = x.clone()
-    with pytest.raises(
-        RuntimeError, match="cuda_graph must be off for this attack: a graph was captured on cuda:0, and"
-    ):
+    with pytest.raises(RuntimeError, match="cuda_graph must be off for this attack: a graph was captured on cuda:0, and"):
         attack(fast, x, y, start=before)
     assert len(fast.graphs) == 0
     # An attack that may not move anything is no empty graph.

@@ -38,9 +38,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             module = copy.deepcopy(model)
     except Exception as error:  # whatever an object's copying raises
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"model must be one that copy.deepcopy copies, got {why[:120]}: attack the model itself"
-        ) from error
+        raise ValueError(f"model must be one that copy.deepcopy copies, got {why[:120]}: attack the model itself") from error
     module.eval()
     for parameter in module.parameters():  # not by the module, which of TorchScript cannot
         parameter.requires_grad_(False)
