@@ -306,7 +306,6 @@ class ByAFlag(Net):
         return self.layer4(F.relu(out))
 
 
-@pytest.mark.filterwarnings("ignore:AttackModel folded none")
 def test_a_flag_that_is_changed_later():
     model = made(ByAFlag).double()
     fast = AttackModel(model)

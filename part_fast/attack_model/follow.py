@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import operator
 import os
 import weakref
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ class Watch:
         """What has changed since `take`, and which plain attributes: (module, attribute)."""
         change = Change.NOTHING
         attributes: list[tuple[str, str]] = []
-        if not self._other and self._identities() != self._ids:
+        if not self._other and not self._same_objects():
             change, attributes = self._compare_objects()
             self._told |= change is Change.VALUES  # until they are taken
             self._other = change is Change.STRUCTURE
@@ -89,8 +90,8 @@ class Watch:
         dicts = [value for value in self.attributes.values() if type(value) is dict]
         self._walked: tuple[list[Any], list[Any]] = ([*tables, *dicts], lists)
         self._contents = {key: _content(value) for key, value in self.attributes.items()}
-        self._ids = self._identities()
-        # Held, so that no other object gets the identity of one of them.
+        # Held, so that none of them is another object at the same address.
+        self._objects = list(self._now())
         self._registered = {
             (name, kind, key): value
             for name, module in self._modules.items()
@@ -102,10 +103,15 @@ class Watch:
         tensors = [value for value in every if isinstance(value, Tensor) and not _is_result(value)]
         self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
 
-    def _identities(self) -> list[int]:
+    def _now(self) -> Iterator[Any]:
         tables, lists = self._walked
-        values = itertools.chain.from_iterable(map(dict.values, tables))
-        return list(map(id, itertools.chain(values, itertools.chain.from_iterable(lists))))
+        return itertools.chain(
+            itertools.chain.from_iterable(map(dict.values, tables)), itertools.chain.from_iterable(lists)
+        )
+
+    def _same_objects(self) -> bool:
+        size = sum(map(len, itertools.chain(*self._walked)))
+        return size == len(self._objects) and all(map(operator.is_, self._now(), self._objects))
 
     def _compare_objects(self) -> tuple[Change, list[tuple[str, str]]]:
         before, contents, registered, kinds = self.attributes, self._contents, self._registered, self._kinds

@@ -86,10 +86,12 @@ class AttackModel(nn.Module):
         self._copied_in: dict[int, Any] | None = None
         self._moved_to: tuple[torch.dtype, torch.device] | None = None
         self.eval()
-        self._build()
+        why_not = self._build()
+        if why_not is not None:
+            warnings.warn(why_not, stacklevel=2)
 
-    def _build(self) -> None:
-        """Copy the model, fold, pack, cast and compile."""
+    def _build(self) -> str | None:
+        """Copy the model, fold, pack, cast and compile; says why no BatchNorm could be folded, if there are any."""
         model = self.source
         if self.precision != "fp32" and (dtype := _whereabouts(model)[0]) == torch.float64:
             raise ValueError(
@@ -99,12 +101,7 @@ class AttackModel(nn.Module):
         self._switches = any(map(switches, model.modules()))
         # Of the copy: in train mode a model may take another way.
         self._pairs, why_not = foldable(module)
-        if why_not is not None and (norms := sum(isinstance(part, BATCH_NORMS) for part in module.modules())):
-            warnings.warn(
-                f"AttackModel folded none of the {norms} BatchNorms of {type(model).__name__}, "
-                f"and is slower for it: {why_not}",
-                stacklevel=3,
-            )
+        norms = sum(isinstance(part, BATCH_NORMS) for part in module.modules())
         for conv, bn in self._pairs:
             absorb(module, conv, bn)
         if not self.compiled:  # Inductor knows torch's own convolutions
@@ -122,6 +119,10 @@ class AttackModel(nn.Module):
         self._set_up()
         self._watch: Watch | None = None
         self.refresh()
+        if why_not is None or norms == 0:
+            return None
+        which = f"none of the {norms} BatchNorms of {type(model).__name__}"
+        return f"AttackModel folded {which}, and is slower for it: {why_not}"
 
     def _set_up(self) -> None:
         """What cannot be copied or pickled."""
