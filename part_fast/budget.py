@@ -126,7 +126,7 @@ class CamBudget:
                 score = logits.gather(1, target[:, None].clone()).sum()
             gradient = None
             if score.requires_grad:
-                (gradient,) = torch.autograd.grad(score, activation, allow_unused=True)
+                gradient = _gradient(score, activation)
         if gradient is None:
             raise ValueError(
                 "target_layer must lead to the logits, got a layer whose output they do not depend on, or only through "
@@ -180,6 +180,18 @@ class CamBudget:
         if not found:
             raise ValueError("target_layer must be run by the model's forward, got a layer that was not")
         return found[-1], _checked_logits(logits)
+
+
+def _gradient(score: Tensor, activation: Tensor) -> Tensor | None:
+    try:
+        (gradient,) = torch.autograd.grad(score, activation, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "model must checkpoint with use_reentrant=False, torch's reentrant checkpoints give no gradient of a layer"
+        ) from error
+    return gradient
 
 
 def _checked_logits(logits: object) -> Tensor:
@@ -257,6 +269,8 @@ def _theirs(fast: AttackModel, layer: nn.Module | None) -> tuple[nn.Module, nn.M
 
 def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Module:
     """The module that is hooked, by the names and modules that the user knows; of an AttackModel, in its copy."""
+    if isinstance(_copied(model), torch.jit.ScriptModule):
+        raise TypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
     names = {name: module for name, module in _copied(model).named_modules() if name}
     name = _layer_name(model, names, target_layer)
     if name is None:
