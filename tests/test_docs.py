@@ -268,7 +268,12 @@ def test_target_layers_give_grad_cam(library, network, layer, default, shape, at
     size = 224 if any(name in network for name in ("swin", "maxvit", "coatnet")) else 96
     x = torch.rand(2, 3, size, size)
     kept = {}
-    hook = model.get_submodule(layer).register_forward_hook(lambda module, args, out: kept.update(out=out))
+
+    def keep(module, args, out):
+        kept.update(out=out)
+        return out.clone()  # DenseNet's next ReLU works in place
+
+    hook = model.get_submodule(layer).register_forward_hook(keep)
     logits = model(x)
     hook.remove()
     (gradient,) = torch.autograd.grad(logits.amax(1).sum(), kept["out"])
@@ -280,7 +285,7 @@ def test_target_layers_give_grad_cam(library, network, layer, default, shape, at
     chosen = AttackModel(model) if attacked else model
     got = CamBudget(chosen, 1.0, 0.0, rule="soft", target_layer=None if default else layer)(x)
     # Min-max divides what convolutions round otherwise by the map's range, which is small without training.
-    torch.testing.assert_close(got, expected, atol=2e-2 if attacked else 1e-4, rtol=0)
+    torch.testing.assert_close(got, expected, atol=1e-3 if attacked else 2e-4, rtol=0)
 
 
 # "Equivalent to" in docstrings
