@@ -85,6 +85,7 @@ class AttackModel(nn.Module):
         self._moved_to: tuple[torch.dtype, torch.device] | None = None
         self._build()
 
+    @torch.inference_mode(False)
     def _build(self) -> None:
         """Copy the model, fold, pack, cast and compile."""
         model = self.source
@@ -137,6 +138,7 @@ class AttackModel(nn.Module):
         """How many BatchNorms are part of their convolution."""
         return len(self._pairs)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> AttackModel:
         """Take over the weights, statistics and plain attributes that the model has now; returns itself.
@@ -156,6 +158,7 @@ class AttackModel(nn.Module):
             self._take_values()
         return self
 
+    @torch.inference_mode(False)
     def refresh_if_changed(self) -> None:
         """`refresh`, if the model may have changed since; what an attack asks first."""
         if self._moved_to is not None:
