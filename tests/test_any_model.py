@@ -273,7 +273,7 @@ class GivesTuple(Net):
 
 class GivesNamedTuple(Net):
     def forward(self, x: Tensor) -> Any:
-        return collections.namedtuple("Output", "logits features")(super().forward(x), None)  # noqa: PYI024
+        return collections.namedtuple("Output", "logits features")(super().forward(x), None)
 
 
 class GivesDict(Net):
@@ -457,8 +457,8 @@ def decorated(model: nn.Module) -> Callable[[Tensor], Tensor]:
 @dataclasses.dataclass
 class Kind:
     """make: what the user has. plain: the module of it that is compared with. refused: by entry point, what its error
-    says, where it is not served; "" stands for all the others. channels: of its images. left_out: entry points where plain
-    PyTorch cannot be compared with."""
+    says, where it is not served; "" stands for all the others. channels: of its images. left_out: entry points where
+    there is nothing to compare with."""
 
     make: Callable[[], Any]
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -536,7 +536,8 @@ KINDS = {
         Reentrant,
         of_cams(NO_GRADIENT_OF_LAYER)
         | dict.fromkeys(
-            ("pgd of it", "pgd", "mma", "trades", "mart", "autoattack"), "model must checkpoint with use_reentrant=False"
+            ("pgd of it", "pgd", "mma", "trades", "mart", "autoattack"),
+            "model must checkpoint with use_reentrant=False",
         ),
     ),
     "`torch.jit.script`": Kind(scripted, of_cams(NO_HOOKS) | of_copies(SCRIPT)),
@@ -835,7 +836,7 @@ def test_view_in_every_precision_and_compiled(precision: str, monkeypatch: pytes
 
 def test_a_runtime_error_that_is_none_of_view_is_the_models_own() -> None:
     fast = AttackModel(made(KINDS["a plain network"], torch.float64))
-    with pytest.raises(RuntimeError, match="expected input.* to have 3 channels, but got 5 channels"):
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 5 channels"):
         fast(torch.rand(2, 5, SIDE, SIDE, dtype=torch.float64))
 
 

@@ -39,9 +39,14 @@ def test_modes_of_every_module_come_back_also_after_an_exception():
     model = Net().train()
     model.bn1.eval()
     before = [module.training for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), eval_mode(model):
-        assert not any(module.training for module in model.modules())
-        raise ZeroDivisionError
+
+    def raise_within():
+        with eval_mode(model):
+            assert not any(module.training for module in model.modules())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        raise_within()
     assert [module.training for module in model.modules()] == before
 
 
@@ -134,9 +139,14 @@ def test_a_forward_that_raises_leaves_modes_hooks_and_gradients(call, at):
 def test_grads_are_put_back_and_not_added_to():
     model = Net()
     model.fc.weight.grad = mine = torch.ones_like(model.fc.weight)
-    with pytest.raises(ZeroDivisionError), grads_kept(model):
-        model(batch()[0]).sum().backward()
-        raise ZeroDivisionError
+
+    def raise_within():
+        with grads_kept(model):
+            model(batch()[0]).sum().backward()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        raise_within()
     assert model.fc.weight.grad is mine
     assert torch.equal(mine, torch.ones_like(mine))
     assert model.conv1.weight.grad is None

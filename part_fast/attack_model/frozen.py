@@ -43,8 +43,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
         with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
             module = copy.deepcopy(model)
     except Exception as error:  # whatever an object's copying raises
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"model must be one that copy.deepcopy copies, got {why[:120]}: attack the model itself") from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(f"model must be one that copy.deepcopy copies, got {why}: attack the model itself") from error
     return module.eval().requires_grad_(False)
 
 
