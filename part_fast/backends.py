@@ -127,6 +127,8 @@ def current_backend(device: str | torch.device = "cpu") -> str:
 
 def _select(device_type: str) -> str:
     if _chosen is not None:
+        if _chosen not in BACKENDS:  # only the environment is not asked at once
+            check_environment()
         reason = why_not(_chosen, device_type)
         if reason is not None:
             raise RuntimeError(f"backend {_chosen!r} is not available: {reason}")
@@ -185,6 +187,11 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     return RawOp(name, reference)
 
 
-if "PART_FAST_BACKEND" in os.environ:
-    # Whether it can serve a tensor is asked at the first op: importing must work everywhere.
-    _chosen = _known(os.environ["PART_FAST_BACKEND"], "PART_FAST_BACKEND")
+def check_environment() -> None:
+    """Errors: ValueError for a backend in PART_FAST_BACKEND that nobody knows."""
+    if _chosen is not None:
+        _known(_chosen, "PART_FAST_BACKEND")
+
+
+# Asked at the first op, whether it is known and can serve a tensor: importing works everywhere.
+_chosen = os.environ.get("PART_FAST_BACKEND") or None

@@ -745,6 +745,7 @@ _COLOURS = {
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
     """A PNG of bars: a panel per op, a group per case, a bar per provider, as long as its share of the copy's speed."""
+    report.load_matplotlib()
     from matplotlib.patches import Patch
 
     bars = [row for row in rows if row["provider"] != "copy"]

@@ -233,6 +233,8 @@ def _theirs(fast: AttackModel, layer: nn.Module | None) -> tuple[nn.Module, nn.M
 
 def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Module:
     """The module that is hooked, by the names and modules that the user knows; of an AttackModel, in its copy."""
+    if isinstance(_copied(model), torch.jit.ScriptModule):
+        raise TypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
     names = {name: module for name, module in _copied(model).named_modules() if name}
     name = _layer_name(model, names, target_layer)
     if name is None:

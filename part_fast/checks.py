@@ -38,6 +38,13 @@ def count(name: str, value: Any, low: int = 0) -> int:
     return int(value)
 
 
+def seed(name: str, value: Any) -> int:
+    """A whole number that torch's generators take: from 0 to 2**63 - 1."""
+    if count(name, value) >= 2**63:
+        raise ValueError(f"{name} must be < 2**63, got {value}")
+    return int(value)
+
+
 def clip_range(clip: Any) -> tuple[float, float]:
     """(low, high) of a clip argument; None is no clip."""
     if clip is None:

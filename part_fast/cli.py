@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import tyro
 
 import part_fast
+from part_fast import backends
 from part_fast.config import PRESETS, TrainConfig, parse_number, preset, read_config
 
 
@@ -192,8 +193,11 @@ class Bench:
     """Replace the files in the folder."""
 
     def run(self) -> None:
+        from part_fast import report
         from part_fast.bench import ops
         from part_fast.bench_step import steps
+
+        report.load_matplotlib()  # the published baselines import it themselves
 
         common: dict[str, Any] = {
             "device": self.device,
@@ -359,6 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _warn  # type: ignore[assignment]
         try:
+            backends.check_environment()
             _parse(arguments[0], arguments[1:]).run()
         except KeyboardInterrupt:
             return 130
@@ -412,12 +417,20 @@ def _flag(arguments: list[str], name: str) -> str | None:
 
 
 def _one_line(box: str, command: str) -> str:
-    """The first paragraph of tyro's message: a title, lines, rules between paragraphs, framed where UTF-8 is spoken."""
+    """The first paragraph of tyro's message, and the flags that it proposes.
+
+    The message is a title, lines, and rules between paragraphs, framed where UTF-8 is spoken.
+    """
     lines = [line.strip(" │") for line in box.splitlines()[1:]]
     blank = [not line.strip("-─╭╮╰╯") for line in lines]
-    paragraphs = itertools.groupby(zip(blank, lines, strict=True), key=lambda pair: pair[0])
-    first = next((" ".join(line for _, line in group) for is_rule, group in paragraphs if not is_rule), "bad arguments")
-    return f"{first} (part-fast {command} --help)"
+    groups = itertools.groupby(zip(blank, lines, strict=True), key=lambda pair: pair[0])
+    paragraphs = [[line for _, line in group] for is_rule, group in groups if not is_rule] or [["bad arguments"]]
+    said = " ".join(paragraphs[0])
+    for title, *proposed in paragraphs[1:]:
+        flags = [line.partition(" ")[0].rstrip(",") for line in proposed if line.startswith("--")]
+        if title.startswith("Perhaps you meant") and flags:
+            said += f"; perhaps you meant {' or '.join(flags)}"
+    return f"{said} (part-fast {command} --help)"
 
 
 def _meant_for_the_caller(error: Exception) -> bool:

@@ -130,13 +130,17 @@ class TrainConfig:
         self.averaging  # noqa: B018 - which checks it
         if self.refresh_epochs and self.mask_rule == "soft":
             raise ValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
-        eps_pair(self.eps, self.eps_low)
+        if self.method in WEIGHTED:
+            eps_pair(self.eps, self.eps_low)
+        for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
+            checks.number(name, getattr(self, name), 0)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "steps", "pgd_test_size", "seed"):
+        for name in ("warmup_epochs", "steps", "pgd_test_size"):
             checks.count(name, getattr(self, name))
+        checks.seed("seed", self.seed)
         for name in ("train_size", "test_size"):
             if getattr(self, name) is not None:
                 checks.count(name, getattr(self, name), 1)

@@ -40,6 +40,7 @@ from part_fast.data_memory import (
     Dataset,
     augment,
     balanced_indices,
+    batch_length,
     draw_augmentation,
     to_float,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Dataset",
     "augment",
     "balanced_indices",
+    "batch_length",
     "draw_augmentation",
     "load",
     "to_float",
@@ -95,8 +97,8 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
         root/cifar-10-batches-bin, root/cifar-100-binary, or any of these as root; cifar100 has its 100 fine classes.
     svhn: train_32x32.mat and test_32x32.mat in root/svhn or root; class i is the digit i.
     tinyimagenet: root/tiny-imagenet-200 or root, as unzipped: wnids.txt, train/WNID/images, and for the test split
-        val/images with val/val_annotations.txt (the published test images have no labels). Classes are the sorted
-        wnids, named by words.txt.
+        val/images with val/val_annotations.txt (the published test images have no labels), or val sorted into folders
+        WNID. Classes are the sorted wnids, named by words.txt.
     folder:PATH: PATH/train and PATH/test (or PATH/val) with a folder of images per class, at any depth; a relative PATH
         starts at root. Classes are the sorted folders of train, or of the split itself where there is no train. All
         images share one size; folder:PATH@64 scales them (bicubic) to cover 64x64 and crops them at the centre.
@@ -285,12 +287,7 @@ def _load_tinyimagenet(split: str, root: Path | None, download: bool) -> Dataset
         _no_others(folder / "train", wnids, "wnids.txt")
         files = [(path, of[wnid]) for wnid in wnids for path in _images_in(folder / "train" / wnid / "images")]
     else:
-        annotated = _val_annotations(folder / "val" / "val_annotations.txt", of)
-        files = []
-        for path in _images_in(folder / "val" / "images"):
-            if path.name not in annotated:
-                raise ValueError(f"{path} has no line in val_annotations.txt")
-            files.append((path, annotated[path.name]))
+        files = _val_files(folder / "val", of)
     if not files:
         raise ValueError(f"{folder} holds no {split} images")
     _say_if_partial("tinyimagenet", split, len(files), 100_000 if split == "train" else 10_000, folder)
@@ -300,9 +297,27 @@ def _load_tinyimagenet(split: str, root: Path | None, download: bool) -> Dataset
     return _dataset("tinyimagenet", split, images, labels, _words(folder / "words.txt", wnids), folder)
 
 
+def _val_files(val: Path, of: dict[str, int]) -> list[tuple[Path, int]]:
+    """Images and labels of val as published, or sorted into a folder per class, as scripts for ImageFolder leave it."""
+    together, classes = _images_in(val / "images"), [name for name in _subfolders(val) if name != "images"]
+    if classes:
+        if together:
+            raise ValueError(f"{val} holds both {classes[0]} and {len(together)} images in images, sort all or none")
+        _no_others(val, [*of, "images"], "wnids.txt")
+        return [(path, of[wnid]) for wnid in classes for path in _images_in(val / wnid, deep=True)]
+    annotated = _val_annotations(val / "val_annotations.txt", of)
+    for path in together:
+        if path.name not in annotated:
+            raise ValueError(f"{path} has no line in val_annotations.txt")
+    return [(path, annotated[path.name]) for path in together]
+
+
 def _val_annotations(path: Path, of: dict[str, int]) -> dict[str, int]:
     if not path.is_file():
-        raise FileNotFoundError(f"tinyimagenet takes its test images' labels from {path}, which is missing")
+        raise FileNotFoundError(
+            f"tinyimagenet takes its test images' labels from {path}, which is missing, or from folders named by their "
+            f"wnids in {path.parent}"
+        )
     annotated: dict[str, int] = {}
     for number, line in enumerate(read_lines(path), start=1):
         name, *rest = line.split("\t")

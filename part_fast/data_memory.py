@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,10 +88,12 @@ class Dataset:
         generator: torch.Generator | None = None,
         drop_last: bool = False,
         order: Tensor | None = None,
+        join_last: bool = False,
     ) -> Iterator[Batch]:
         """One pass over the data set; the order is drawn when this is called. Images stay uint8.
 
-        With drop_last a last batch smaller than batch_size is left out. order: the samples to go over, in this order.
+        With drop_last a last batch smaller than batch_size is left out; with join_last one of a single image is part of
+        the batch before it (see `batch_length`). order: the samples to go over, in this order.
 
         Raises:
             ValueError: batch_size < 1.
@@ -105,8 +108,20 @@ class Dataset:
         else:
             order = torch.arange(len(self), device=self.images.device)
         end = len(order) // batch_size * batch_size if drop_last else len(order)
-        chunks = (order[start : start + batch_size] for start in range(0, end, batch_size))
+        cuts = [*range(0, end, batch_size), end]
+        if join_last and len(cuts) > 2 and batch_length(end - cuts[-3], batch_size) > batch_size:
+            del cuts[-2]
+        chunks = (order[start:stop] for start, stop in itertools.pairwise(cuts))
         return (Batch(self.images[indices], self.labels[indices], indices) for indices in chunks)
+
+
+def batch_length(left: int, batch_size: int, batches: int = 1) -> int:
+    """Images in the next `batches` training batches, of `left` that are left: a single last one joins the batch before.
+
+    By itself it would stop BatchNorm where the map is one pixel, and be half noise elsewhere.
+    """
+    full = batch_size * batches
+    return left if left <= full + (batch_size > 1) else full
 
 
 def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
 from part_fast.budget import CamBudget
 from part_fast.config import TrainConfig
+from part_fast.data import batch_length
 from part_fast.models import build_model, load_weights
 
 
@@ -39,7 +40,7 @@ class Engine:
         self.budget = CamBudget(
             self.attack_model,
             config.eps,
-            config.eps_low,
+            min(config.eps, config.eps_low),  # of a plain method, which does not ask it, any will do
             method=config.cam,
             rule=config.mask_rule,
             control=config.mask_control,
@@ -75,8 +76,8 @@ class Engine:
         every = self.config.batch_size * self.config.accumulate
         if done % every == 0:
             self.optimizer.zero_grad()
-            self._group = min(every, total - done)
-        batch = min(self.config.batch_size, total - done)
+            self._group = batch_length(total - done, self.config.batch_size, self.config.accumulate)
+        batch = batch_length(total - done, self.config.batch_size)
         self._last = (done + batch) % every == 0 or done + batch == total
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(epoch + (done + batch / 2) / total)
@@ -109,7 +110,8 @@ class Engine:
 
     def end_epoch(self, epoch: int) -> None:
         """After the epoch's last update: the first process's statistics for all, and SWA's average."""
-        for buffer in self.model.buffers():
+        averaged = () if self.averaged is None else self.averaged.buffers()
+        for buffer in (*self.model.buffers(), *averaged):  # each process has averaged its own
             distributed.same_(buffer)
         kind, since = self.config.averaging
         if self.averaged is not None and kind == "swa":

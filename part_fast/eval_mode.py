@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-
 # What torch raises, when a model is differentiated to its input, of which the user can know nothing.
 MEANT = {
     "use_reentrant": "model must checkpoint with use_reentrant=False, got a reentrant checkpoint",

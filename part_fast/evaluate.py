@@ -138,7 +138,7 @@ def evaluate(
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)
-    checks.count("seed", seed)
+    checks.seed("seed", seed)
     checks.count("sanity_images", sanity_images)
     place = distributed.join(find_device(device))
     net, config, data, weights = load_trained(
@@ -242,6 +242,7 @@ def masks(
     for path in (out, record_path):
         if path.exists() and not overwrite:
             raise ValueError(f"{path} exists: choose another --out or --overwrite")
+    checks.seed("seed", seed)
     net, config, data, weights = load_trained(
         where, n, dataset=dataset, model=model, root=root, download=download, device=device
     )

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -224,6 +225,7 @@ def draw_masks(
     x, x_adv: (N,C,H,W) in [0,1], C 1 or 3; cams: (N,H,W) in [0,1]; maps: rule -> (N,M,H,W), the mean over M is drawn;
     titles: for each image one above it and one above its adversarial image; caption: one line at the top.
     """
+    load_matplotlib()
     from matplotlib.colors import Normalize
 
     n = len(x)
@@ -279,9 +281,29 @@ def _middle(axes: Any) -> float:
     return (box.x0 + box.x1) / 2
 
 
+def load_matplotlib() -> Any:
+    """The module, imported without the backend of MPLBACKEND, which may be absent here and draws nothing of ours.
+
+    Notebooks set it for the processes that they start. Where it is good, the process keeps it for its own figures.
+    """
+    if "matplotlib" in sys.modules:  # somebody has chosen
+        return sys.modules["matplotlib"]
+    wanted = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = wanted
+    return matplotlib
+
+
 @contextlib.contextmanager
 def drawing(path: Path, size: tuple[float, float], layout: Literal["constrained"] | None = None) -> Iterator[Any]:
     """A figure that is saved to `path` (PNG) when the block ends; no global state of pyplot is touched."""
+    load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import time
@@ -77,7 +78,8 @@ def train(
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
 
-    engine = Engine(config, data.num_classes, device, load=not resume)
+    # A run that was stopped in its first epoch has no state yet, and starts as it did.
+    engine = Engine(config, data.num_classes, device, load=not (resume and (out / STATE).is_file()))
     model, budget = engine.model, engine.budget
     bank = None
     if config.refresh_epochs and config.method in WEIGHTED:
@@ -88,6 +90,7 @@ def train(
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
         raise ValueError(f"epochs must be at least {done}, got {config.epochs}")
+    refuse_single_images(config, engine.model, data)
     if main:
         prepare_folder(config, out, resume, overwrite)
         if rows:
@@ -114,7 +117,7 @@ def train(
             agreement: dict[str, float] = {}
             model.train()
             seen_images = 0
-            for batch in data.batches(config.batch_size, order=order):
+            for batch in data.batches(config.batch_size, order=order, join_last=True):
                 drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
                 x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
                 if seen_images == 0 and config.precision != "fp32":
@@ -180,7 +183,7 @@ def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
     if distributed.size() == 1:
         return torch.randperm(n)
     # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
-    torch.manual_seed((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank())
+    torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
     order = distributed.same_(torch.randperm(n))
     every = -(-n // distributed.size()) * distributed.size()
     return order[torch.arange(every) % n][distributed.shares(every)]
@@ -271,6 +274,19 @@ def adversarial_logits(model: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+def refuse_single_images(config: TrainConfig, model: nn.Module, data: Dataset) -> None:
+    """Errors: ValueError, before the first epoch, where batches are single images and BatchNorm cannot take one."""
+    if config.batch_size > 1 and len(data) > distributed.size():
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(to_float(data.images[:1]))
+    except ValueError as error:
+        name = "batch_size" if config.batch_size == 1 else "train_size"
+        size = "x".join(map(str, data.images.shape[2:]))
+        raise ValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:

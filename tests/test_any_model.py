@@ -330,6 +330,12 @@ class ScriptedPart(Net):
         self.bn1 = torch.jit.script(self.bn1)
 
 
+class ScriptedLayer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer4 = torch.jit.script(self.layer4)
+
+
 class Lazy(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -487,7 +493,8 @@ NO_MODULE = of_copies(got := "model must be a torch.nn.Module") | dict.fromkeys(
 NO_TENSOR = "model must give logits (3, classes), a Tensor, got {}: wrap it in a module that returns the logits alone"
 NO_GRADIENT = "model must lead from its input to the loss, got a loss that does not depend on x_adv"
 NO_GRADIENT_OF_LAYER = "target_layer must lead to the logits"
-NO_HOOKS = "target_layer must be a module that takes hooks, got one of TorchScript"
+NO_HOOKS = "model must not be TorchScript"
+NO_HOOKS_OF_LAYER = "target_layer must be a module that takes hooks, got one of TorchScript"
 SCRIPT = "model must be of Python modules to be copied and followed, got TorchScript"
 IN_PLACE = "model must not write into its input"
 
@@ -542,8 +549,9 @@ KINDS = {
     ),
     "`torch.jit.script`": Kind(scripted, of_cams(NO_HOOKS) | of_copies(SCRIPT)),
     "`torch.jit.trace`": Kind(traced, of_cams(NO_HOOKS) | of_copies(SCRIPT)),
-    "`torch.jit.freeze`": Kind(frozen, of_cams("target_layer must be given") | of_copies(SCRIPT)),
+    "`torch.jit.freeze`": Kind(frozen, of_cams(NO_HOOKS) | of_copies(SCRIPT)),
     "a part of TorchScript": Kind(ScriptedPart, of_copies(SCRIPT)),
+    "the explained layer of TorchScript": Kind(ScriptedLayer, of_cams(NO_HOOKS_OF_LAYER) | of_copies(SCRIPT)),
     "`functools.partial`": Kind(lambda: functools.partial(Net()), NO_MODULE, lambda model: model.func),
     "a bound method": Kind(lambda: Net().forward, NO_MODULE, lambda model: model.__self__),
     "a decorated function": Kind(lambda: decorated(Net()), NO_MODULE, lambda model: model.__wrapped__),

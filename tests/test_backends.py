@@ -387,10 +387,22 @@ def test_environment_variable():
 
 
 def test_environment_variable_unknown():
-    ran = in_a_process("import part_fast", PART_FAST_BACKEND="fast")
+    code = """
+import part_fast, torch
+x = torch.rand(1, 1, 2, 2)
+print("imported")
+part_fast.pgd_step(x, x, x, 0.1, 0.1)
+"""
+    ran = in_a_process(code, PART_FAST_BACKEND="fast")
     assert ran.returncode != 0
+    assert ran.stdout == "imported\n"
     last = ran.stderr.strip().splitlines()[-1]
     assert last == "ValueError: PART_FAST_BACKEND: unknown backend 'fast'; known: reference, cpp, triton, cuda"
+
+
+def test_environment_variable_that_is_empty_chooses_nothing():
+    ran = in_a_process("import part_fast; print(part_fast.current_backend())", PART_FAST_BACKEND="")
+    assert (ran.returncode, ran.stdout) == (0, f"{part_fast.available_backends()[0]}\n"), ran.stderr
 
 
 def test_environment_variable_unavailable_raises_at_the_first_op():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_attack import EXPECTED, Failing, Net, assert_untouched, golden_net, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import part_fast
 from part_fast import AttackModel, CamBudget, models
@@ -268,6 +269,18 @@ class Pairs(Net):
         return self.fc(self.pair(x)[0].mean((2, 3)))
 
 
+class Checkpointed(Net):
+    """Its head is run again in the backward."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))))
+        return checkpoint(lambda x: self.fc(x.mean((2, 3))), x, use_reentrant=self.reentrant)
+
+
 class FrozenEnd(Net):
     def forward(self, x):
         x = self.conv2(self.conv1(x))
@@ -322,6 +335,11 @@ class FrozenEnd(Net):
             lambda: CamBudget(FrozenEnd(), target_layer="relu2")(X),
             "target_layer must lead to the logits.*under its own no_",
         ),
+        (
+            lambda: CamBudget(Checkpointed(True), target_layer="relu2")(X),
+            "model must checkpoint with use_reentrant=False",
+        ),
+        (lambda: CamBudget(torch.jit.script(Net()), target_layer="relu2"), "model must not be TorchScript"),
         (lambda: CamBudget(Net(), target_layer="fc")(X), r"target_layer must give a tensor \(N,K,h,w\), got"),
         (lambda: CamBudget(TwoHeads(), target_layer="relu2")(X), "target_layer must lead to the logits"),
         (lambda: CamBudget(Net(), target_layer="relu2")(X * 255), r"x must be in \[0, 1\], got values from"),
@@ -333,6 +351,7 @@ class FrozenEnd(Net):
         (lambda: CamBudget(Net(), target_layer="relu2")(X, Y + 10), r"target must be class indices in \[0, 10\)"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 def test_errors(make, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         make()
@@ -514,6 +533,13 @@ def test_another_threads_forward_is_left_alone():
         nodes += [before for before, _ in node.next_functions if before is not None]
     assert "AccumulateGrad" in names
     assert sum("Convolution" in name for name in names) >= 1  # its graph goes on beyond the target layer
+
+
+def test_checkpoints_that_are_not_reentrant():
+    net = Checkpointed(False).eval()
+    expected = part_fast.epsilon_map(plain_gradcam(net, net.relu2, X), (16, 16), 0.1, 0.0, "soft")
+    got = CamBudget(net, 0.1, 0.0, rule="soft", target_layer="relu2")(X)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_layer_that_is_not_run():

@@ -169,6 +169,14 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
         ("--epochs many", "--epochs"),
         ("--epochs 0", "epochs must be >= 1"),
         ("--epsilon 3", "Unrecognized options: --epsilon"),
+        (
+            "--presett demo",
+            "Unrecognized options: --presett, demo; perhaps you meant --preset (part-fast train --help)",
+        ),
+        ("--epoch 3", "Unrecognized options: --epoch, 3; perhaps you meant --epochs or --warmup-epochs"),
+        ("--no-augmen", "perhaps you meant --augment"),
+        ("--seed 100000000000000000000", "seed must be < 2**63, got 100000000000000000000"),
+        ("--seed 1e20", "--seed: invalid literal for int() with base 10: '1e20'"),
         ("--device cuda:42", "device 'cuda:42' is not there"),
         ("--resume", "holds no run"),
         ("--init absent.pt", "no checkpoint file at absent.pt"),
@@ -249,6 +257,19 @@ FRAMED = """\
 │ For full helptext, ...  │
 ╰─────────────────────────╯
 """
+PROPOSING = """\
+╭─ Unrecognized options ──╮
+│ Unrecognized options:   │
+│ --x, 3                  │
+│ ─────────────────────── │
+│ Perhaps you meant:      │
+│     --y INT             │
+│         Not --here.     │
+│     --z, --no-z         │
+│ ─────────────────────── │
+│ For full helptext, ...  │
+╰─────────────────────────╯
+"""
 PLAIN = """\
  Unrecognized options
  -------------------------
@@ -262,6 +283,27 @@ PLAIN = """\
 @pytest.mark.parametrize("box", [FRAMED, PLAIN])
 def test_parser_message_becomes_one_line(box):
     assert cli._one_line(box, "info") == "Unrecognized options: --x, 3 (part-fast info --help)"
+
+
+def test_flags_that_the_parser_proposes_are_kept():
+    said = "Unrecognized options: --x, 3; perhaps you meant --y or --z (part-fast info --help)"
+    assert cli._one_line(PROPOSING, "info") == said
+
+
+def test_unknown_backend_in_the_environment_is_one_line():
+    done = process("info", PART_FAST_BACKEND="foo")
+    known = "known: reference, cpp, triton, cuda"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"part-fast: error: PART_FAST_BACKEND: unknown backend 'foo'; {known}\n"
+
+
+def test_seeds_that_no_generator_takes(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--out", str(run), *TINY]) == 0
+    capsys.readouterr()
+    for command in (["evaluate", run], ["masks", run, "--out", tmp_path / "grid.png"]):
+        assert "seed must be < 2**63, got 9223372036854775808" in error_of(capsys, *command, "--seed", 2**63)
+        assert "seed must be >= 0, got -1" in error_of(capsys, *command, "--seed", -1)
 
 
 def test_warnings_are_one_line(capsys):

@@ -51,6 +51,7 @@ def test_published_numbers(name):
         ("batch_size", 0, "batch_size"),
         ("steps", -1, "steps"),
         ("seed", -1, "seed"),
+        ("seed", 10**20, "seed must be < 2**63, got 100000000000000000000"),
         ("train_size", 0, "train_size"),
         ("test_size", -5, "test_size"),
         ("pgd_test_size", -1, "pgd_test_size"),
@@ -64,6 +65,16 @@ def test_refused_in_one_line_that_names_the_field(field, value, says):
         config.check()
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["at", "trades", "mart"])
+def test_plain_methods_take_any_eps_low(method):
+    config = dataclasses.replace(preset("cifar10-resnet18"), method=method, eps=4 / 255)
+    config.check()
+    with pytest.raises(ValueError, match="eps_low must be finite and >= 0, got nan"):
+        dataclasses.replace(config, eps_low=math.nan).check()
+    with pytest.raises(ValueError, match="eps must be finite and >= 0"):
+        dataclasses.replace(config, eps=-1.0).check()
 
 
 def test_text_where_a_number_belongs_is_a_type_error():

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from part_fast import data
-from part_fast.data import Augmentation, Dataset, augment, balanced_indices, draw_augmentation, load, to_float
+from part_fast.data import (
+    Augmentation,
+    Dataset,
+    augment,
+    balanced_indices,
+    batch_length,
+    draw_augmentation,
+    load,
+    to_float,
+)
 
 
 def one_by_one(images, drawn, padding, fill):
@@ -163,6 +172,22 @@ def test_batches_cover_every_index_once(n, size, shuffle):
     assert shuffle or torch.equal(indices, torch.arange(n))
     dropped = list(dataset.batches(size, shuffle=shuffle, drop_last=True))
     assert [len(b.labels) for b in dropped] == [size] * (n // size)
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "lengths"),
+    [(9, 4, [4, 5]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (5, 4, [5]), (1, 4, [1]), (3, 1, [1, 1, 1]), (0, 4, [])],
+)
+def test_a_last_single_image_joins_the_batch_before(n, size, lengths):
+    dataset = tiny([i % 3 for i in range(n)], 3)
+    batches = list(dataset.batches(size, join_last=True))
+    assert [len(b.labels) for b in batches] == lengths
+    assert torch.cat([b.indices for b in batches] or [torch.empty(0)]).tolist() == list(range(n))
+    left, counted = n, []
+    while left:
+        counted.append(batch_length(left, size))
+        left -= counted[-1]
+    assert counted == lengths
 
 
 def test_batches_obey_the_seed():

@@ -393,7 +393,46 @@ def test_damaged_tinyimagenet(tiny, damage, split, message):
 
 def test_tinyimagenet_without_annotations(tiny):
     (tiny / "val" / "val_annotations.txt").unlink()
-    refused("tinyimagenet", "test", tiny, "labels from .*val_annotations.txt, which is missing$", FileNotFoundError)
+    message = "labels from .*val_annotations.txt, which is missing, or from folders named by their wnids in .*val$"
+    refused("tinyimagenet", "test", tiny, message, FileNotFoundError)
+
+
+@pytest.mark.filterwarnings("ignore:tinyimagenet")
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("annotated", [False, True])
+def test_tinyimagenet_sorted_into_class_folders(tiny, deep, annotated):
+    """As scripts for ImageFolder leave it: val/WNID or val/WNID/images, val/images empty or gone."""
+    expected = load("tinyimagenet", "test", tiny)
+    annotations = tiny / "val" / "val_annotations.txt"
+    for line in annotations.read_text().splitlines():
+        name, wnid = line.split("\t")[:2]
+        folder = tiny / "val" / wnid / "images" if deep else tiny / "val" / wnid
+        folder.mkdir(parents=True, exist_ok=True)
+        (tiny / "val" / "images" / name).rename(folder / name)
+    if not annotated:
+        annotations.unlink()
+        (tiny / "val" / "images").rmdir()
+    got = load("tinyimagenet", "test", tiny)
+    assert got.labels.tolist() == [0, 1, 2]
+    assert got.class_names == expected.class_names
+    order = expected.labels.argsort()
+    assert torch.equal(got.images, expected.images[order])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: picture(b / "val/n02/val_7.JPEG"), "val holds both n02 and 3 images in images, sort all or none"),
+        (lambda b: (b / "val/images").rename(b / "val/n07"), "n07 is a class that is not in wnids.txt"),
+        (
+            lambda b: ((b / "val/images").rename(b / "val/n01"), [p.unlink() for p in b.glob("val/n01/*")]),
+            "holds no te",
+        ),
+    ],
+)
+def test_damaged_sorted_tinyimagenet(tiny, damage, message):
+    damage(tiny)
+    refused("tinyimagenet", "test", tiny, message)
 
 
 # Folders of images

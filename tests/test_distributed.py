@@ -98,6 +98,54 @@ def test_two_processes_train_what_one_does_on_batches_of_twice_the_size(changes,
         assert differing < 0.02
 
 
+AVERAGES = """
+    import torch
+    import torch.distributed as dist
+    from part_fast import distributed
+    from part_fast.config import TrainConfig
+    from part_fast.engine import Engine
+    from part_fast.train import train_step
+
+    device = distributed.join(torch.device("cpu"))
+    for average in ("ema:0.5", "swa:1"):
+        config = TrainConfig(method="at", average=average, batch_size=8, steps=1, lr=0.1, device="cpu")
+        torch.manual_seed(0)
+        engine = Engine(config, 10, device)
+        torch.manual_seed(distributed.rank())
+        for epoch in range(2):
+            for i in range(3):
+                x, y = torch.rand(8, 3, 16, 16) ** (1 + distributed.rank()), torch.randint(0, 10, (8,))
+                engine.model.train()
+                train_step(engine, "at", x, y, 8 / 255, (8 * i, 24, epoch))
+            engine.end_epoch(epoch)
+        x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+        for model in (engine.model, engine.averaged):
+            for tensor in (*model.parameters(), *model.buffers(), model.eval()(x)):
+                first = tensor.detach().clone()
+                dist.broadcast(first, 0)
+                assert torch.equal(first, tensor), (average, tensor.shape, (first - tensor).abs().max())
+    print("alike", flush=True)
+"""
+
+
+def test_the_averaged_model_is_one_in_every_process(tmp_path):
+    script = tmp_path / "averages.py"
+    script.write_text(textwrap.dedent(AVERAGES))
+    root = os.path.dirname(os.path.dirname(__file__))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("alike") == 2
+
+
 def test_an_epoch_is_shared_evenly_and_wholly(monkeypatch):
     import part_fast.distributed as distributed
     from part_fast.train import epoch_order

@@ -32,6 +32,29 @@ def weights(folder, name="model.safetensors"):
     return load_file(folder / name)
 
 
+@pytest.mark.parametrize(("images", "lengths"), [(17, [8, 9]), (9, [9]), (25, [8, 8, 9]), (33, [8, 8, 8, 9])])
+def test_a_group_counts_the_single_image_that_joins_it(images, lengths):
+    """Of two batches of 8 an update: its gradient is that of the mean over all its images."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(images, 3, 16, 16, generator=generator), torch.arange(images) % 10
+    engine = Engine(tiny(batch_size=8, accumulate=2, lr=0.0, weight_decay=0.0), 10, CPU)
+    engine.model.eval()
+    done = first = 0
+    for length in lengths:
+        engine.begin(done, images, 0)
+        batch = slice(done, done + length)
+        engine.backward(torch.nn.functional.cross_entropy(engine.model(x[batch]), y[batch]), length)
+        done += length
+        if engine._last:
+            group = slice(first, done)
+            loss = torch.nn.functional.cross_entropy(engine.model(x[group]), y[group])
+            (expected,) = torch.autograd.grad(loss, engine.model.linear.weight)
+            torch.testing.assert_close(engine.model.linear.weight.grad, expected)
+            first = done
+        engine.end()
+    assert first == done == images
+
+
 def test_cosine_and_cyclic_rates():
     cosine, cyclic = tiny(schedule="cosine", lr=0.1, epochs=10), tiny(schedule="cyclic", lr=0.1, epochs=10)
     assert [cosine.lr_at(e) for e in (0, 5, 10)] == pytest.approx([0.1, 0.05, 0.0])

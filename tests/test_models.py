@@ -1,8 +1,11 @@
 """Models: the published key names and what they compute, sizes, errors, checkpoints."""
 
+import argparse
 import math
+import pathlib
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -343,6 +346,93 @@ def test_load_weights_refuses_in_one_line_and_writes_nothing(weights, tmp_path):
     refuses(tmp_path / "bad.pt", "is not a checkpoint that loads without running code")
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
     refuses(tmp_path / "bad.safetensors", "is not a checkpoint that loads without running code")
+
+
+def under(prefix, weights):
+    return {prefix + key: value for key, value in weights.items()}
+
+
+def other_weights():
+    return {k: v + 1 if v.is_floating_point() else v for k, v in wideresnet(10, 1).state_dict().items()}
+
+
+ZERO, ONE = torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
+MEAN, STD = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1), torch.tensor([0.2471, 0.2435, 0.2616]).view(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: {"n_averaged": torch.tensor(7), **under("module.", w)},
+        lambda w: {"net": under("module.basic_net.", w), "acc": 81.2},
+        lambda w: {"0.mean": ZERO, **under("1.", w)},
+        lambda w: {"mu": ZERO, "sigma": ONE, **w},
+        lambda w: {"ema_state_dict": w},
+        lambda w: {"model": {"state_dict": w}, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}},
+        lambda w: {"model": {**under("module.model.", w), **under("module.attacker.model.", w)}, "epoch": 3},
+        lambda w: {"state_dict": under("net.", w) | {"net.normalize.mean": torch.tensor(0.0)}},
+        lambda w: {"a": {"b": {"c": under("anything.at.all.", w)}}},
+        lambda w: {"state_dict": w, "copy": dict(w)},
+    ],
+    ids=["AveragedModel", "AttackPGD", "Sequential", "mu", "ema", "nested", "robustness", "inside", "deep", "twice"],
+)
+def test_load_weights_of_published_layouts(weights, make, tmp_path):
+    torch.save(make(weights), tmp_path / "model.pt")
+    assert same(load_weights(wideresnet(10, 1), tmp_path / "model.pt"), weights)
+
+
+@pytest.mark.parametrize(("mean", "std"), [("normalizer.new_mean", "normalizer.new_std"), ("0.mean", "0.std")])
+def test_load_weights_of_a_network_that_normalises(weights, mean, std):
+    checkpoint = {mean: MEAN, std: STD, **under("1.", weights)}
+    own = {"mean": MEAN.flatten().tolist(), "std": STD.flatten().tolist()}
+    assert same(load_weights(wideresnet(10, 1, **own), checkpoint), weights)
+    for plain in (wideresnet(10, 1), wideresnet(10, 1, mean=own["mean"], std=own["mean"])):
+        with pytest.raises(
+            ValueError, match=r"normalises its images, .* \(0\.\d{4}, .*build it with that mean and std"
+        ):
+            load_weights(plain, checkpoint)
+        assert not same(plain, weights)
+
+
+def test_load_weights_where_two_sets_fit(weights):
+    other = other_weights()
+    for name in ("state_dict", "model", "net"):
+        with pytest.warns(UserWarning, match=f"two sets .* those in '{name}' are taken, those in 'ema' are not"):
+            model = load_weights(wideresnet(10, 1), {"ema": other, name: weights})
+        assert same(model, weights)
+    message = "'conv1.weight' twice and not alike, under the prefixes 'online.' and 'teacher.'"
+    with pytest.raises(ValueError, match=message):
+        load_weights(wideresnet(10, 1), {**under("online.", weights), **under("teacher.", other)})
+
+
+def with_objects(kind, weights):
+    if kind == "Namespace":
+        return {"state_dict": weights, "args": argparse.Namespace(lr=0.1)}, "argparse.Namespace"
+    if kind == "numpy":
+        return {"state_dict": weights, "best": np.float64(0.5)}, "numpy"
+    if kind == "path":
+        return {"state_dict": weights, "out": pathlib.PurePosixPath("runs")}, "PurePosixPath"
+    return wideresnet(10, 1), "part_fast.models.WideResNet"
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("kind", ["Namespace", "numpy", "path", "model"])
+def test_load_weights_names_the_objects_that_it_does_not_read(kind, new, weights, tmp_path):
+    checkpoint, named = with_objects(kind, weights)
+    path = tmp_path / "c.pt"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(ValueError, match="without running code") as caught:
+        load_weights(wideresnet(10, 1), path)
+    said = str(caught.value)
+    assert named in said
+    assert "\n" not in said
+    assert "\x1b" not in said
+    # What it says to do works.
+    take = "torch.load('c.pt', weights_only=False)" + (".state_dict()" if kind == "model" else "['state_dict']")
+    assert f"torch.save({take}, 'weights.pt')" in said
+    torch.save(eval(take.replace("'c.pt'", "path")), tmp_path / "weights.pt")
+    expected = checkpoint.state_dict() if kind == "model" else weights
+    assert same(load_weights(wideresnet(10, 1), tmp_path / "weights.pt"), expected)
 
 
 class _Touch:

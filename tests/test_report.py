@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import json
+import os
 import subprocess
 import sys
 
@@ -76,6 +77,34 @@ def test_pictures_and_data_sets_are_not_imported_with_report():
     code = "import sys, part_fast.report; print([m for m in ('matplotlib', 'torchvision', 'tyro') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("backend", ["module://no.such", "pdf"])
+def test_pictures_are_drawn_whatever_backend_is_wished(tmp_path, backend):
+    """Notebooks set MPLBACKEND for their shells, whose Python may lack it; a good one stays the process's own."""
+    code = f"""
+import os
+from pathlib import Path
+from part_fast import report
+with report.drawing(Path({str(tmp_path / "a.png")!r}), (2, 2)) as figure:
+    figure.subplots().plot([1, 2])
+import matplotlib
+assert os.environ["MPLBACKEND"] == {backend!r}
+assert {backend!r} != "pdf" or matplotlib.get_backend() == "pdf"
+"""
+    environment = {**os.environ, "MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert picture(tmp_path / "a.png").size
+
+
+def test_a_backend_that_is_chosen_stays(tmp_path, monkeypatch):
+    matplotlib = pytest.importorskip("matplotlib")
+    before = matplotlib.rcParams["backend"]
+    monkeypatch.setenv("MPLBACKEND", "svg")
+    with report.drawing(tmp_path / "a.png", (2, 2)) as figure:
+        figure.subplots().plot([1, 2])
+    assert matplotlib.rcParams["backend"] == before != "svg"
 
 
 def test_table():

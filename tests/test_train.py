@@ -141,6 +141,74 @@ def test_interrupted_before_the_first_checkpoint_starts_again(tmp_path, monkeypa
     assert len(train(TINY, tmp_path / "run", resume=True, log=lambda line: None)) == 2
 
 
+def test_stopped_in_its_first_epoch_a_run_starts_again_from_its_checkpoint(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    config = tiny(init=str(folder / "model.safetensors"), seed=1, epochs=1)
+    train(config, tmp_path / "whole", log=lambda line: None)
+
+    def stop(*arguments, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "batch_loss", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut", log=lambda line: None)
+    train(config, tmp_path / "cut", resume=True, log=lambda line: None)
+    assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    # Once it has a state, the checkpoint may be gone.
+    longer = dataclasses.replace(config, epochs=2)
+    moved = folder / "moved.safetensors"
+    (folder / "model.safetensors").rename(moved)
+    try:
+        train(longer, tmp_path / "cut", resume=True, log=lambda line: None)
+    finally:
+        moved.rename(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", ["at", "part", "part-t"])
+@pytest.mark.parametrize(("images", "batch", "accumulate"), [(33, 32, 1), (17, 8, 2), (9, 8, 3), (5, 2, 1)])
+def test_a_last_single_image_joins_the_batch_before(method, images, batch, accumulate, tmp_path, one_pixel_maps):
+    config = tiny(method=method, epochs=1, warmup_epochs=0, train_size=images, batch_size=batch, accumulate=accumulate)
+    (row,) = train(config, tmp_path / "run", log=lambda line: None)
+    assert math.isfinite(row["train_loss"])
+    assert sum(one_pixel_maps) == images
+    assert min(one_pixel_maps) > 1
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"batch_size": 1}, "batch_size"), ({"train_size": 1}, "train_size")])
+def test_single_images_are_refused_where_a_batch_norm_sees_one_pixel(changes, name, tmp_path, one_pixel_maps):
+    with pytest.raises(ValueError, match=f"{name} must be >= 2 for resnet-small on images of 32x32: Expected more"):
+        train(tiny(**changes), tmp_path / "run", log=lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_single_images_train_where_their_maps_are_larger(tmp_path):
+    (row,) = train(tiny(epochs=1, batch_size=1, train_size=3), tmp_path / "run", log=lambda line: None)
+    assert math.isfinite(row["train_loss"])
+
+
+@pytest.fixture
+def one_pixel_maps(monkeypatch):
+    """Networks whose last BatchNorm sees one pixel; gives the lengths of the batches that are trained on."""
+    from part_fast import engine
+
+    def build(name, classes):
+        model = build_model(name, classes)
+        model.layer4.insert(0, torch.nn.AdaptiveAvgPool2d(1))
+        return model
+
+    lengths = []
+    real = training.train_step
+
+    def step(engine, method, x, *rest):
+        lengths.append(len(x))
+        return real(engine, method, x, *rest)
+
+    monkeypatch.setattr(engine, "build_model", build)
+    monkeypatch.setattr(training, "train_step", step)
+    return lengths
+
+
 def test_killed_between_state_and_weights_is_mended_on_resume(tmp_path):
     run = tmp_path / "run"
     train(TINY, run, log=lambda line: None)

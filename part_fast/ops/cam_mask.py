@@ -150,7 +150,8 @@ def cam_mask(cam: Tensor, size: tuple[int, int], rule: str = "zscore") -> Tensor
         "quantile:q", 0 < q < 1, M = 1: exactly ceil(q*H*W) largest pixels, ties by lower index.
     A map without evidence (flat, or with NaN or infinity in it) gives all False. Not differentiable.
 
-    Equivalent to, for "zscore": `(u - u.mean((1, 2), keepdim=True)) > u.std((1, 2), correction=0, keepdim=True)`.
+    Equivalent to, for "zscore":
+        `(u - u.mean((1, 2), keepdim=True) > u.std((1, 2), correction=0, keepdim=True))[:, None]`.
     Source: Zhang et al., ICML 2024 (PART), arXiv 2406.00685, section 3.2.
     Errors: TypeError or ValueError that names the argument; an unknown rule lists the known ones.
     """
