@@ -257,7 +257,7 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
             f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "
             f"BatchNorm: name that, {folded[name]!r}, or a later layer"
         )
-    layer = _run(model).get_submodule(name)
+    layer = dict(_run(model).named_modules())[name]
     if isinstance(layer, torch.jit.ScriptModule):
         raise ValueError(
             "target_layer must be a module that takes hooks, got one of TorchScript: give the model as it was before "

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-
 # What torch raises, when a model is differentiated to its input, of which the user can know nothing.
 MEANT = {
     "use_reentrant": "model must checkpoint with use_reentrant=False, got a reentrant checkpoint",
-    "a leaf Variable that requires grad": "model must not write into its input, got an in-place operation on the images",
+    "a leaf Variable that requires grad": "model must not write into its input, got an in-place operation on it",
 }
 
 
@@ -149,7 +148,7 @@ def input_gradient(of: Tensor, to: Tensor) -> Tensor | None:
 
 @contextlib.contextmanager
 def grads_kept(model: Callable[..., Any]) -> Iterator[None]:
-    """Every parameter's .grad is as before the block, whatever a backward inside adds to it, also after an exception."""
+    """Every parameter's .grad is as before the block, whatever a backward in it adds, also after an exception."""
     parameters = list(dict.fromkeys(parameter for root in _roots(model) for parameter in root.parameters()))
     grads = [parameter.grad for parameter in parameters]
     for parameter in parameters:

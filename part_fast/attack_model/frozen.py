@@ -29,20 +29,23 @@ class _CopiesResults(TorchFunctionMode):
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode whose parameters ask for no gradient.
 
-    Errors: ValueError naming `model` where it cannot be copied, as sharded weights, locks and open files cannot, or
-    where its weights are not there.
+    Errors: ValueError naming `model` where it cannot be copied, as sharded weights, locks and open files cannot, where
+    its weights are not there, or where TorchScript hides them.
     """
-    check_weights(modules_of(model))
+    modules = modules_of(model)
+    check_weights(modules)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+        raise ValueError(
+            "model must be of Python modules to be copied and followed, got TorchScript: attack the model itself, or "
+            "give it as it was before torch.jit"
+        )
     try:
         with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
             module = copy.deepcopy(model)
     except Exception as error:  # whatever an object's copying raises
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"model must be one that copy.deepcopy copies, got {why[:120]}: attack the model itself") from error
-    module.eval()
-    for parameter in module.parameters():  # not by the module, which of TorchScript cannot
-        parameter.requires_grad_(False)
-    return module
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        raise ValueError(f"model must be one that copy.deepcopy copies, got {why}: attack the model itself") from error
+    return module.eval().requires_grad_(False)
 
 
 def lay_(module: nn.Module, memory_format: torch.memory_format) -> None:

@@ -90,6 +90,7 @@ class AttackModel(nn.Module):
         if why_not is not None:
             warnings.warn(why_not, stacklevel=2)
 
+    @torch.inference_mode(False)
     def _build(self) -> str | None:
         """Copy the model, fold, pack, cast and compile; says why no BatchNorm could be folded, if there are any."""
         model = self.source
@@ -145,6 +146,7 @@ class AttackModel(nn.Module):
         """How many BatchNorms are part of their convolution."""
         return len(self._pairs)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> AttackModel:
         """Take over the weights, statistics and plain attributes that the model has now; returns itself.
@@ -164,6 +166,7 @@ class AttackModel(nn.Module):
             self._take_values()
         return self
 
+    @torch.inference_mode(False)
     def refresh_if_changed(self) -> None:
         """`refresh`, if the model may have changed since; what an attack asks first."""
         if self._moved_to is not None:
