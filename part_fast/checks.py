@@ -82,8 +82,8 @@ def clip_range(clip: Any, x: Tensor | None = None) -> tuple[Bound, Bound]:
             return _channels(low, high, x)
         low, high = (float(bound) if isinstance(bound, numbers.Real) else math.nan for bound in clip)
     if not low <= high:
-        takes = "two numbers" if x is None else "two numbers, or a number per channel"
-        raise ValueError(f"clip must be {takes}, low <= high, got {clip!r}")
+        channels = "" if x is None else ", or one per channel"
+        raise ValueError(f"clip must be two numbers, low <= high{channels}, got {clip!r}")
     return low, high
 
 
@@ -260,7 +260,8 @@ def _extremes(value: Tensor) -> tuple[float, float]:
 def _within(
     name: str, least: float, most: float, low: float, high: float, rounding: bool = False, where: str = ""
 ) -> None:
-    slack = 1e-6 * max(1.0, *(abs(bound) for bound in (low, high) if math.isfinite(bound))) if rounding else 0.0
+    bounds = [abs(bound) for bound in (low, high) if math.isfinite(bound)]
+    slack = 1e-6 * max(1.0, *bounds, 0.0) if rounding else 0.0
     if not (math.isfinite(least) and math.isfinite(most) and low - slack <= least and most <= high + slack):
         takes = f"finite and >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
         if low == -math.inf == -high:

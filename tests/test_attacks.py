@@ -1,10 +1,12 @@
 """pgd and PGD: golden attacks, budgets obeyed, no trace left behind, starts, losses, errors."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import STRIDED, strided
 from golden_attack import EXPECTED, Failing, Net, assert_untouched, golden_net, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -321,3 +323,225 @@ def test_errors(call, message):
     with pytest.raises((ValueError, TypeError), match=message) as error:
         call(golden_net())
     assert "\n" not in str(error.value)
+
+
+# ---- images of other ranges, strides and labels ----------------------------------------------------------------
+
+MEAN, STD = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
+
+
+class Normalised(nn.Module):
+    """The golden network on images that were normalised before."""
+
+    def __init__(self, mean, std):
+        super().__init__()
+        self.net, self.mean, self.std = golden_net(), mean, std
+
+    def forward(self, x):
+        return self.net(x * self.std + self.mean)
+
+
+def attacks(net, x, y, eps, alpha, clip, start):
+    return {
+        "pgd": lambda: pgd(net, x, y, eps, alpha, 3, start=start, clip=clip),
+        "kl": lambda: pgd(net, x, y, eps, alpha, 3, start=start, clip=clip, loss="kl"),
+        "margin": lambda: pgd(net, x, y, eps, alpha, 3, start=start, clip=clip, loss="margin"),
+        "mma": lambda: mma(net, x, y, eps, alpha, 3, start=start, clip=clip),
+        "PGD": lambda: PGD(net, eps, alpha, 3, random_start=False, clip=clip)(x, y),
+    }
+
+
+@pytest.mark.parametrize("attack", ["pgd", "kl", "margin", "mma", "PGD"])
+@pytest.mark.parametrize("channels", [False, True])
+def test_an_attack_on_normalised_images_is_the_attack_on_images(attack, channels):
+    """With one scale for all channels, eps and alpha scale too; with a mean per channel so does the clip."""
+    mean, std = (MEAN, 0.25) if channels else (0.5, 0.25)
+    start = X if attack == "PGD" else START.clamp(0, 1)
+    expected = attacks(golden_net(), X, Y, 0.05, 0.02, (0, 1), start)[attack]()
+    low, high = (0 - mean) / std, (1 - mean) / std
+    net, x, begin = Normalised(mean, std), (X - mean) / std, (start - mean) / std
+    got = attacks(net, x, Y, 0.05 / std, 0.02 / std, (low, high), begin)[attack]()
+    assert (got >= torch.as_tensor(low)).all()
+    assert (got <= torch.as_tensor(high)).all()
+    # Scaling rounds; where a gradient is about 0 a sign may turn, and then the pixel goes the other way.
+    assert ((got * std + mean - expected).abs() > 1e-5).float().mean() < 0.02
+
+
+def test_uniform_start_is_clipped_per_channel():
+    low, high = (0 - MEAN) / STD, (1 - MEAN) / STD
+    x = (X - MEAN) / STD
+    start = pgd(Normalised(MEAN, STD), x, Y, 0.5, steps=0, clip=(low, high))
+    assert (start >= low).all()
+    assert (start <= high).all()
+    assert ((start == low) | (start == high)).float().mean() > 0.05
+    with pytest.raises(ValueError, match=r"x must be in \[-1.96, 2.04\] in channel 0, got values from -1.9.* to 2.5"):
+        pgd(Normalised(MEAN, STD), x.where(torch.arange(16) != 3, 2.5), Y, 0.5, clip=(low, high))
+
+
+def normalised_and_back(x):
+    """By CIFAR-10's usual mean and deviation."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]))
+    return (x - mean) / std * std + mean
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rounding_outside_the_range_is_accepted_and_the_result_within_it(dtype):
+    u = torch.zeros(8, 3, 16, 16)
+    u[:, :, :8] = 1
+    x = normalised_and_back(u).to(dtype)
+    assert dtype != torch.float32 or x.min() < 0
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1 + 9e-7, -9e-7
+    net = golden_net().to(dtype)
+    for attack in ("pgd", "kl", "mma"):
+        for start in ("zero", "uniform"):
+            kept = x.clone()
+            x_adv = attacks(net, x, Y, 0.03, 0.01, (0, 1), start)[attack]()
+            assert torch.equal(x, kept)
+            assert x_adv.min() >= 0
+            assert x_adv.max() <= 1
+            assert (x_adv - x).abs().max() <= 0.03 + (1e-6 if dtype != torch.bfloat16 else 2**-8)
+    assert pgd(net, x, Y, 0.03, steps=0, start="zero").min() >= 0
+    assert (pgd(net, x, Y, 0.0, start="zero") - x).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1 + 2e-6, "to 1.0000020"), (-2e-6, "from -2e-06"), (1 + 3e-3, "to 1.003"), (math.nan, "nan")]
+)
+def test_a_refusal_shows_what_is_outside(value, shown):
+    x = X.clone()
+    x[0, 0, 0, 0] = value
+    with pytest.raises(ValueError, match=r"x must be in \[0, 1\], got values from") as error:
+        pgd(golden_net(), x, Y, 0.1)
+    assert shown in str(error.value)
+
+
+def test_the_rounding_accepted_grows_with_the_range():
+    x = X * 255
+    x[0, 0, 0, 0] = 255.0001
+    net = Normalised(0.0, 1 / 255)
+    assert pgd(net, x, Y, 8.0, 2.0, 1, clip=(0, 255)).max() <= 255
+    x[0, 0, 0, 0] = 255.001
+    with pytest.raises(ValueError, match=r"x must be in \[0, 255\], got values from .* to 255.001"):
+        pgd(net, x, Y, 8.0, 2.0, 1, clip=(0, 255))
+
+
+@pytest.mark.parametrize(
+    ("eps", "clip", "warns"),
+    [
+        (8, (0, 1), True),
+        (8.0, (0, 1), True),
+        (torch.full((8, 1, 1, 1), 8.0), (0, 1), True),
+        (PackedEpsilon.pack(EPS[:, :1] > 7.5 / 255, 8.0, 7.0), (0, 1), True),
+        (3.0, (-1, 1), True),
+        (8.0, ([0.0] * 3, [1.0] * 3), True),
+        (1.0, (0, 1), False),
+        (2.0, (-1, 1), False),
+        (8.0, (0, 255), False),
+        (8.0, None, False),
+        (8.0, ([0.0] * 3, [255.0] * 3), False),
+    ],
+)
+def test_eps_in_gray_levels_warns(eps, clip, warns):
+    calls = {
+        "pgd": lambda: pgd(golden_net(), X, Y, eps, 0.01, 0, clip=clip),
+        "mma": lambda: mma(golden_net(), X, Y, eps, 0.01, 0, clip=clip),
+    }
+    for call in calls.values():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        said = [w for w in caught if "eps is in the units of the images" in str(w.message)]
+        assert len(said) == warns
+        assert all(w.filename == __file__ for w in said)  # where the user wrote it
+
+
+def test_eps_of_one_per_image_needs_its_dimensions():
+    for shape in ((8,), (16,), (8, 1)):
+        with pytest.raises(ValueError, match=r"eps must broadcast .*\(N,1,1,1\) for one per image.*got \(") as error:
+            pgd(golden_net(), X, Y, torch.full(shape, 0.1))
+        assert str(shape) in str(error.value)
+    square = X[..., :8]  # W is N
+    with pytest.raises(ValueError, match=r"\(N,1,1,1\) for one per image"):
+        part_fast.project_linf(square, square, torch.rand(8))
+    assert pgd(golden_net(), X, Y, torch.tensor([0.1]), steps=1).shape == X.shape  # one for all
+
+
+@pytest.mark.parametrize("attack", ["pgd", "kl", "margin", "mma", "PGD"])
+@pytest.mark.parametrize("kind", STRIDED)
+def test_strided_images_are_copied(attack, kind):
+    x = strided(kind, (8, 3, 16, 16))
+    whole = x.contiguous(memory_format=torch.channels_last if "channels_last" in kind else torch.contiguous_format)
+    got, expected = (attacks(golden_net(), t, Y, 0.05, 0.02, (0, 1), "zero")[attack]() for t in (x, whole))
+    assert torch.equal(got, expected)
+    assert got.stride() == expected.stride()
+    assert torch.equal(x, whole)
+    assert torch.equal(
+        pgd(golden_net(), whole, Y, 0.05, 0.02, 2, start=x), pgd(golden_net(), whole, Y, 0.05, 0.02, 2, start=whole)
+    )
+
+
+SOFT = 0.7 * F.one_hot(Y, 10) + 0.3 * F.one_hot((Y + 3) % 10, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_hot_labels_are_class_indices(dtype):
+    net = golden_net()
+    expected = pgd(net, X, Y, EPS, start=START)
+    assert (pgd(net, X, F.one_hot(Y, 10).to(dtype), EPS, start=START) != expected).float().mean() < 1e-3
+    expected = pgd(net, X, Y, EPS, start=START, loss="kl")
+    assert torch.equal(pgd(net, X, SOFT, EPS, start=START, loss="kl"), expected)  # reads no label
+
+
+def test_mixed_labels_weigh_the_losses_of_both():
+    net = golden_net()
+
+    def mixed(logits, y):
+        return 0.7 * F.cross_entropy(logits, Y, reduction="none") + 0.3 * F.cross_entropy(
+            logits, (Y + 3) % 10, reduction="none"
+        )
+
+    expected = pgd(net, X, Y, EPS, start=START, loss=mixed)
+    assert (pgd(net, X, SOFT, EPS, start=START) != expected).float().mean() < 5e-3  # a sign of rounding size may turn
+    assert (pgd(net, X, Y, EPS, start=START) != expected).float().mean() > 0.01
+    seen = []
+    pgd(net, X, SOFT, EPS, steps=1, loss=lambda logits, y: seen.append(y) or F.cross_entropy(logits, y))
+    assert torch.equal(seen[0], SOFT)
+    torch.manual_seed(0)
+    one = PGD(net, EPS)(X, SOFT)
+    torch.manual_seed(0)
+    assert torch.equal(one, pgd(net, X, SOFT, EPS))
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (SOFT * 2, "y must have rows that sum to 1, got sums from 2 to 2"),
+        (SOFT * math.nan, "y must be finite and >= 0, got values from nan"),
+        (SOFT - 0.01, "y must be finite and >= 0, got values from -0.01"),
+        (SOFT[:, :9] / SOFT[:, :9].sum(1, keepdim=True), r"y must have shape \(8, 10\) if it holds probabilities"),
+        (SOFT[:4], r"y must have shape \(8, classes\) if it holds probabilities"),
+        (SOFT[0], r"y must have shape \(8, classes\) if it holds probabilities"),
+        (SOFT.to("meta"), "y must be on the device of x"),
+        (F.one_hot(Y, 10), r"y must have shape \(8,\), one class per image"),
+        (Y.float(), r"y must have shape \(8, classes\) if it holds probabilities"),
+    ],
+)
+def test_soft_label_errors(y, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        pgd(golden_net(), X, y, 0.1, steps=1)
+    assert "\n" not in str(error.value)
+
+
+def test_margins_take_class_indices_alone():
+    with pytest.raises(TypeError, match=r"y must be an int64 tensor of class indices, got torch\.float32"):
+        pgd(golden_net(), X, SOFT, 0.1, loss="margin")
+    with pytest.raises(TypeError, match=r"y must be an int64 tensor of class indices, got torch\.float32"):
+        mma(golden_net(), X, SOFT, 0.1)
+
+
+def test_inside_a_torch_func_transform_an_attack_is_refused():
+    net = golden_net()
+    with pytest.raises(ValueError, match=r"x must be a tensor outside torch\.func transforms"):
+        torch.func.grad(lambda x: pgd(net, x, Y, 0.1, steps=1).sum())(X)
+    with pytest.raises(ValueError, match=r"x must be a tensor outside torch\.func transforms"):
+        torch.vmap(lambda x, y: pgd(net, x[None], y[None], 0.1, steps=1))(X, Y)

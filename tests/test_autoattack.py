@@ -1,7 +1,9 @@
 """AutoAttack through pyautoattack: its budget, that it repeats and leaves no trace; at length on a trained model."""
 
 import dataclasses
+import math
 import sys
+import warnings
 
 import pytest
 import torch
@@ -48,11 +50,63 @@ def test_a_trained_model_on_64_images_repeats_and_is_no_better_than_under_pgd(tm
     assert first["aa"].sum() <= first["pgd20"].sum() + 3
 
 
-def test_few_classes():
-    net = torch.nn.Sequential(golden_net(), torch.nn.Linear(10, 3))
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_few_classes(classes, monkeypatch):
+    import pyautoattack
+
+    net = torch.nn.Sequential(golden_net(), torch.nn.Linear(10, classes))
+    y = net(X).argmax(1)
+    ran = []
+    run = pyautoattack.AutoAttack.run_standard_evaluation
+
+    def short(self, *args, **kwargs):
+        for attack in (self.apgd, self.apgd_targeted, self.fab):
+            attack.n_iter = 3
+        self.square.n_queries = 5
+        ran.extend(self.attacks_to_run)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
+    # So small an eps that images are left for every attack.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x_adv = autoattack(net, X, y, eps=1e-4)
+    said = [str(w.message) for w in caught if "AutoAttack" in str(w.message)]
+    assert (x_adv - X).abs().max() <= 1e-4 + 1e-6
+    if classes < 4:
+        assert ran == ["apgd-ce", "fab-t", "square"]
+        text = f"AutoAttack runs without targeted APGD, whose loss is not defined for {classes} classes: it takes 4"
+        assert said == [text]
+    else:
+        assert ran == ["apgd-ce", "apgd-t", "fab-t", "square"]
+        assert said == []
+
+
+def test_wrong_images_are_given_back():
+    net = torch.nn.Sequential(golden_net(), torch.nn.Linear(10, 4))
     y = net(X).argmax(1)
     # Every image is wrong from the start: nothing to attack, but every check is made.
-    assert torch.equal(autoattack(net, X, (y + 1) % 3, eps=0.03), X)
+    assert torch.equal(autoattack(net, X, (y + 1) % 4, eps=0.03), X)
+    scaled = torch.nn.Sequential(Shifted(), net)
+    assert torch.equal(autoattack(scaled, X * 4 - 2, (y + 1) % 4, eps=0.1, clip=(-2, 2)), X * 4 - 2)
+
+
+class Shifted(torch.nn.Module):
+    def forward(self, x):
+        return (x + 2) / 4
+
+
+def test_images_of_another_range():
+    net = golden_net()
+    y = net(X).argmax(1)
+    scaled = torch.nn.Sequential(Shifted(), net)
+    x = X * 4 - 2
+    x_adv = autoattack(scaled, x, y, eps=0.4, clip=(-2, 2))  # the first attack finds all
+    assert (x_adv - x).abs().max() <= 0.4 + 2.4e-7  # one rounding of a number up to 4
+    assert (x_adv - x).abs().max() > 0.39
+    assert x_adv.min() >= -2
+    assert x_adv.max() <= 2
+    assert (scaled(x_adv).argmax(1) != y).all()
 
 
 def test_empty_batch():
@@ -65,6 +119,16 @@ def test_errors(monkeypatch):
         autoattack(net, X * 2, EXPECTED["y"])
     with pytest.raises(ValueError, match="eps must be finite and >= 0"):
         autoattack(net, X, EXPECTED["y"], -1.0)
+    with pytest.raises(TypeError, match="clip must be two numbers for AutoAttack: normalise inside the model"):
+        autoattack(net, X, EXPECTED["y"], clip=([0.0] * 3, 1.0))
+    with pytest.raises(TypeError, match="clip must be two numbers for AutoAttack"):
+        autoattack(net, X, EXPECTED["y"], clip=None)
+    with pytest.raises(ValueError, match="clip must be two finite numbers for AutoAttack, low < high"):
+        autoattack(net, X, EXPECTED["y"], clip=(0, math.inf))
+    with pytest.raises(TypeError, match="y must be an int64 tensor of class indices"):
+        autoattack(net, X, torch.full((8, 10), 0.1))
+    with pytest.raises(ValueError, match="model must give at least 2 classes for AutoAttack, got 1"):
+        autoattack(torch.nn.Sequential(net, torch.nn.Linear(10, 1)), X, EXPECTED["y"] * 0)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ImportError, match=r"pip install part_fast\[aa\]"):
         autoattack(net, X, EXPECTED["y"])

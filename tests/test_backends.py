@@ -79,8 +79,12 @@ def test_the_table_of_raw_ops_is_whole():
     defined = {
         name.removeprefix("part_fast::") for name in torch._C._dispatch_get_all_op_names() if "part_fast::" in name
     }
-    for_cpus_alone = {"_winograd_", "_winograd_weight_"}  # see test_winograd.py
-    assert defined == {name + overload for name in RAW_OPS for overload in ("", ".triton")} | for_cpus_alone
+    for_cpus_alone = {
+        name + overload for name in ("_winograd_", "_winograd_weight_") for overload in ("", ".reference")
+    }  # see test_winograd.py
+    assert (
+        defined == {name + overload for name in RAW_OPS for overload in ("", ".reference", ".triton")} | for_cpus_alone
+    )
 
 
 @raw_ops
@@ -160,6 +164,16 @@ def public_calls(device: str) -> dict:
         "pgd_step": (lambda a, g, n, e: pf.pgd_step(a, g, n, e, 0.125), (x_adv, grad, x, eps), (0, 2, 3)),
         "pgd_step float": (lambda a, g, n: pf.pgd_step(a, g, n, 0.25, 0.125), (x_adv, grad, x), (0, 2)),
         "pgd_step packed": (lambda a, g, n, b: pf.pgd_step(a, g, n, packed(b), 0.125), (x_adv, grad, x, bits), (0, 2)),
+        "pgd_step clip": (
+            lambda a, g, n: pf.pgd_step(a, g, n, 0.25, 0.125, ([0.25, 0.0, 0.5], 0.75)),
+            (x_adv, grad, x),
+            (0, 2),
+        ),
+        "pgd_step_ clip": (
+            lambda a, g, n: pf.pgd_step_(a, g, n, 0.25, 0.125, (0.25, torch.full((3, 1, 1), 0.75, device=a.device))),
+            (x_adv, grad, x),
+            (),
+        ),
         "pgd_step_": (lambda a, g, n, e: pf.pgd_step_(a, g, n, e, 0.125), (x_adv, grad, x, eps), ()),
     }
 
@@ -249,7 +263,7 @@ def test_fake_cuda_tensors(call):
             assert result.is_contiguous(memory_format=memory_format)
         else:
             assert result.is_contiguous()
-        if call == "pgd_step_":
+        if call.startswith("pgd_step_"):
             assert result is fakes[0]
 
 

@@ -114,6 +114,16 @@ def test_to_float_is_a_division_by_255():
     assert to_float(every)[-1] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
+def test_to_float_leaves_its_input_alone(dtype):
+    images = torch.arange(0, 240, 10).to(dtype).view(2, 3, 2, 2)
+    kept = images.clone()
+    assert torch.equal(to_float(images), kept.float() / 255)
+    assert torch.equal(images, kept)
+    assert torch.equal(to_float(images[:, :, ::2]), kept.float()[:, :, ::2] / 255)
+    assert torch.equal(images, kept)
+
+
 def test_augmentation_errors():
     with pytest.raises(ValueError, match=r"^crop_padding takes an integer >= 0, got -1$"):
         draw_augmentation(3, crop_padding=-1)

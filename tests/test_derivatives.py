@@ -185,9 +185,9 @@ def test_eps_of_a_soft_map_has_forward_mode(backend):
 def test_cam_refuses_a_tangent_and_masks_have_none(backend):
     a, g = torch.rand(2, 3, 4, 4, device=backend.device), torch.rand(2, 3, 4, 4, device=backend.device)
     for one, other in ((a, g), (g, a)):
-        with pytest.raises(NotImplementedError, match="^cam is not"):
+        with pytest.raises(NotImplementedError, match="not differentiable"):
             jvp(lambda t, other=other: cam(t, other), (one,), (torch.ones_like(one),))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="^cam is not"):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="not differentiable"):
         cam(a, forward_ad.make_dual(g, g))
     c = maps(backend.device)
     assert jvp(lambda t: epsilon_map(t, (5, 6), 0.5, 0.25), (c,), (torch.ones_like(c),))[1].abs().sum() == 0

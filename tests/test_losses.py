@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import STRIDED, strided
 from golden_attack import EXPECTED, Net, golden_net
 from torch import nn
 
@@ -178,3 +179,116 @@ def test_loss_of_a_model_with_own_layers():
     loss = trades_loss(net, X, Y, None, epsilon=CamBudget(net, target_layer="1"), perturb_steps=1)
     loss.backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+# ---- images of other ranges, strides and labels ----------------------------------------------------------------
+
+both = pytest.mark.parametrize("loss", [trades_loss, mart_loss])
+OTHER = (Y + 3) % 10
+SOFT = 0.7 * F.one_hot(Y, 10) + 0.3 * F.one_hot(OTHER, 10)
+
+
+class Normalised(nn.Module):
+    def __init__(self, mean, std):
+        super().__init__()
+        self.net, self.mean, self.std = golden_net(), mean, std
+
+    def forward(self, x):
+        return self.net(x * self.std + self.mean)
+
+
+@both
+@pytest.mark.parametrize("mean", [0.5, torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1)], ids=["number", "per channel"])
+def test_clip_for_images_of_another_range(loss, mean):
+    std = 0.0625
+    clip = ((0 - mean) / std, (1 - mean) / std)
+    arguments = {"optimizer": None, "perturb_steps": 4, "beta": 6.0}
+    seen = []
+    net = Normalised(mean, std).eval()  # so that all of it is put in train mode
+    net.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    torch.manual_seed(0)
+    got = loss(net, (X - mean) / std, Y, step_size=0.02 / std, epsilon=0.05 / std, clip=clip, **arguments)
+    x_adv = seen[-1]
+    low, high = (torch.as_tensor(bound) for bound in clip)
+    assert (x_adv >= low).all()
+    assert (x_adv <= high).all()
+    assert ((x_adv == low) | (x_adv == high)).any()
+    torch.manual_seed(0)
+    expected = loss(golden_net(), X, Y, step_size=0.02, epsilon=0.05, **arguments)
+    # The start is x + 0.001 N(0,1) in either unit: it is nearer here, and a few signs turn.
+    assert got.item() == pytest.approx(expected.item(), rel=0.02)
+    with pytest.raises(ValueError, match=r"x_natural must be in \[0, 1\]"):
+        loss(net, (X - mean) / std, Y, **arguments)
+    budget = CamBudget(net, target_layer="net.relu2", clip=clip)
+    assert loss(net, (X - mean) / std, Y, epsilon=budget, clip=clip, **arguments).isfinite()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_hot_labels_are_class_indices(loss, dtype):
+    values = []
+    for y in (Y, F.one_hot(Y, 10).to(dtype)):
+        torch.manual_seed(0)
+        values.append(loss(golden_net(), X, y, None, perturb_steps=2).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_soft_objectives_are_means_over_the_label():
+    """Linear in the label, as mixup takes them: 0.7 of the loss of one and 0.3 of that of the other; gradients too."""
+    torch.manual_seed(0)
+    for objective in (trades_objective, mart_objective):
+        results = []
+        for soft in (True, False):
+            torch.manual_seed(1)
+            logits = [(3 * torch.randn(8, 10)).requires_grad_() for _ in range(2)]
+            if soft:
+                value = objective(*logits, SOFT, 6.0)
+            else:
+                value = 0.7 * objective(*logits, Y, 6.0) + 0.3 * objective(*logits, OTHER, 6.0)
+            results.append((value.detach(), *torch.autograd.grad(value, logits)))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_mart_knows_the_wrong_class_of_every_label():
+    logits_adv = torch.tensor([[4.0, 3.0, 0.0]])  # of class 0 the most likely wrong one is 1, of the others it is 0
+    probs = logits_adv.softmax(1)[0]
+    for label, wrong in ((0, 1), (1, 0), (2, 0)):
+        soft = F.one_hot(torch.tensor([label]), 3).float()
+        expected = -probs[label].log() - (1.0001 - probs[wrong]).log()
+        for y in (soft, torch.tensor([label])):
+            got = mart_objective(torch.zeros(1, 3), logits_adv, y, 0.0)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@both
+def test_soft_labels_train(loss):
+    net = golden_net()
+    loss(net, X, SOFT, None, perturb_steps=1, epsilon=CamBudget(net, target_layer="relu2")).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    with pytest.raises(ValueError, match="y must have rows that sum to 1"):
+        loss(net, X, SOFT * 2, None, perturb_steps=1)
+    with pytest.raises(ValueError, match=r"y must have shape \(8, 10\) if it holds probabilities"):
+        loss(net, X, F.one_hot(Y, 11).float(), None, perturb_steps=1)
+
+
+@both
+@pytest.mark.parametrize("kind", STRIDED)
+def test_strided_images_are_copied(loss, kind):
+    x = strided(kind, (8, 3, 16, 16))
+    whole = x.contiguous(memory_format=torch.channels_last if "channels_last" in kind else torch.contiguous_format)
+    values = []
+    for images in (x, whole):
+        torch.manual_seed(0)
+        values.append(loss(golden_net(), images, Y, None, perturb_steps=2).item())
+    assert values[0] == values[1]
+
+
+@both
+def test_rounding_outside_the_range_and_eps_in_gray_levels(loss):
+    x = X.clone()
+    x[0, 0, 0, 0], x[0, 0, 0, 1] = 1 + 9e-7, -9e-7
+    assert loss(golden_net(), x, Y, None, perturb_steps=1).isfinite()
+    with pytest.warns(UserWarning, match="eps is in the units of the images, whose whole range is 1: got 8;") as caught:
+        loss(golden_net(), x, Y, None, epsilon=8, perturb_steps=0)
+    assert caught[0].filename == __file__

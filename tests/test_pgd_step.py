@@ -10,6 +10,7 @@ from conftest import (
     EPS,
     EPS_FORMS,
     LAYOUTS,
+    STRIDED,
     TENSOR_EPS_FORMS,
     UNLIKE_IMAGES,
     assert_error,
@@ -26,6 +27,7 @@ from conftest import (
     make_images,
     neighbours_untouched,
     on_device,
+    strided,
     with_nan,
 )
 from hypothesis import given
@@ -47,7 +49,8 @@ def oracle(x_adv, grad, x, eps, alpha=ALPHA, clip=(0.0, 1.0)):
         sign = (g > 0).astype(kind) - (g < 0).astype(kind)
         moved = (a + kind(alpha) * sign) - n
         result = n + np.minimum(np.maximum(moved, -e), e)
-        result = np.minimum(np.maximum(result, kind(clip[0])), kind(clip[1]))
+        low, high = (np.asarray(bound, dtype=kind).reshape(-1, 1, 1) for bound in clip)
+        result = np.minimum(np.maximum(result, low), high)
     assert result.dtype == kind
     return torch.from_numpy(np.asarray(result)).to(x_adv.device, x_adv.dtype)
 
@@ -344,13 +347,14 @@ def test_only_asked_gradients(backend):
     assert not pgd_step(**named, alpha=0.125).requires_grad
 
 
-def test_second_derivative_is_refused(backend):
+def test_second_derivative_by_cases(backend):
     x_adv, grad, x, eps = away_from_ties("float", backend.device)
     x_adv.requires_grad_()
     result = pgd_step(x_adv, grad, x, eps, 0.125)
     (first,) = torch.autograd.grad((result * result).sum(), x_adv, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    (second,) = torch.autograd.grad(first.sum(), x_adv)
+    assert_same(second, torch.where(first.detach() != 0, 2.0, 0.0).to(second.dtype))  # that of a square, where it moves
+    assert second.unique().numel() == 2
 
 
 def small(device, requires_grad=()):
@@ -454,6 +458,107 @@ def test_in_place_where_arguments_overlap_in_part(backend, argument):
     assert memory._version == version
 
 
+LOW, HIGH = [0.0, 0.25, 0.5], [0.75, 0.5, 1.0]
+CLIP_FORMS = {
+    "lists": lambda device: (LOW, HIGH),
+    "arrays": lambda device: (np.array(LOW), np.array(HIGH)),
+    "(C,)": lambda device: tuple(torch.tensor(bound, device=device) for bound in (LOW, HIGH)),
+    "(C,1,1)": lambda device: tuple(torch.tensor(bound, device=device).view(3, 1, 1) for bound in (LOW, HIGH)),
+    "(1,C,1,1)": lambda device: tuple(torch.tensor(bound, device=device).view(1, 3, 1, 1) for bound in (LOW, HIGH)),
+    "float64": lambda device: tuple(torch.tensor(b, device=device, dtype=torch.float64) for b in (LOW, HIGH)),
+}
+
+
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("form", CLIP_FORMS)
+def test_clip_per_channel(backend, form, layout):
+    shape = (2, 3, 5, 7)
+    eps, dense = make_eps("(N,C,H,W)", shape, backend.device)
+    x_adv, grad, x = (lay(t, layout) for t in make_images(shape, torch.float32, backend.device, dense))
+    clip = CLIP_FORMS[form](backend.device)
+    expected = oracle(x_adv, grad, x, dense, clip=(LOW, HIGH))
+    result = pgd_step(x_adv, grad, x, eps, ALPHA, clip)
+    assert_same(result, expected)
+    assert_format(result, x_adv)
+    assert_same(pgd_step(x_adv, grad, x, eps, ALPHA, (clip[0], 0.5)), oracle(x_adv, grad, x, dense, clip=(LOW, 0.5)))
+    version = x_adv._version
+    assert pgd_step_(x_adv, grad, x, eps, ALPHA, clip) is x_adv
+    assert_same(x_adv, expected)
+    assert x_adv._version > version
+
+
+@pytest.mark.thin(3)
+@dtypes
+def test_clip_per_channel_rounds_as_two_numbers_do(backend, dtype):
+    """Bounds that no dtype holds: clipped in float32 and rounded once, or rounded and then clipped, is the same."""
+    low, high = (0.1, 0.3, 0.29), (0.7, 0.31, 0.9)
+    for shape in image_shapes(backend, dtype):
+        if shape[1] == 3:
+            eps, dense = make_eps("(N,C,H,W)", shape, backend.device)
+            x_adv, grad, x = make_images(shape, dtype, backend.device, dense)
+            result = pgd_step(with_nan(x_adv), grad, x, eps, ALPHA, (low, high))
+            for c in range(3):
+                one = [t[:, c : c + 1].contiguous() for t in (x_adv, grad, x, eps)]
+                expected = pgd_step(*one, ALPHA, (low[c], high[c]))
+                known = ~result[:, c : c + 1].isnan()
+                assert_same(result[:, c : c + 1][known], expected[known])
+            assert_same(
+                pgd_step(x_adv, grad, x, eps, ALPHA, ([0.1] * 3, [0.7] * 3)),
+                pgd_step(x_adv, grad, x, eps, ALPHA, (0.1, 0.7)),
+            )
+
+
+def test_clip_per_channel_has_the_gradients_of_two_numbers(backend):
+    results = []
+    for clip in ((0.125, 0.75), ([0.125] * 3, [0.75] * 3)):
+        torch.manual_seed(0)
+        inputs = [t.requires_grad_() for t in small(backend.device)]
+        result = pgd_step(*inputs, 0.125, clip)
+        results.append(torch.autograd.grad((result * result).sum(), inputs))
+    for one, other in zip(*results, strict=True):
+        assert_same(other, one)
+
+
+@pytest.mark.parametrize("kind", STRIDED)
+def test_strided_images_are_copied(backend, kind):
+    shape = (2, 3, 5, 7)
+    eps, dense = make_eps("(N,1,H,W)", shape, backend.device)
+    x_adv, grad, x = (strided(kind, shape, backend.device) for _ in range(3))
+    grad = grad - 0.5 if kind != "gray, expanded" else (grad[:, :1] - 0.5).expand(shape)
+    expected = oracle(x_adv, grad, x, dense)
+    assert_same(pgd_step(x_adv, grad, x, eps, ALPHA), expected)
+    for i in range(3):
+        mixed = [t.contiguous() if i == j else t for j, t in enumerate((x_adv, grad, x))]
+        assert_same(pgd_step(*mixed, eps, ALPHA), expected)
+    assert pgd_step(x_adv, grad, x, eps, ALPHA).is_contiguous(
+        memory_format=torch.channels_last if kind == "crop of channels_last" else torch.contiguous_format
+    )
+    if "expanded" in kind:
+        before, version = x_adv.clone(), x_adv._version
+        assert_error(lambda: pgd_step_(x_adv, grad, x, eps, ALPHA), "x_adv", ValueError, f"strides {x_adv.stride()}")
+        assert_same(x_adv, before)
+        assert x_adv._version == version
+    else:
+        address, stride = x_adv.data_ptr(), x_adv.stride()
+        assert pgd_step_(x_adv, grad, x, eps, ALPHA) is x_adv
+        assert_same(x_adv, expected)
+        assert (x_adv.data_ptr(), x_adv.stride()) == (address, stride)
+
+
+def test_in_place_writes_a_crop_and_nothing_beside_it(backend):
+    whole = torch.rand(2, 3, 8, 8, device=backend.device)
+    kept = whole.clone()
+    crop, grad = whole[..., 2:6, 1:7], torch.randn(2, 3, 4, 6, device=backend.device)
+    expected = pgd_step(crop.clone(), grad, crop.clone(), EPS, ALPHA)
+    assert_same(pgd_step_(crop, grad, crop, EPS, ALPHA), expected)  # x is x_adv
+    kept[..., 2:6, 1:7] = expected
+    assert_same(whole, kept)
+    leaf = torch.full((2, 1, 1, 1), ALPHA / 2, device=backend.device, requires_grad=True)
+    pgd_step_(crop, grad, crop.clone(), leaf, ALPHA)
+    assert torch.autograd.grad(whole.sum(), leaf)[0].abs().sum() > 0
+
+
 def good(device="cpu", shape=(2, 3, 4, 4)):
     return {
         "x_adv": torch.rand(shape, device=device),
@@ -482,6 +587,14 @@ BAD = [
     ("clip", (0.0,), TypeError, "(0.0,)"),
     ("clip", 1.0, TypeError, "1.0"),
     ("clip", "01", TypeError, "'01'"),
+    ("clip", ([0.0, 0.0], 1.0), ValueError, "(2,)"),
+    ("clip", (torch.zeros(3, 1), 1.0), ValueError, "(3, 1)"),
+    ("clip", (torch.zeros(2, 3, 1, 1), 1.0), ValueError, "(2, 3, 1, 1)"),
+    ("clip", (torch.zeros(4, 4), 1.0), ValueError, "(4, 4)"),
+    ("clip", (["a", "b", "c"], 1.0), TypeError, "['a', 'b', 'c']"),
+    ("clip", (torch.zeros(3, dtype=torch.complex64), 1.0), TypeError, "torch.complex64"),
+    ("clip", (torch.zeros(3, requires_grad=True), 1.0), TypeError, "requires a gradient"),
+    ("clip", (0.0, torch.ones(3, device="meta")), ValueError, "meta"),
 ]
 
 
@@ -505,3 +618,9 @@ def test_every_tensor_form_takes_a_gradient(backend):
         (got,) = torch.autograd.grad(pgd_step(x_adv, grad, x, eps, 0.125).sum(), eps)
         assert got.shape == eps.shape
         assert bool((got != 0).any()), form
+
+
+def test_clip_per_channel_out_of_order_on_a_cpu():
+    clip = ([0.0, 0.6, 0.0], [1.0, 0.5, 1.0])
+    assert_error(lambda: pgd_step(**{**good(), "clip": clip}), "clip", ValueError, "[0.0, 0.6, 0.0]")
+    assert_error(lambda: pgd_step(**{**good(), "clip": ([float("nan")] * 3, 1.0)}), "clip", ValueError, "nan")

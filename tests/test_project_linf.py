@@ -10,6 +10,7 @@ from conftest import (
     EPS,
     EPS_FORMS,
     LAYOUTS,
+    STRIDED,
     UNLIKE_IMAGES,
     assert_error,
     assert_format,
@@ -24,6 +25,7 @@ from conftest import (
     make_images,
     neighbours_untouched,
     on_device,
+    strided,
     with_nan,
 )
 from hypothesis import given
@@ -244,6 +246,18 @@ def test_a_budget_can_be_learned(backend):
         (gradient,) = torch.autograd.grad(loss, eps)
         eps = (eps - 0.25 * gradient).detach().requires_grad_()
     torch.testing.assert_close(eps.detach(), torch.full_like(eps, 0.25), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", STRIDED)
+def test_strided_images_are_copied(backend, kind):
+    shape = (2, 3, 5, 7)
+    x_adv, x = (strided(kind, shape, backend.device) for _ in range(2))
+    expected = project_linf(x_adv.contiguous(), x.contiguous(), EPS)
+    assert_same(project_linf(x_adv, x, EPS), expected)
+    assert_same(project_linf(x_adv.contiguous(), x, EPS), expected)
+    assert_same(project_linf(x_adv, x.contiguous(), EPS), expected)
+    leaf = x_adv.clone().requires_grad_()
+    torch.autograd.grad(project_linf(leaf[..., ::2], x[..., ::2], EPS).sum(), leaf)
 
 
 BAD = [
