@@ -59,7 +59,11 @@ class Capture:
             try:
                 # "thread_local", since NCCL's watchdog asks the driver things from a thread of its own, which would
                 # end a "global" capture. The backward's thread launches on the capture's stream all the same.
-                how = {"pool": self._pool, "stream": self._streams[device], "capture_error_mode": "thread_local"}
+                how: dict[str, Any] = {
+                    "pool": self._pool,
+                    "stream": self._streams[device],
+                    "capture_error_mode": "thread_local",
+                }
                 # The outer block brings the current stream back, which torch leaves changed where a capture fails.
                 with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
                     run()
