@@ -306,6 +306,7 @@ def test_attacks_dry_run(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_attacks_check_sees_another_attack(tmp_path, monkeypatch):
     """An attack model with other weights attacks more weakly, or elsewhere."""
     real = attacks.Checks.attack_model
