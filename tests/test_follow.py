@@ -436,6 +436,20 @@ def test_inference_tensors():
         assert watch.ask()[0] is Change.VALUES
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_fused_step_is_heard_of_where_nothing_shows_it(kind):
+    """One weight changes, out of sight of the sample, and fused optimizers count no version."""
+    model, (x, _) = made("GroupNorm"), batch()
+    fast = AttackModel(model)
+    optimizer = kind([model.conv.weight], lr=5.0, fused=True)
+    model.conv.weight.grad = torch.zeros_like(model.conv.weight)
+    model.conv.weight.grad[0, 0, 0, 0] = -1.0
+    version = model.conv.weight._version
+    optimizer.step()
+    assert model.conv.weight._version == version
+    assert near(fast, model, x)
+
+
 def test_told():
     model = made("GroupNorm")
     fast = AttackModel(model)

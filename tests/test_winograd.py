@@ -215,8 +215,10 @@ def test_opcheck():
     x, weight, other, bias = made(2, 16, 32, 5, 6)
     u, y = winograd.transform_(None, weight, False), winograd.empty(x, 32)
     tests = ["test_schema", "test_faketensor"]
-    torch.library.opcheck(torch.ops.part_fast._winograd_weight_, (u, weight, True), test_utils=tests)
-    torch.library.opcheck(torch.ops.part_fast._winograd_, (y, x, None, u, bias, other, other, True), test_utils=tests)
+    torch.library.opcheck(torch.ops.part_fast._winograd_weight_.default, (u, weight, True), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.part_fast._winograd_.default, (y, x, None, u, bias, other, other, True), test_utils=tests
+    )
 
 
 def test_what_it_takes_and_when_it_pays():
