@@ -4,17 +4,22 @@ VENV ?= .venv
 PYTHON ?= python3
 PART_FAST_CUDA ?= auto
 PYTEST_ARGS ?=
+CONSTRAINTS ?= constraints.txt
+# What `make test-versions` tests beside the pinned torch: the oldest that pyproject.toml allows, and 2.11. Each gets an
+# environment, with a copy of the checkout in it, of 7 GB below VERSIONS.
+TORCH_VERSIONS ?= 2.10 2.11
+VERSIONS ?= build/versions
 export PART_FAST_CUDA
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt
+PIP := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 # The environment holds one checkout's editable install, so its stamp carries the checkout's path. The compiled
 # libraries lie in the checkout, and so does theirs, with the way they were built.
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo test test-slow bench lint format lock clean
+.PHONY: help install build demo test test-slow test-versions bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,7 +30,7 @@ $(PY):
 	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python 3.11 or newer: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): constraints.txt pyproject.toml | $(PY)
+$(INSTALLED): $(CONSTRAINTS) pyproject.toml | $(PY)
 	$(PIP) torch setuptools wheel ninja
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	rm -f $(VENV)/part_fast-*.stamp
@@ -49,6 +54,25 @@ test: install ## all tests but the slow ones, and the Triton kernels in the inte
 test-slow: install ## the proofs that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
+test-versions: ## the tests on each of TORCH_VERSIONS and on the pinned torch; a log each, a line each at the end
+	@failed=; mkdir -p $(VERSIONS); for version in $(TORCH_VERSIONS); do \
+	    echo "torch $$version: $(VERSIONS)/torch-$$version.log"; \
+	    $(MAKE) test-torch-$$version > $(VERSIONS)/torch-$$version.log 2>&1 || failed="$$failed $$version"; done; \
+	echo "the pinned torch: $(VERSIONS)/pinned.log"; \
+	$(MAKE) test > $(VERSIONS)/pinned.log 2>&1 || failed="$$failed pinned"; \
+	grep -E '^part_fast: torch|^(=+ )?[0-9]+ (passed|failed).* in ' $(TORCH_VERSIONS:%=$(VERSIONS)/torch-%.log) $(VERSIONS)/pinned.log; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# Triton 3.6, which torch 2.10 and 2.11 ask for, interprets no loop with numpy 2.4 or newer.
+test-torch-%: ## the tests on one more torch, such as test-torch-2.10
+	mkdir -p $(VERSIONS)/torch-$*/checkout
+	rm -rf $(foreach part,part_fast csrc tests,$(VERSIONS)/torch-$*/checkout/$(part)) $(VERSIONS)/torch-$*/checkout/build/*.stamp
+	git ls-files -z | xargs -0 cp --preserve=timestamps --parents --target-directory=$(VERSIONS)/torch-$*/checkout
+	test ! -d ../shared || ln -sfn $(abspath ../shared) $(VERSIONS)/torch-$*/shared
+	printf 'torch==$*.*\nnumpy<2.4\n' | cmp -s - $(VERSIONS)/torch-$*/constraints.txt \
+	    || printf 'torch==$*.*\nnumpy<2.4\n' > $(VERSIONS)/torch-$*/constraints.txt
+	$(MAKE) -C $(VERSIONS)/torch-$*/checkout test VENV=$(abspath $(VERSIONS))/torch-$* CONSTRAINTS=../constraints.txt
+
 bench: install ## benchmarks of the ops; all cases with PYTEST_ARGS=--full
 	$(PY) -m pytest benchmarks $(PYTEST_ARGS)
 
@@ -68,5 +92,5 @@ lock: install ## rewrite constraints.txt from what is installed in VENV
 	$(PY) -m pip freeze --all --exclude-editable --exclude pip >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
-clean: ## remove what was compiled; VENV and runs stay
+clean: ## remove what was compiled, and the environments of test-versions; VENV and runs stay
 	rm -rf build dist part_fast.egg-info part_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

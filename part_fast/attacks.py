@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
+from part_fast.attack_model.graph import surroundings
+from part_fast.checks import Bound, Clip
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
 from part_fast.ops.pgd_step import pgd_step_
@@ -33,16 +36,21 @@ def pgd(
     *,
     start: str | Tensor = "uniform",
     loss: str | Loss = "ce",
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
 ) -> Tensor:
     """Projected gradient descent in the l-infinity ball of each pixel's own eps: adversarial images like x.
 
-    x: images (N,C,H,W) within clip, contiguous or channels_last. y: class indices (N,).
+    x: images (N,C,H,W) within clip up to a rounding of 1e-6, which is taken as it is; copied if neither contiguous nor
+        channels_last. y: class indices (N,), or for "ce" and callables probabilities (N,classes), floating, as mixup
+        and label smoothing make them; "kl" reads neither.
     eps: image units (8/255), finite and >= 0; a float, a tensor that broadcasts to the images, or a PackedEpsilon.
+        Where it is larger than the whole range of clip a warning says that 8/255 may be meant.
     alpha: step size, image units. steps: 0 gives the start back.
     start: "uniform" within each pixel's own eps, then clipped; "zero", at x; or a tensor like x, used as given.
     loss, increased: "ce", cross-entropy; "kl", the divergence from the clean softmax, computed once; "margin", largest
         wrong logit minus the right one; or callable(logits, y), whose result is summed.
+    clip: (low, high), what a pixel may be, each a number or one per channel, (C,), (C,1,1) or (1,C,1,1), for images
+        that are normalised outside the model; None for anything.
     The model runs in eval mode and gets its mode back. Gradients are taken for the input only: no parameter's .grad
     is touched. The random generator is used for the start alone.
 
@@ -56,8 +64,8 @@ def pgd(
     "margin" Carlini and Wagner, S&P 2017, f6; per-pixel eps Zhang et al., ICML 2024 (PART), algorithm 2.
     Errors: TypeError or ValueError that names the argument.
     """
-    check_images(x, eps, clip)
-    checks.labels("y", y, x)
+    x = check_images(x, eps, clip)
+    checks.labels("y", y, x, soft=loss != "margin")
     checks.count("steps", steps)
     with torch.inference_mode(False), torch.no_grad():
         x, y = plain(x), plain(y)
@@ -70,7 +78,7 @@ def pgd(
 
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
-    with eval_mode(model), torch.no_grad(), uncached_autocast():
+    with record_function("part_fast: attack forward"), eval_mode(model), torch.no_grad(), uncached_autocast():
         return checks.logits(model(x.clone()), x)  # some normalise in place
 
 
@@ -84,24 +92,26 @@ def mma(
     *,
     k: int = 3,
     start: str | Tensor = "uniform",
+    clip: Clip = (0.0, 1.0),
 ) -> Tensor:
     """Minimum-margin attack: PGD towards each of the k most likely wrong classes, the best result kept per image.
 
-    Arguments, modes and errors as in `pgd`, clip (0, 1). k: how many classes, all wrong ones if there are fewer;
-    ranked by the clean logits. For each class c the attack increases -max(z_y - z_c + 50, 0); kept is the
+    Arguments, modes and errors as in `pgd`, y class indices alone. k: how many classes, all wrong ones if there are
+    fewer; ranked by the clean logits. For each class c the attack increases -max(z_y - z_c + 50, 0); kept is the
     result with the largest z_c - z_y, ties by the more likely class. The k attacks run as one batch of k*N images.
 
-    Equivalent to: `pgd(model, x, y, eps, alpha, steps, start=start, loss=towards_c)` for every c, then the choice.
+    Equivalent to: `pgd(model, x, y, eps, alpha, steps, start=start, loss=towards_c, clip=clip)` for every c, then the
+    choice.
     Source: Gao et al., "Fast and Reliable Evaluation of Adversarial Robustness with Minimum-Margin Attack", ICML 2022.
     """
-    check_images(x, eps, (0.0, 1.0))
+    x = check_images(x, eps, clip)
     checks.labels("y", y, x)
     checks.count("steps", steps)
     checks.count("k", k, 1)
     with torch.inference_mode(False), torch.no_grad():
         x, y = plain(x), plain(y)
         if x.shape[0] == 0:
-            return _start(x, eps, start, (0.0, 1.0))
+            return _start(x, eps, start, clip)
         logits = clean_logits(model, x)
         checks.labels("y", y, x, logits.shape[1])
         k = min(k, logits.shape[1] - 1)
@@ -112,8 +122,8 @@ def mma(
 
         xs, ys = _repeat(x, k), y.repeat(k)
         eps = _repeat_eps(eps, n, k)
-        begin = _start(xs, eps, _repeat(plain(start), k) if isinstance(start, Tensor) else start, (0.0, 1.0))
-        x_adv = ascend(model, begin, xs, ys, eps, alpha, steps, towards, (target,))
+        begin = _start(xs, eps, _repeat(plain(start), k) if isinstance(start, Tensor) else start, clip)
+        x_adv = ascend(model, begin, xs, ys, eps, alpha, steps, towards, (target,), clip=clip)
         logits = clean_logits(model, x_adv)
         best = (_logit(logits, target) - _logit(logits, ys)).view(k, n).argmax(0)
         chosen = best * n + torch.arange(n, device=x.device)
@@ -131,42 +141,65 @@ def ascend(
     loss: Loss,
     extra: tuple[Tensor, ...] = (),
     *,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
 ) -> Tensor:
     """`steps` PGD steps from x_adv, which is overwritten and returned; what every attack here runs.
 
     loss: callable(logits, y, *extra), increased; its result is summed, so that no image's step depends on the batch.
-    With an AttackModel that captures CUDA graphs the steps are one launch; `extra` and `loss` are then what the loss
-    reads, and a function that stays the same object.
+    With an AttackModel that captures CUDA graphs the steps are one launch; `loss` is then hashable, stays the same
+    object, and reads no tensor that changes place but its arguments.
     """
+
+    low, high = checks.clip_range(clip, x)
 
     def run(x_adv: Tensor, x: Tensor, y: Tensor, *rest: Tensor) -> None:
         held, others = _held_eps(eps, rest)
+        bounds, others = _held_clip(low, high, others)
         with eval_mode(model), torch.enable_grad():
             for step in range(steps):
                 leaf = x_adv.detach().requires_grad_()
-                logits = checks.logits(forward(leaf), x)
+                with record_function("part_fast: attack forward"):
+                    logits = checks.logits(forward(leaf), x)
                 if step == 0 and not _capturing(x):
-                    checks.labels("y", y, x, logits.shape[1])
-                grad = input_gradient(loss(logits, y, *others).sum(), leaf)
+                    checks.labels("y", y, x, logits.shape[1], soft=True)
+                with record_function("part_fast: attack backward"):
+                    grad = input_gradient(loss(logits, y, *others).sum(), leaf)
                 if grad is None:
                     raise ValueError(
                         "model must lead from its input to the loss, got a loss that does not depend on x_adv"
                     )
                 del logits, leaf  # the graph is done; x_adv may be overwritten
-                with torch.no_grad():
-                    pgd_step_(x_adv, grad if _usable(grad) else grad.contiguous(), x, held, alpha, clip)
+                with record_function("part_fast: pgd_step"), torch.no_grad():
+                    pgd_step_(x_adv, grad, x, held, alpha, bounds)
 
     forward = model
     if isinstance(model, AttackModel):
         model.refresh_if_changed()  # once an attack
         forward = functools.partial(model, follow=False, kind=loss)
-    rest = (*_eps_tensors(eps), *extra)
-    if isinstance(model, AttackModel) and model.graphs is not None:
-        model.graphs((loss, steps, alpha, clip, _eps_numbers(eps)), run, x_adv, x, y, *rest)
+    rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
+    if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
+        key = _graph_key(model, x, eps, alpha, steps, loss, _clip_numbers(low, high))
+        with record_function("part_fast: CUDA graph"):
+            model.graphs(key, run, x_adv, x, y, *rest)
     else:
         run(x_adv, x, y, *rest)
     return x_adv
+
+
+def _graph_key(
+    model: AttackModel,
+    x: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    steps: int,
+    loss: Loss,
+    clip: Hashable,
+) -> Hashable:
+    """All that decides what the steps of an attack do, but its tensors."""
+    if not isinstance(loss, Hashable):
+        raise TypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
+    numbers = (steps, checks.number("alpha", alpha), clip, _eps_numbers(eps))
+    return (loss, numbers, surroundings(model.module, x.device))
 
 
 def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
@@ -174,7 +207,7 @@ def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
     return (eps.bits,) if isinstance(eps, PackedEpsilon) else (eps,) if isinstance(eps, Tensor) else ()
 
 
-def _eps_numbers(eps: float | Tensor | PackedEpsilon) -> object:
+def _eps_numbers(eps: float | Tensor | PackedEpsilon) -> Hashable:
     return (eps.eps, eps.eps_low) if isinstance(eps, PackedEpsilon) else None if isinstance(eps, Tensor) else eps
 
 
@@ -185,6 +218,19 @@ def _held_eps(
     if isinstance(eps, PackedEpsilon):
         return dataclasses.replace(eps, bits=tensors[0]), tensors[1:]
     return (tensors[0], tensors[1:]) if isinstance(eps, Tensor) else (eps, tensors)
+
+
+def _clip_tensors(low: Bound, high: Bound) -> tuple[Tensor, ...]:
+    return (low, high) if isinstance(low, Tensor) and isinstance(high, Tensor) else ()
+
+
+def _clip_numbers(low: Bound, high: Bound) -> Hashable:
+    return None if isinstance(low, Tensor) else (low, high)
+
+
+def _held_clip(low: Bound, high: Bound, tensors: tuple[Tensor, ...]) -> tuple[Clip, tuple[Tensor, ...]]:
+    """As `_held_eps`."""
+    return ((tensors[0], tensors[1]), tensors[2:]) if isinstance(low, Tensor) else ((low, high), tensors)
 
 
 def _capturing(x: Tensor) -> bool:
@@ -207,8 +253,13 @@ def objective(loss: str | Loss, clean: Tensor | None = None) -> tuple[Loss, tupl
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each image, (N,)."""
-    return F.cross_entropy(logits.float(), y, reduction="none")
+    """Cross-entropy of each image, (N,); y are class indices (N,) or probabilities (N,classes)."""
+    return F.cross_entropy(logits.float(), as_target(y), reduction="none")
+
+
+def as_target(y: Tensor) -> Tensor:
+    """Labels as `F.cross_entropy` takes them beside float32 logits."""
+    return y.float() if y.is_floating_point() else y
 
 
 def divergence(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -232,8 +283,10 @@ class PGD:
     """PGD as an object: `PGD(model)(images, labels)`, the way of attack libraries such as torchattacks.
 
     eps, alpha: image units, eps in every form that `pgd` takes. random_start: uniform within eps, else at the images.
+    clip: as in `pgd`.
 
-    Equivalent to: `pgd(model, images, labels, eps, alpha, steps, start="uniform" if random_start else "zero")`.
+    Equivalent to: `pgd(model, images, labels, eps, alpha, steps, start=start, clip=clip)`, where start is "uniform" if
+    random_start else "zero".
     """
 
     def __init__(
@@ -243,17 +296,20 @@ class PGD:
         alpha: float = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
+        *,
+        clip: Clip = (0.0, 1.0),
     ):
         self.model = model
         self.eps = eps
         self.alpha = checks.number("alpha", alpha)
         self.steps = checks.count("steps", steps)
         self.random_start = random_start
+        self.clip = clip
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (N,C,H,W) for class indices (N,)."""
+        """Adversarial images (N,C,H,W) for class indices (N,) or probabilities (N,classes)."""
         start = "uniform" if self.random_start else "zero"
-        return pgd(self.model, images, labels, self.eps, self.alpha, self.steps, start=start)
+        return pgd(self.model, images, labels, self.eps, self.alpha, self.steps, start=start, clip=self.clip)
 
     def __repr__(self) -> str:
         eps = f"{self.eps:.4g}" if isinstance(self.eps, float) else type(self.eps).__name__
@@ -261,30 +317,37 @@ class PGD:
 
 
 def check_images(
-    x: Tensor, eps: float | Tensor | PackedEpsilon, clip: tuple[float, float] | None, name: str = "x"
-) -> None:
-    """Images within clip and an eps for them, values included: once, where an attack or loss is entered."""
-    checks.values(name, checks.images(name, x), *checks.clip_range(clip))
+    x: Tensor, eps: float | Tensor | PackedEpsilon, clip: Clip, name: str = "x", stacklevel: int = 4
+) -> Tensor:
+    """Images within clip and an eps for them, values included: once, where an attack or loss is entered.
+
+    Returns the images contiguous or channels_last.
+    """
+    if checks.transformed():
+        raise ValueError(f"{name} must be a tensor outside torch.func transforms: an attack runs its own backward")
+    x = checks.pixels(name, x, clip)
     eps_arguments(eps, x)
     if isinstance(eps, Tensor):
         checks.values("eps", eps, 0)
+    checks.image_units("eps", eps.eps if isinstance(eps, PackedEpsilon) else eps, clip, stacklevel)
+    return x
 
 
-def _start(
-    x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | Tensor, clip: tuple[float, float] | None
-) -> Tensor:
+def _start(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | Tensor, clip: Clip) -> Tensor:
     """A new tensor like x to begin at."""
     if isinstance(start, Tensor):
-        checks.alike("start", checks.images("start", start), "x", x)
+        start = checks.images("start", start)
+        checks.alike("start", start, "x", x)
         return checks.same_format(plain(start), x).clone()
+    bounds = checks.clip_range(clip, x)
     if start == "zero":
-        return x.clone()
+        return torch.clamp(x, *bounds)  # x may lie outside by rounding
     if start != "uniform":
         raise ValueError(f"start must be one of {', '.join(STARTS)} or a tensor, got {start!r}")
     bound = eps.dense() if isinstance(eps, PackedEpsilon) else eps
     noise = torch.rand_like(x, dtype=checks.compute_dtype(x)).mul_(2).sub_(1)
     bound = bound.detach() if isinstance(bound, Tensor) else bound
-    return torch.clamp(x + noise * bound, *checks.clip_range(clip)).to(x.dtype)
+    return torch.clamp(x + noise * bound, *bounds).to(x.dtype)
 
 
 def _repeat(value: Tensor, k: int) -> Tensor:
@@ -305,7 +368,3 @@ def _logit(logits: Tensor, index: Tensor) -> Tensor:
 def plain(value: Tensor) -> Tensor:
     """`value` outside any graph, and no inference tensor, which autograd could not save."""
     return value.clone() if value.is_inference() else value.detach()
-
-
-def _usable(grad: Tensor) -> bool:
-    return grad.is_contiguous() or grad.is_contiguous(memory_format=torch.channels_last)

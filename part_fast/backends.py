@@ -8,6 +8,7 @@ libraries `_C` and `_C_cuda` only add their dispatch key to it. Triton has an ov
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -150,13 +152,15 @@ class RawOp:
         self.name = name
         self.reference = reference
         self.compiled = packet.default
+        self.by_name = packet.reference
         self.triton = getattr(packet, "triton", None)
 
     def __call__(self, *args: Any) -> Any:
         """The first argument is a tensor; its device chooses the backend."""
         chosen = _select(args[0].device.type)
         if chosen == "reference":
-            return self.reference(*args)
+            # By name it has a rule for torch.vmap; called plainly its in-place ops would meet torch's rules.
+            return (self.by_name if torch._C._are_functorch_transforms_active() else self.reference)(*args)
         if chosen != "triton":
             return self.compiled(*args)
         if self.triton is None:
@@ -168,6 +172,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     """Define raw op `part_fast::<schema>`.
 
     `reference` is its implementation in plain PyTorch for every device, `fake` gives the outputs' shapes.
+    Under torch.vmap a mapped dimension becomes part of the samples, the first dimension of every tensor and result.
     `kernels` is the module of part_fast/kernels/ with its Triton launcher, named as the op without the
     underscore in front; it is imported at the first call, since importing Triton takes long. An op of the
     CPU alone has none.
@@ -178,13 +183,41 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"part_fast.kernels.{kernels}"), launcher)(*args)
 
-    for overload in ("", ".triton") if kernels else ("",):
+    for overload in ("", ".reference", ".triton") if kernels else ("", ".reference"):
         _library.define(schema.replace("(", f"{overload}(", 1), tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"part_fast::{name}{overload}", fake, lib=_library)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
+        if "!" not in schema:
+            rule = functools.partial(_over_samples, name, overload.removeprefix(".") or "default")
+            torch.library.register_vmap(f"part_fast::{name}{overload}", rule, lib=_library)
+    for overload in ("", ".reference"):
+        _library.impl(f"{name}{overload}", reference, "CompositeExplicitAutograd")
     for key in (("CUDA", "CPU") if INTERPRETED else ("CUDA",)) if kernels else ():
         _library.impl(f"{name}.triton", launch, key)
     return RawOp(name, reference)
+
+
+def _over_samples(name: str, overload: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """The vmap rule of a raw op: one call for all samples of the mapped dimension, (B,N,...) as (B*N,...)."""
+    op = getattr(getattr(torch.ops.part_fast, name), overload)
+    samples, flat = 0, []
+    for arg, dim, argument in zip(args, in_dims, op._schema.arguments, strict=True):
+        if isinstance(arg, Tensor):
+            arg = arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            samples = arg.shape[1]
+            arg = arg.flatten(0, 1)
+            # Kernels read eps by its strides, everything else as it lies in memory.
+            arg = arg if argument.name == "eps" and arg.dtype != torch.uint8 else arg.contiguous()
+        flat.append(arg)
+    results = op(*flat)
+    several = isinstance(results, tuple)
+    # The gradient of an eps that has none is one empty tensor, for all samples.
+    mapped = [r.ndim > 1 for r in results] if several else [True]
+    results = [
+        r.unflatten(0, (info.batch_size, samples)) if m else r
+        for r, m in zip(results if several else (results,), mapped, strict=True)
+    ]
+    out_dims = [0 if m else None for m in mapped]
+    return (tuple(results), tuple(out_dims)) if several else (results[0], out_dims[0])
 
 
 def check_environment() -> None:

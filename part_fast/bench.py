@@ -1,10 +1,11 @@
 """Speed of every op, by every provider that can run it here: `part-fast bench ops`.
 
-What is measured. A case is an op at one shape, dtype and form of eps or rule. Its providers are `reference`
-(part_fast's plain PyTorch), `torch.compile` (of the expression a user would write, with all constants computed
-before), the backends `cpp`, `triton` and `cuda` where the device has them, for maps also `vectorised` (that
+What is measured. A case is an op at one shape, dtype, memory format and form of eps or rule. Its providers are
+`reference` (part_fast's plain PyTorch), `torch.compile` (of the expression a user would write, with all constants
+computed before), the backends `cpp`, `triton` and `cuda` where the device has them, for maps also `vectorised` (that
 expression, not compiled) and `published` (one image at a time through PIL and matplotlib), and `copy`: a tensor
-copied into another one that is there already, half of the case's bytes read and half written.
+copied into another one that is there already, half of the case's bytes read and half written. On a CPU each case is
+measured with every number of threads that was asked for.
 
 Every provider's result is compared with the reference's before any of them is timed; a mismatch raises
 `MismatchError`. Then rounds: in each one every provider is timed once, starting with another one each time, so that
@@ -18,7 +19,8 @@ Bytes, one formula for every op: each input tensor read once, plus each result w
 On a CPU the clock is the wall's, and inputs lie in whatever cache holds them. On a GPU it is a pair of CUDA events
 around a CUDA graph, replayed: the graph calls the provider on so many sets of inputs in turn that what they read and
 write is at least twice the L2 cache. `reference` and `published` also work on the host, so they are launched from
-Python between the events; the column `timing` says which it was.
+Python between the events, on at most LAUNCHED_SETS sets: they wait for the host, not for memory, and masks by PIL take
+seconds on the sets that fill a cache. The column `timing` says which it was.
 
 On Linux's usual C library freed memory is kept for the next result. Otherwise a call pays the system for new pages, or
 not, by what other providers have freed before it.
@@ -41,7 +43,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,8 @@ from part_fast.ops.upsample_cam import keys_taps
 
 EPS, EPS_LOW, ALPHA = 8 / 255, 7 / 255, 2 / 255
 OWN = ("cpp", "triton", "cuda")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LAUNCHED_SETS = 8
 
 
 class MismatchError(RuntimeError):
@@ -92,7 +96,7 @@ class Provider:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """An op at one shape, dtype and form.
+    """An op at one shape, dtype, memory format and form.
 
     inputs: makes the op's tensors (or PackedEpsilon) on a device, the same ones for the same seed; the first one is
     written if `in_place`. run: the public function of them. plain: makes, for a device, the expression to compile.
@@ -133,10 +137,13 @@ def all_cases() -> list[Case]:
     cases: list[Case] = []
     dtypes = (torch.float32, torch.bfloat16)
     for op in ("pgd_step", "pgd_step_", "project_linf"):
-        for (n, side), dtype, packed in itertools.product(((128, 32), (128, 64), (512, 128)), dtypes, (False, True)):
-            cases.append(step_case(op, (n, 3, side, side), dtype, packed, quick=side == 32 and not packed))
-    for shape, dtype in itertools.product(((128, 512, 4, 4), (128, 640, 8, 8), (32, 640, 16, 16)), dtypes):
-        cases.append(cam_case(shape, dtype, quick=shape[1] == 512))
+        sides = ((128, 32), (128, 64), (512, 128))
+        for (n, side), dtype, packed, layout in itertools.product(sides, dtypes, (False, True), LAYOUTS):
+            quick = side == 32 and not packed and layout == "contiguous"
+            cases.append(step_case(op, (n, 3, side, side), dtype, packed, layout, quick))
+    shapes = ((128, 512, 4, 4), (128, 640, 8, 8), (32, 640, 16, 16))
+    for shape, dtype, layout in itertools.product(shapes, dtypes, LAYOUTS):
+        cases.append(cam_case(shape, dtype, layout, quick=shape[1] == 512))
     sizes = (((128, 8, 8), (32, 32)), ((128, 4, 4), (32, 32)), ((128, 8, 8), (64, 64)), ((32, 7, 7), (224, 224)))
     for op, rule in (("upsample_cam", ""), ("cam_mask", "zscore"), ("epsilon_map", "zscore")):
         cases += [map_case(op, *each, rule, quick=each is sizes[0]) for each in sizes]
@@ -151,10 +158,17 @@ def all_cases() -> list[Case]:
 OPS = ("pgd_step", "pgd_step_", "project_linf", "cam", "upsample_cam", "cam_mask", "epsilon_map")
 
 
-def step_case(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, packed: bool, quick: bool = False) -> Case:
+def step_case(
+    op: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    packed: bool,
+    layout: str = "contiguous",
+    quick: bool = False,
+) -> Case:
     """pgd_step, pgd_step_ or project_linf; eps is a float32 map (N,1,H,W), or the same in packed bits.
 
-    All image tensors have `dtype`. Inputs of pgd_step: x_adv, grad, x, eps; of project_linf: x_adv, x, eps.
+    All image tensors have `dtype` and `layout`. Inputs: x_adv, grad, x, eps; of project_linf: x_adv, x, eps.
     """
     size = shape[2:]
 
@@ -167,7 +181,7 @@ def step_case(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, pac
         x_adv = (x + 1.2 * EPS * (2 * torch.rand(shape, generator=draw, device=device) - 1)).clamp(0, 1)
         eps = PackedEpsilon.pack(mask, EPS, EPS_LOW)
         images = (x_adv, x) if op == "project_linf" else (x_adv, grad, x)
-        return (*(t.to(dtype) for t in images), eps if packed else eps.dense())
+        return (*(t.to(dtype, memory_format=LAYOUTS[layout]) for t in images), eps if packed else eps.dense())
 
     def plain(device: torch.device) -> Callable[..., Any]:
         place = 2 ** torch.arange(8, device=device, dtype=torch.uint8)
@@ -198,7 +212,7 @@ def step_case(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, pac
     }
     return Case(
         op=op,
-        shape=f"{'x'.join(map(str, shape))} eps {'packed' if packed else '(N,1,H,W)'}",
+        shape=f"{'x'.join(map(str, shape))} {layout}, eps {'packed' if packed else '(N,1,H,W)'}",
         dtype=dtype,
         inputs=inputs,
         run=runs[op],
@@ -211,13 +225,16 @@ def step_case(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, pac
     )
 
 
-def cam_case(shape: tuple[int, int, int, int], dtype: torch.dtype, quick: bool = False) -> Case:
-    """Grad-CAM. Inputs: activation, gradient, both `shape` and `dtype`; float32 out."""
+def cam_case(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str = "contiguous", quick: bool = False
+) -> Case:
+    """Grad-CAM. Inputs: activation, gradient, both `shape`, `dtype` and `layout`; float32 out."""
 
     def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
         draw = torch.Generator(device).manual_seed(seed)
         activation, gradient = (torch.randn(shape, generator=draw, device=device) for _ in range(2))
-        return activation.relu().to(dtype), gradient.to(dtype)
+        lay = partial(torch.Tensor.to, dtype=dtype, memory_format=LAYOUTS[layout])
+        return lay(activation.relu()), lay(gradient)
 
     def plain(device: torch.device) -> Callable[..., Any]:
         def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:
@@ -225,7 +242,7 @@ def cam_case(shape: tuple[int, int, int, int], dtype: torch.dtype, quick: bool =
 
         return gradcam
 
-    name = f"{'x'.join(map(str, shape))} gradcam"
+    name = f"{'x'.join(map(str, shape))} {layout}, gradcam"
     # Sums of up to 640 products in another order, whose own rounding is some 1e-7 of the largest.
     return Case("cam", name, dtype, inputs, cam, plain, "_cam", near=1e-5, quick=quick)
 
@@ -408,12 +425,29 @@ def check(case: Case, providers: Sequence[Provider], device: torch.device) -> in
 Pass = Callable[[], Any]
 
 
+def traced(call: Pass, *, device: torch.device | None = None, profile_memory: bool = False) -> list[dict[str, Any]]:
+    """The events of torch's profiler while `call` runs, a GPU's too, as in Chrome's trace format."""
+    # The profiler's library reports on stderr when it starts and stops, and that it sees no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device is not None and device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=profile_memory) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+    return events
+
+
 class CpuClock:
     """Wall time of calls made from Python, on one set of inputs."""
 
     seconds_at_least = 0.002
+    step_seconds_at_least = 0.0  # of a training step: long enough alone
 
-    def sets(self, bytes_per_set: int) -> int:
+    def sets(self, bytes_per_set: int, captured: bool) -> int:
         return 1
 
     def timing(self, captured: bool) -> str:
@@ -431,15 +465,8 @@ class CpuClock:
 
     def peak_bytes(self, call: Pass) -> int:
         """The largest running sum of what one call allocates and frees, its result included."""
-        # The profiler's library reports on stderr when it starts and stops, and that it sees no GPU.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            kept = call()
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json"
-            profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        del kept
+        kept: list[Any] = []  # until the profiler has stopped
+        events = traced(lambda: kept.append(call()), profile_memory=True)
         steps = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
         return max(itertools.accumulate(step for _, step in steps), default=0)
 
@@ -448,13 +475,16 @@ class CudaClock:
     """Time between two CUDA events; passes are CUDA graphs, over enough sets of inputs to leave none in L2."""
 
     seconds_at_least = 0.001
+    step_seconds_at_least = 0.5  # the first launches after an event find a device that waits for them
 
     def __init__(self, device: torch.device):
         self.device = device
         self.l2 = torch.cuda.get_device_properties(device).L2_cache_size
 
-    def sets(self, bytes_per_set: int) -> int:
-        return max(2, math.ceil(2 * self.l2 / max(1, bytes_per_set)))
+    def sets(self, bytes_per_set: int, captured: bool) -> int:
+        """How many sets of inputs leave none in L2; fewer for what is launched from Python."""
+        enough = max(2, math.ceil(2 * self.l2 / max(1, bytes_per_set)))
+        return enough if captured else min(enough, LAUNCHED_SETS)
 
     def timing(self, captured: bool) -> str:
         return "graph" if captured else "launched"
@@ -557,6 +587,17 @@ def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock)
     return sample, passes * len(inputs)
 
 
+@contextlib.contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """So many threads for torch's and part_fast's work on a CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def copy_provider(nbytes: int) -> tuple[Provider, Callable[[torch.device], tuple[Tensor, Tensor]]]:
     """A copy that reads nbytes / 2 and writes nbytes / 2, into memory that is there; and what makes its tensors."""
 
@@ -572,8 +613,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each provider of the case, `copy` first; by default of all that the device has.
 
-    Columns: op, shape, dtype, provider, timing, median_us, p20_us, p80_us, gb_per_s, percent_of_copy, peak_bytes (None
-    where it is not known), bytes, rounds, calls (timed together in a round).
+    Columns: op, shape, dtype, threads (of a CPU; None elsewhere), provider, timing, median_us,
+    p20_us, p80_us, gb_per_s, percent_of_copy, peak_bytes (None where it is not known), bytes, rounds, calls (timed
+    together in a round).
     Errors: MismatchError where a provider's result is wrong; nothing is timed then.
     """
     torch.compiler.reset()  # compiled graphs of earlier cases count against the limit of recompilations
@@ -583,10 +625,10 @@ def measure(
     nbytes = check(case, providers, device)
     clock = clock_for(device)
     copy, copy_inputs = copy_provider(nbytes)
-    sets = clock.sets(nbytes)
-    inputs = [case.inputs(device, seed) for seed in range(sets)]
-    given = {provider.name: inputs for provider in providers}
-    given["copy"] = [copy_inputs(device) for _ in range(sets)]
+    sets = {provider.name: clock.sets(nbytes, provider.captured) for provider in (copy, *providers)}
+    inputs = [case.inputs(device, seed) for seed in range(max(sets.values()))]
+    given: dict[str, list[Any]] = {provider.name: inputs[: sets[provider.name]] for provider in providers}
+    given["copy"] = [copy_inputs(device) for _ in range(sets["copy"])]
 
     samples, calls, peaks = {}, {}, {}
     for provider in (copy, *providers):
@@ -603,6 +645,7 @@ def measure(
                 "op": case.op,
                 "shape": case.shape,
                 "dtype": dtype_name(case.dtype),
+                "threads": torch.get_num_threads() if device.type == "cpu" else None,
                 "provider": provider.name,
                 "timing": clock.timing(provider.captured),
                 "median_us": 1e6 * median,
@@ -619,15 +662,18 @@ def measure(
     return rows
 
 
+_KEY = ("op", "shape", "dtype", "threads")  # what tells a case's rows from the others
+
+
 def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each case how many times faster than each other provider the fastest backend of part_fast is, by medians."""
     found = []
-    for key, group in itertools.groupby(rows, lambda row: (row["op"], row["shape"], row["dtype"])):
+    for key, group in itertools.groupby(rows, lambda row: tuple(row[name] for name in _KEY)):
         median = {row["provider"]: row["median_us"] for row in group}
         own = min((name for name in OWN if name in median), key=median.__getitem__, default=None)
         if own is not None:
             times = {name: median[name] / median[own] for name in median if name not in OWN}
-            found.append({**dict(zip(("op", "shape", "dtype"), key, strict=True)), "backend": own, **times})
+            found.append({**dict(zip(_KEY, key, strict=True)), "backend": own, **times})
     return found
 
 
@@ -641,15 +687,17 @@ def ops(
     device: str = "auto",
     quick: bool = False,
     rounds: int | None = None,
+    threads: Sequence[int] = (),
     overwrite: bool = False,
     cases: Sequence[Case] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the ops, print a table for each, and write ops.csv, ratios.csv, ops.png, environment.json into `out`.
 
     only: names of ops, default all. quick: one or two cases of each op, and fewer rounds. rounds: 21, quick 7.
-    cases: others than all_cases(). Files are written when every case was measured and every provider was right.
-    Errors: MismatchError for a provider with a wrong result; ValueError for an unknown op or device, rounds < 1,
-    nothing to measure, and for a folder that holds results already, unless `overwrite`.
+    threads: of a CPU; each case is measured with each number, default as many as torch has. cases: others than
+    all_cases(). Files are written when every case was measured and every provider was right.
+    Errors: MismatchError for a provider with a wrong result; ValueError for an unknown op or device, rounds or
+    threads < 1, threads on a GPU, nothing to measure, and for a folder that holds results already, unless `overwrite`.
     """
     from tqdm import tqdm
 
@@ -660,6 +708,10 @@ def ops(
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")
     where = find_device(device)
+    if any(count < 1 for count in threads):
+        raise ValueError(f"threads must be >= 1, got {', '.join(map(str, threads))}")
+    if threads and where.type != "cpu":
+        raise ValueError(f"threads are a CPU's, got {', '.join(map(str, threads))} for {where}")
     files = [out / name for name in ("ops.csv", "ratios.csv", "ops.png", "environment.json")]
     there = [path.name for path in files if path.exists()]
     if there and not overwrite:
@@ -682,7 +734,9 @@ def ops(
             of_op = []
             for case in group:
                 progress.set_postfix_str(case.name)
-                of_op += measure(case, where, rounds)
+                for count in threads or (torch.get_num_threads(),):
+                    with threads_of(count):
+                        of_op += measure(case, where, rounds)
             rows += of_op
             progress.write(f"\n{op}: bytes = every input read once + the result written once\n{speed_table(of_op)}")
     faster = ratios(rows)
@@ -691,6 +745,7 @@ def ops(
 
     measured = [op for op in OPS if any(row["op"] == op for row in rows)]
     record["bench"] = {"device": str(where), "quick": quick, "rounds": rounds, "ops": measured}
+    record["bench"]["threads"] = list(dict.fromkeys(row["threads"] for row in rows))
     report.write_csv(files[0], rows)
     report.write_csv(files[1], [{key: row.get(key) for key in _RATIO_COLUMNS} for row in faster])
     draw(files[2], rows, environment_line(record, where))
@@ -711,24 +766,40 @@ def environment_line(record: Mapping[str, Any], device: torch.device) -> str:
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Text of the rows of `measure`; times in microseconds, memory in MiB."""
-    header = ("shape", "dtype", "provider", "timing", "median us", "p20", "p80", "GB/s", "% of copy", "peak MiB")
+    header = (
+        "shape",
+        "dtype",
+        "threads",
+        "provider",
+        "timing",
+        "median us",
+        "p20",
+        "p80",
+        "GB/s",
+        "% of copy",
+        "peak MiB",
+    )
     text = []
     for row in rows:
         times = (f"{row[key]:.1f}" for key in ("median_us", "p20_us", "p80_us"))
         rates = (f"{row[key]:.3g}" if row[key] < 100 else f"{row[key]:.0f}" for key in ("gb_per_s", "percent_of_copy"))
         peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.2f}"
-        text.append((row["shape"], row["dtype"], row["provider"], row["timing"], *times, *rates, peak))
+        text.append((row["shape"], row["dtype"], _threads(row), row["provider"], row["timing"], *times, *rates, peak))
     return report.table(header, text)
 
 
-_RATIO_COLUMNS = ("op", "shape", "dtype", "backend", "copy", "reference", "published", "vectorised", "torch.compile")
+_RATIO_COLUMNS = (*_KEY, "backend", "copy", "reference", "published", "vectorised", "torch.compile")
+
+
+def _threads(row: Mapping[str, Any]) -> str:
+    return "-" if row["threads"] is None else str(row["threads"])
 
 
 def ratio_table(rows: Sequence[Mapping[str, Any]]) -> str:
     text = []
     for row in rows:
-        numbers = (f"{row[key]:.2f}" if key in row else "-" for key in _RATIO_COLUMNS[4:])
-        text.append((*(row[key] for key in _RATIO_COLUMNS[:4]), *numbers))
+        numbers = (f"{row[key]:.2f}" if key in row else "-" for key in _RATIO_COLUMNS[5:])
+        text.append((row["op"], row["shape"], row["dtype"], _threads(row), row["backend"], *numbers))
     return report.table(_RATIO_COLUMNS, text)
 
 
@@ -744,11 +815,15 @@ _COLOURS = {
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], caption: str) -> None:
-    """A PNG of bars: a panel per op, a group per case, a bar per provider, as long as its share of the copy's speed."""
+    """A PNG of bars: a panel per op, a group per case, a bar per provider, as long as its share of the copy's speed.
+
+    Of a CPU, only what was measured with the most threads.
+    """
     report.load_matplotlib()
     from matplotlib.patches import Patch
 
-    bars = [row for row in rows if row["provider"] != "copy"]
+    most = max((row["threads"] for row in rows if row["threads"] is not None), default=None)
+    bars = [row for row in rows if row["provider"] != "copy" and row["threads"] == most]
     panels = [(op, list(group)) for op, group in itertools.groupby(bars, lambda row: row["op"])]
     # Two columns about equally tall; a panel's title and axis take the room of some bars.
     weight = [len(group) + 8 for _, group in panels]

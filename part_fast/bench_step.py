@@ -3,7 +3,8 @@
 What is measured. A step is everything between a batch of float images and the updated weights: mask, attack of 10
 steps, loss, backward, SGD. Ours are the trainer's own lines on its `Engine`; the published ones are in
 `bench_baselines`: fp32, contiguous. All run in one process, on 32x32 images; in each round every step is run once,
-beginning with another one each time. Reported are the median and the 20th and 80th percentile over the rounds.
+beginning with another one each time; on a GPU as often in a row, between two CUDA events, as takes half a second.
+Reported are the median and the 20th and 80th percentile over the rounds.
 
     AT, TRADES           no mask
     PART, PART-T         the mask of every batch anew
@@ -27,37 +28,48 @@ runs, two for a multiplication and addition; a step that computes what nobody ne
 the rate of a large matrix product in the step's precision, timed in the same rounds.
 
 Peak memory is what one step has allocated at most above what was there before: weights, momentum, the batch, the copy
-that is attacked; gradients count. It is PyTorch's allocator's, as in `bench`: what PIL, numpy and the convolution
-library take for themselves is not in it. The largest resident memory of a process would be, but that also has whatever
+that is attacked; gradients count. It is PyTorch's allocator's, as in `bench`, plus the memory that a step's CUDA graphs
+hold, which a replay needs and does not allocate: what PIL, numpy and the convolution library take for themselves is not
+in it. The largest resident memory of a process would be, but that also has whatever
 ran before, and grows in steps larger than what PART adds.
 
 The cost of PART over AT is small beside what a busy machine does to either, so it is given twice: by the medians of
 both steps, and by what PART adds timed alone (the mask; the lookup and the share of a refresh; for PART-T a mask with
 its clean logits, less clean logits), over the median of the plain step.
+
+Where the time goes is read from ranges that part_fast gives names to by `torch.profiler.record_function`; any profile
+of a training shows them ("part_fast: attack forward"). On a CPU a part's time is that of its range, less what lies in
+ranges inside it. On a GPU it is that of the kernels and copies which were launched in it, by whatever thread, and
+"waiting" is when the device had none. The steps of an attack that are captured as a CUDA graph are one part, "CUDA
+graph": a replay is one launch, and says nothing of what is in it. A profile without `--cuda-graph` does.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import dataclasses
+import gc
 import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from part_fast import attacks, bench_baselines, report
 from part_fast.attack_model import PRECISIONS, AttackModel
-from part_fast.bench import MismatchError, clock_for, environment_line, interleave
+from part_fast.attack_model.cpu import onednn
+from part_fast.attack_model.graph import GraphedSteps
+from part_fast.bench import Clock, MismatchError, clock_for, environment_line, interleave, traced
 from part_fast.config import TrainConfig, find_device
 from part_fast.data import draw_augmentation
 from part_fast.engine import Engine
@@ -66,7 +78,7 @@ from part_fast.models import build_model
 from part_fast.train import batch_epsilon, train_step
 
 MODELS = ("resnet18", "wrn-34-10")
-BATCH, BATCHES = 32, {"wrn-34-10": 4}
+BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
 METHODS = ("at", "part", "trades", "part-t", "mart", "part-m")
 REFRESHES = (1, 10)  # epochs
 SIZE = 32
@@ -87,14 +99,27 @@ class Goal:
     """A row of the table: `step` compared with `other`.
 
     kind: "faster", other's time over the step's; "extra", the step's time over the other's, less one; "memory", the
-    step's peak over the other's. goals: by model, at the batch size of BATCHES.
+    step's peak over the other's; "rate", the step's images a second, without an other. goals: by model, at the batch
+    sizes of `default_batch`; on_gpu: where they are others on a GPU.
     """
 
     title: str
     kind: str
     step: str
-    other: str
+    other: str | None
     goals: Mapping[str, float]
+    on_gpu: Mapping[str, float] | None = None
+
+    def due(self, model: str, batch: int, device: str) -> float | None:
+        """The goal for a model at a batch size on a type of device, None where there is none."""
+        if batch != default_batch(model, device):
+            return None
+        return (self.goals if device == "cpu" or self.on_gpu is None else self.on_gpu).get(model)
+
+
+def default_batch(model: str, device: str) -> int:
+    """The batch size for which there are goals, on "cpu" or "cuda"."""
+    return GPU_BATCH if device == "cuda" else BATCHES.get(model, BATCH)
 
 
 def _goals(resnet: float, wide: float) -> dict[str, float]:
@@ -111,6 +136,9 @@ GOALS = (
     Goal("PART over AT, refresh 10", "extra", "PART, refresh 10", "AT", _goals(0.005, 0.005)),
     Goal("PART-T over TRADES", "extra", "PART-T", "TRADES", _goals(0.01, 0.01)),
     Goal("peak memory, PART over AT", "memory", "PART", "AT", _goals(1.05, 1.05)),
+    # Of an H100, estimated by operations and bytes (docs/performance.md): with CUDA graphs, and compiled.
+    Goal("AT, images/s", "rate", "AT", None, {}, _goals(7100, 1170)),
+    Goal("PART, images/s, refresh every batch", "rate", "PART", None, {}, _goals(6800, 1100)),
 )
 # Which published loop computes what ours does.
 PAIRS = (
@@ -180,6 +208,15 @@ class Arena:
             "refresh": lambda: self.bank.fill(engine.budget, self.images),
         }
 
+    def forget_graphs(self) -> None:
+        """Let go of every CUDA graph and of its memory; the next steps capture theirs anew."""
+        for engine in (self.engine, self.fp32):
+            if engine.attack_model.graphs is not None:
+                engine.attack_model.graphs = GraphedSteps()
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
     def _ours(self, method: str, bank: MaskBank | None = None, engine: Engine | None = None) -> Step:
         return partial(self.our_step, engine or self.engine, method, bank)
 
@@ -215,7 +252,8 @@ class Arena:
 
 def configuration(model: str, batch: int, **changed: Any) -> TrainConfig:
     """The published numbers, but an lr so small that training on random labels leaves weights finite."""
-    return TrainConfig(model=model, batch_size=batch, rule="released", lr=1e-3, **changed)
+    plain: dict[str, Any] = {"precision": "fp32", "cuda_graph": False}
+    return TrainConfig(model=model, batch_size=batch, rule="released", lr=1e-3, **{**plain, **changed})
 
 
 @torch.no_grad()
@@ -354,13 +392,11 @@ def _winograd_flop(y: Tensor, x: Tensor, *args: Any, out_val: None) -> int:
 
 
 # What PackedConv2d calls, which torch has no formulas for.
-_PACKED_FLOP: dict[Any, Callable[..., int]] = {torch.ops.part_fast._winograd_.default: _winograd_flop}
-if torch.backends.mkldnn.is_available():
-    _PACKED_FLOP |= {
-        torch.ops.mkldnn._convolution_pointwise.default: _packed_flop,
-        torch.ops.mkldnn._convolution_pointwise.binary: _packed_flop,
-        torch.ops.mkldnn._convolution_transpose_pointwise.default: _packed_transposed_flop,
-    }
+_PACKED_FLOP: dict[str, Callable[..., int]] = {
+    "part_fast::_winograd_": _winograd_flop,
+    **dict.fromkeys(onednn.FORWARD_OPS, _packed_flop),
+    **dict.fromkeys(onednn.BACKWARD_OPS, _packed_transposed_flop),
+}
 
 
 class FlopCount(TorchDispatchMode):
@@ -376,7 +412,7 @@ class FlopCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        formula = _PACKED_FLOP.get(func, flop_registry.get(func.overloadpacket))
+        formula = _PACKED_FLOP.get(func.name(), flop_registry.get(func.overloadpacket))
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
@@ -402,8 +438,9 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each step, piece and matrix product of the config's model; nothing is compared here.
 
-    Columns: model, batch, kind (step, piece, matmul), name, precision, median_s, p20_s, p80_s, images_per_s, gflop,
-    gflop_per_s, percent_of_matmul, peak_bytes (None where it was not measured), rounds, seconds (of every round).
+    Columns: model, batch, device (cpu, cuda), kind (step, piece, matmul), name, precision, median_s, p20_s, p80_s,
+    images_per_s, gflop, gflop_per_s, percent_of_matmul, peak_bytes (None where it was not measured), rounds, calls
+    (timed together in a round), seconds (of every round).
     """
     flop = count_flop(config, device, progress)
     arena, clock = Arena(config, device), clock_for(device)
@@ -418,27 +455,36 @@ def measure(
     peaks = {}
     tick = progress("peak memory", len(steps))
     for name, step in steps.items():
+        arena.forget_graphs()
         # The second counts. The profiler subtracts what is freed only where it saw it allocated, and a step frees what
-        # the last one kept, such as packed weights.
+        # the last one kept, such as packed weights; and a CUDA graph is captured in the first.
         for _ in range(2):
             for optimizer in (arena.engine.optimizer, arena.fp32.optimizer, arena.optimizer):
                 optimizer.zero_grad()
             peaks[name] = clock.peak_bytes(step)
+        peaks[name] += graph_pool_bytes(device)
         tick()
+    # Captured again, all of them, before anything is timed.
+    for step in steps.values() if config.cuda_graph else ():
+        step()
 
     products = {f"matmul {precision}": matmul(precision, device) for precision in sorted(set(precisions.values()))}
-    samples: dict[str, Callable[[], float]] = {name: partial(clock.seconds, step, 1) for name, step in steps.items()}
+    calls = {name: together(clock, step) for name, step in {**steps, **pieces}.items()} | dict.fromkeys(
+        products, MATMULS
+    )
 
-    def alone(piece: Step) -> float:
+    def alone(name: str) -> float:
         pieces["clean logits"]()  # takes over the last step's weights, and finds caches as that left them
-        return clock.seconds(piece, 1)
+        return clock.seconds(pieces[name], calls[name])
 
-    samples |= {name: partial(alone, piece) for name, piece in pieces.items()}
+    samples: dict[str, Callable[[], float]] = {
+        name: partial(clock.seconds, step, calls[name]) for name, step in steps.items()
+    }
+    samples |= {name: partial(alone, name) for name in pieces}
     samples |= {name: partial(clock.seconds, product, MATMULS) for name, (product, _) in products.items()}
     times = interleave(_ticking(samples, progress, f"{rounds} rounds", rounds), rounds)
-    seconds = {name: np.array(values) for name, values in times.items()}
+    seconds = {name: np.array(values) / calls[name] for name, values in times.items()}
     for name in products:
-        seconds[name] = seconds[name] / MATMULS
         flop[name] = products[name][1]
         precisions[name] = name.split()[1]
     # A refresh is of BANK_BATCHES batches; each step pays for its own images, once in `every` epochs.
@@ -446,10 +492,10 @@ def measure(
         name = f"PART, refresh {every}"
         seconds[name] = seconds["PART, bank"] + seconds["refresh"] / BANK_BATCHES / every
         flop[name] = flop["PART, bank"] + flop["refresh"] / BANK_BATCHES / every
-        precisions[name] = config.precision
+        precisions[name], calls[name] = config.precision, calls["PART, bank"]
     if "AT fp32" not in seconds:
         seconds["AT fp32"], flop["AT fp32"] = seconds["AT"], flop["AT"]
-        precisions["AT fp32"], peaks["AT fp32"] = "fp32", peaks["AT"]
+        precisions["AT fp32"], peaks["AT fp32"], calls["AT fp32"] = "fp32", peaks["AT"], calls["AT"]
 
     refreshed = [f"PART, refresh {every}" for every in REFRESHES]
     order = ["AT", "AT fp32", "PART", "PART, bank", *refreshed, *(name for name in steps if name not in ("AT", "PART"))]
@@ -463,6 +509,7 @@ def measure(
             {
                 "model": config.model,
                 "batch": config.batch_size,
+                "device": device.type,
                 "kind": kind,
                 "name": name,
                 "precision": precisions[name],
@@ -475,10 +522,27 @@ def measure(
                 "percent_of_matmul": 100 * flop[name] / median / rates[precisions[name]],
                 "peak_bytes": peaks.get(name),
                 "rounds": rounds,
+                "calls": calls[name],
                 "seconds": seconds[name].tolist(),
             }
         )
     return rows
+
+
+def together(clock: Clock, call: Step) -> int:
+    """How often in a row a step is timed, so that its first launches, for which a GPU waits, count for little."""
+    if clock.step_seconds_at_least == 0:
+        return 1
+    return min(100, math.ceil(clock.step_seconds_at_least / clock.seconds(call, 1)))
+
+
+def graph_pool_bytes(device: torch.device) -> int:
+    """Memory of a GPU that CUDA graphs hold for their replays, which no allocation shows."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    own = [each for each in torch.cuda.memory_snapshot() if each["device"] == index]
+    return sum(each["total_size"] for each in own if tuple(each["segment_pool_id"]) != (0, 0))
 
 
 def _ticking(
@@ -499,10 +563,11 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The goals' table from the rows of `measure`: one row for each goal and model.
 
     Columns: model, batch, what, kind, value (of the medians), p20, p80 (of the rounds' own ratios; None for memory),
-    by_parts (an extra cost from what was timed alone), goal and met (None at another batch or model).
+    by_parts (an extra cost from what was timed alone), goal and met (None at another batch or model). A rate is of a
+    GPU only, for which alone it has goals.
     """
     found = []
-    for (model, batch), group in itertools.groupby(rows, lambda row: (row["model"], row["batch"])):
+    for (model, batch, device), group in itertools.groupby(rows, lambda r: (r["model"], r["batch"], r["device"])):
         row_of = {row["name"]: row for row in group}
         median = {name: row["median_s"] for name, row in row_of.items()}
         added = {
@@ -511,11 +576,16 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             **{f"PART, refresh {k}": median["lookup"] + median["refresh"] / BANK_BATCHES / k for k in REFRESHES},
         }
         for goal in GOALS:
-            step, other = row_of[goal.step], row_of[goal.other]
+            if goal.kind == "rate" and device == "cpu":
+                continue
+            step, other = row_of[goal.step], row_of[goal.other or goal.step]
             spread: list[float | None] = [None, None]
             by_parts = None
             if goal.kind == "memory":
                 value = step["peak_bytes"] / other["peak_bytes"]
+            elif goal.kind == "rate":
+                value = step["images_per_s"]
+                spread = [float(p) for p in np.percentile(batch / np.array(step["seconds"]), (20, 80))]
             else:
                 each = np.array(other["seconds"]) / np.array(step["seconds"])
                 value = other["median_s"] / step["median_s"]
@@ -523,8 +593,9 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     each, value = 1 / each - 1, 1 / value - 1
                     by_parts = added[goal.step] / other["median_s"]
                 spread = [float(p) for p in np.percentile(each, (20, 80))]
-            due = goal.goals.get(model) if batch == BATCHES.get(model, BATCH) else None
-            reached = value >= due if due is not None and goal.kind == "faster" else due is not None and value <= due
+            due = goal.due(model, batch, device)
+            more = goal.kind in ("faster", "rate")
+            reached = due is not None and (value >= due if more else value <= due)
             found.append(
                 {
                     "model": model,
@@ -544,10 +615,12 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 # --- where a step's time goes -----------------------------------------------------------------------------------------
 
+PREFIX = "part_fast: "  # of the names that the library gives to its ranges
 PARTS = (
     "augmentation",
     "CAM",
     "refresh of AttackModel",
+    "CUDA graph",
     "attack forward",
     "attack backward",
     "pgd_step",
@@ -555,67 +628,85 @@ PARTS = (
     "training backward",
     "optimizer",
     "other",
+    "waiting",
 )
+# Categories of a trace's events: what a GPU does, and what makes it do that.
+_ON_GPU, _LAUNCHES = ("kernel", "gpu_memcpy", "gpu_memset"), ("cuda_runtime", "cuda_driver")
 
 
-class Stopwatch:
-    """Seconds by part. Where parts nest, an inner one's time is not its outer one's; all within a CAM is the CAM's."""
+def part_seconds(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds by part of PARTS, from the events of a trace.
 
-    def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._wait = wait  # for what a GPU still has to do
-        self._open: list[str] = []
-        self._since = 0.0
+    Where ranges nest, an inner one's time is not its outer one's; but all within a CAM is the CAM's, refreshing apart.
+    With events of a GPU the time is that of what was launched in a range, and "waiting" is the rest of the time from
+    the first of them to the last one's end.
+    """
+    ranges, launched, on_gpu = [], {}, []
+    for event in events:
+        kind, name = event.get("cat"), str(event.get("name"))
+        if kind == "user_annotation" and name.startswith(PREFIX):
+            ranges.append((float(event["ts"]), float(event["ts"]) + float(event["dur"]), name.removeprefix(PREFIX)))
+        elif kind in _LAUNCHES and "correlation" in event.get("args", {}):
+            launched[event["args"]["correlation"]] = float(event["ts"])
+        elif kind in _ON_GPU:
+            on_gpu.append((float(event["ts"]), float(event["dur"]), event["args"]["correlation"]))
+    stretches = _stretches(ranges)
+    seconds = dict.fromkeys(PARTS, 0.0)
+    if not on_gpu:
+        for begin, end, part in stretches:
+            seconds[part] += (end - begin) / 1e6
+        return seconds
+    begins = [begin for begin, _, _ in stretches]
+    busy, until = 0.0, -math.inf
+    for begin, took, correlation in sorted(on_gpu):
+        place = bisect.bisect_right(begins, launched.get(correlation, -math.inf)) - 1
+        inside = place >= 0 and launched[correlation] < stretches[place][1]
+        seconds[stretches[place][2] if inside else "other"] += took / 1e6
+        busy += max(0.0, begin + took - max(begin, until))
+        until = max(until, begin + took)
+    seconds["waiting"] = max(0.0, until - min(on_gpu)[0] - busy) / 1e6
+    return seconds
 
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        if "CAM" in self._open and name != "refresh of AttackModel":
-            name = "CAM"
-        self._lap()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._lap()
-            self._open.pop()
 
-    def _lap(self) -> None:
-        self._wait()
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time the part's."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return run
+def _stretches(ranges: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """(begin, end, part) of time between the edges of nested ranges (begin, end, name), in order."""
+    # At one time ranges end before others begin, inner ones first, and outer ones begin first.
+    lasting = [(begin, end, name) for begin, end, name in ranges if end > begin]
+    edges = [(begin, 1, -end, name) for begin, end, name in lasting]
+    edges += [(end, 0, -begin, name) for begin, end, name in lasting]
+    found: list[tuple[float, float, str]] = []
+    open_: list[str] = []
+    since = 0.0
+    for at, begins, _, name in sorted(edges):
+        if open_ and at > since:
+            part = "CAM" if "CAM" in open_ and open_[-1] != "refresh of AttackModel" else open_[-1]
+            found.append((since, at, part if part in PARTS else "other"))
+        since = at
+        if begins:
+            open_.append(name)
+        else:
+            open_.pop()
+    return found
 
 
 @contextlib.contextmanager
-def watched(engine: Engine, watch: Stopwatch) -> Iterator[None]:
-    """The engine's parts under the stopwatch: each function that does one is exchanged, and put back afterwards."""
-    places: list[tuple[Any, str, str]] = [
-        (engine.budget, "with_logits", "CAM"),
-        (engine.attack_model, "refresh_if_changed", "refresh of AttackModel"),
-        (engine.attack_model, "forward", "attack forward"),
-        (torch.autograd, "grad", "attack backward"),
-        (attacks, "pgd_step_", "pgd_step"),
-        (engine.trained, "forward", "training forward"),
-        (engine, "backward", "training backward"),
-        (engine, "begin", "optimizer"),
-        (engine, "end", "optimizer"),
+def named_forward(module: nn.Module, name: str) -> Iterator[None]:
+    """Every forward of the module is a range of that name."""
+    ranges: list[record_function] = []
+
+    def begin(*_: object) -> None:
+        ranges.append(record_function(PREFIX + name))
+        ranges[-1].__enter__()
+
+    handles = [
+        module.register_forward_pre_hook(begin),
+        module.register_forward_hook(lambda *_: ranges.pop().__exit__(None, None, None)),
     ]
-    with contextlib.ExitStack() as stack:
-        # The launch of a captured graph would be one part.
-        stack.enter_context(mock.patch.object(engine.attack_model, "graphs", None))
-        for owner, attribute, name in places:
-            stack.enter_context(mock.patch.object(owner, attribute, watch.timed(name, getattr(owner, attribute))))
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def profile(
@@ -626,24 +717,25 @@ def profile(
     A step here begins with uint8 images. Columns: model, batch, method, part, median_s, percent (of the total), rounds.
     """
     arena = Arena(config, device)
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     laps: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
 
-    def run(method: str) -> float:
-        watch = Stopwatch(wait)
-        with watched(arena.engine, watch), watch.part("other"):
-            with watch.part("augmentation"):
+    def step(method: str) -> None:
+        with named_forward(arena.engine.trained, "training forward"), record_function(PREFIX + "other"):
+            with record_function(PREFIX + "augmentation"):
                 drawn = draw_augmentation(config.batch_size, device=device)
                 x = drawn.apply(arena.images[arena.indices])
             arena.our_step(arena.engine, method, None, x)
-        laps[method].append({**watch.seconds, "total": sum(watch.seconds.values())})
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def run(method: str) -> float:
+        seconds = part_seconds(traced(partial(step, method), device=device))
+        laps[method].append({**seconds, "total": sum(seconds.values())})
         return laps[method][-1]["total"]
 
+    for method in METHODS:
+        step(method)
     samples = {method: partial(run, method) for method in METHODS}
-    for sample in samples.values():
-        sample()
-    for kept in laps.values():
-        kept.clear()
     interleave(_ticking(samples, progress, "profile", rounds), rounds)
     rows = []
     for method, found in laps.items():
@@ -652,6 +744,12 @@ def profile(
             share = {"median_s": value, "percent": 100 * value / median["total"], "rounds": rounds}
             rows.append({"model": config.model, "batch": config.batch_size, "method": method, "part": part, **share})
     return rows
+
+
+def _parts_there(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The parts that took time in some step of `profile`'s rows: a CPU has no CUDA graph and never waits."""
+    there = {row["part"] for row in rows if row["median_s"] > 0}
+    return [part for part in PARTS if part in there]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -674,7 +772,8 @@ def steps(
 ) -> list[dict[str, Any]]:
     """Measure the steps, print the tables, and write FILES to the folder `out`.
 
-    models: names for `build_model`, default MODELS; with quick resnet-small. batch_size: default 32, for wrn-34-10 4.
+    models: names for `build_model`, default MODELS; with quick resnet-small. batch_size: default 32, for wrn-34-10 4;
+    on a GPU 128.
     precision: of our steps, fp32, bf16, fp16 or auto, which is `auto_precision`. compile, cuda_graph: as in training,
     of our attacks. rounds: 7, quick 3; of the profile at most PROFILE_ROUNDS.
     Returns: the rows of step.csv, see `measure`.
@@ -693,7 +792,11 @@ def steps(
     names = tuple(models) or (("resnet-small",) if quick else MODELS)
     configs = [
         configuration(
-            name, batch_size or BATCHES.get(name, BATCH), precision=chosen, compile=compile, cuda_graph=cuda_graph
+            name,
+            batch_size or default_batch(name, where.type),
+            precision=chosen,
+            compile=compile,
+            cuda_graph=cuda_graph,
         )
         for name in names
     ]
@@ -789,7 +892,7 @@ def _step_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[str], list[
 def _profile_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     of = {(row["part"], row["method"]): row for row in rows}
     cells = []
-    for part in (*PARTS, "total"):
+    for part in (*_parts_there(rows), "total"):
         shown = (of[part, method] for method in METHODS)
         cells.append((part, *(f"{1e3 * row['median_s']:.1f} ({row['percent']:.2f})" for row in shown)))
     return ("part", *METHODS), cells
@@ -804,12 +907,14 @@ def _ratio_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             value = row[key]
             if value is None:
                 return "-"
+            if row["kind"] == "rate":
+                return f"{value:.0f}"
             return f"{100 * value:.2f}%" if row["kind"] == "extra" else f"{value:.3f}x"
 
         met = "-" if row["met"] is None else "yes" if row["met"] else "no"
         numbers = (text(key) for key in ("value", "p20", "p80", "by_parts", "goal"))
         cells.append((row["what"], row["model"], str(row["batch"]), *numbers, met))
-    return "Against the goals: times faster than the published step; extra cost; memory", header, cells
+    return "Against the goals: times faster than the published step; extra cost; memory; images/s", header, cells
 
 
 def markdown(
@@ -839,20 +944,29 @@ _PART_COLOURS = {
     "training forward": report.GREEN,
     "training backward": "#66CCAA",
     "optimizer": report.ORANGE,
+    "CUDA graph": "#8C6BB1",
     "other": report.GRAY,
+    "waiting": "#DDDDDD",
 }
+_OURS, _PUBLISHED = "#44546A", "#B8B8B8"  # of whole steps: colours that no part has
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]], profiled: Sequence[Mapping[str, Any]], caption: str) -> None:
-    """A PNG: for each model the time of every step, ours coloured, and the parts of a step of every method, stacked."""
+    """A PNG: for each model the time of every step, and the parts of a step of every method, stacked.
+
+    Each column has a legend of its own: left ours and the published ones, right the parts.
+    """
+    from matplotlib.patches import Patch
+
     models = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
-    with report.drawing(path, (14, 4 * len(models) + 1.2), "constrained") as figure:
+    theirs = {published for _, published in PAIRS}
+    parts = _parts_there(profiled)
+    with report.drawing(path, (14, 4 * len(models) + 1.5), "constrained") as figure:
         panels: Any = figure.subplots(len(models), 2, squeeze=False)
         for (model, batch), (left, right) in zip(models, panels, strict=True):
             shown = [row for row in rows if row["model"] == model and row["kind"] == "step"]
-            theirs = {published for _, published in PAIRS}
             for y, row in enumerate(shown):
-                colour = report.GRAY if row["name"] in theirs else report.VERMILION
+                colour = _PUBLISHED if row["name"] in theirs else _OURS
                 errors = [[row["median_s"] - row["p20_s"]], [row["p80_s"] - row["median_s"]]]
                 left.barh(y, row["median_s"], xerr=errors, color=colour)
                 left.text(row["p80_s"], y, f" {row['median_s']:.3g} s", va="center", fontsize=7)
@@ -863,12 +977,14 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]], profiled: Sequence[Mappi
             of = {(row["method"], row["part"]): row["median_s"] for row in profiled if row["model"] == model}
             for y, method in enumerate(METHODS):
                 at = 0.0
-                for part in PARTS:
-                    right.barh(y, of[method, part], left=at, color=_PART_COLOURS[part], label=None if y else part)
+                for part in parts:
+                    right.barh(y, of[method, part], left=at, color=_PART_COLOURS[part])
                     at += of[method, part]
             right.set_yticks(range(len(METHODS)), METHODS, fontsize=8)
             right.invert_yaxis()
             right.set(xlabel="seconds", title="where a step's time goes")
-        handles, labels = panels[0][1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+        steps_legend = [Patch(color=_OURS, label="part_fast"), Patch(color=_PUBLISHED, label="published loops")]
+        parts_legend = [Patch(color=_PART_COLOURS[part], label=part) for part in parts]
+        for axes, handles in zip(panels[-1], (steps_legend, parts_legend), strict=True):
+            axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5, fontsize=8)
         figure.suptitle(f"Training steps, 32x32, PGD-10\n{caption}", fontsize=9)

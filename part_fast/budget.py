@@ -7,9 +7,11 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
+from part_fast.checks import Clip
 from part_fast.controls import check_control, control_map
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast, unwrapped
 from part_fast.external_cam import Explain, check_method, external_cam
@@ -39,6 +41,7 @@ class CamBudget:
         other networks. An output (N,h,w,K), such as Swin's, is known by its shape and the model's LayerNorms.
     control: "none", "permuted", "random", "inverted" or "uniform": what is done to the map afterwards, to tell
         whether the CAM matters; see `part_fast.controls`. "permuted" and "random" draw from torch's generators.
+    clip: (low, high), what a pixel may be, as in `pgd`.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
     before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
@@ -61,6 +64,7 @@ class CamBudget:
         rule: str = "zscore",
         target_layer: nn.Module | str | None = None,
         control: str = "none",
+        clip: Clip = (0.0, 1.0),
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -68,6 +72,8 @@ class CamBudget:
             check_method(method, METHODS)
         self.eps, self.eps_low = eps_pair(eps, eps_low)
         self.channels = parse_rule(rule, 1, 1, soft=True)[2]
+        self.clip = clip
+        checks.image_units("eps", self.eps, clip, stacklevel=2)
         self.model = model
         self.method = method
         self.rule = rule
@@ -76,7 +82,7 @@ class CamBudget:
         self.target_layer = None if needs_none else _find_layer(model, target_layer)
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
-        """Eps map (N,M,H,W) of the images x (N,C,H,W) in [0,1].
+        """Eps map (N,M,H,W) of the images x (N,C,H,W) within clip.
 
         target: class indices (N,) to explain; default: the model's prediction.
         """
@@ -87,9 +93,10 @@ class CamBudget:
 
         For losses that need the clean logits anyway, such as TRADES.
         """
-        evidence, logits = self.evidence(x, target)
-        eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
-        return control_map(eps, self.control, self.eps, self.eps_low), logits
+        with record_function("part_fast: CAM"):
+            evidence, logits = self.evidence(x, target)
+            eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
+            return control_map(eps, self.control, self.eps, self.eps_low), logits
 
     def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
         """The eps map as one bit per value: what a call gives, by every rule but "soft" and control but "uniform"."""
@@ -97,16 +104,17 @@ class CamBudget:
             raise ValueError(
                 "control must not be uniform in a packed map, which has two values: call the budget itself"
             )
-        evidence, _ = self.evidence(x, target)
-        packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
-        if self.control == "none":
-            return packed
-        mask = control_map(packed.mask().float(), self.control, 1.0, 0.0) > 0.5
-        return PackedEpsilon.pack(mask, self.eps, self.eps_low)
+        with record_function("part_fast: CAM"):
+            evidence, _ = self.evidence(x, target)
+            packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
+            if self.control == "none":
+                return packed
+            mask = control_map(packed.mask().float(), self.control, 1.0, 0.0) > 0.5
+            return PackedEpsilon.pack(mask, self.eps, self.eps_low)
 
     def evidence(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""
-        checks.values("x", checks.images("x", x), 0, 1)
+        x = checks.pixels("x", x, self.clip)
         if self.channels == 3 and x.shape[1] != 3:
             raise ValueError(f"rule released must have images of 3 channels, whose colours it masks, got {x.shape[1]}")
         if target is not None:

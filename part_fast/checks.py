@@ -9,11 +9,17 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+Bound = float | Tensor
+# (low, high), each a number or one per channel; None for no clip.
+Clip = tuple[Bound | Sequence[float], Bound | Sequence[float]] | None
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -45,19 +51,70 @@ def seed(name: str, value: Any) -> int:
     return int(value)
 
 
-def clip_range(clip: Any) -> tuple[float, float]:
-    """(low, high) of a clip argument; None is no clip."""
+def transformed() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode AD is at work."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def has_tangent(value: Any) -> bool:
+    """Whether a forward-mode derivative is carried along with a tensor."""
+    return forward_ad._current_level >= 0 and isinstance(value, Tensor) and forward_ad.unpack_dual(value)[1] is not None
+
+
+def derivative_of_backward() -> bool:
+    """Whether a derivative of what a backward computes may be asked for; it is then computed in plain PyTorch."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
+
+
+def clip_range(clip: Any, x: Tensor | None = None) -> tuple[Bound, Bound]:
+    """(low, high) of a clip argument for images x (N,C,H,W); None is no clip.
+
+    Two floats; or, where either is given per channel, two tensors (1,C,1,1) in the dtype of x. Without x two floats
+    are all it takes.
+    """
     if clip is None:
         return -math.inf, math.inf
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be (low, high) or None, got {clip!r}")
-    low, high = (
-        value if type(value) is float else float(value) if isinstance(value, numbers.Real) else math.nan
-        for value in clip
-    )
+    low, high = clip
+    if not (type(low) is type(high) is float):
+        if x is not None and (_holds_values(low) or _holds_values(high)):
+            return _channels(low, high, x)
+        low, high = (float(bound) if isinstance(bound, numbers.Real) else math.nan for bound in clip)
     if not low <= high:
-        raise ValueError(f"clip must be two numbers, low <= high, got {clip!r}")
+        takes = "two numbers" if x is None else "two numbers, or a number per channel"
+        raise ValueError(f"clip must be {takes}, low <= high, got {clip!r}")
     return low, high
+
+
+def _holds_values(bound: Any) -> bool:
+    return not isinstance(bound, numbers.Real) and (isinstance(bound, (list, tuple)) or hasattr(bound, "__array__"))
+
+
+def _channels(low: Any, high: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds of a clip as (1,C,1,1), rounded to the compute dtype of x and then to that of x, as the ops round."""
+    bounds = []
+    for bound in (low, high):
+        if not isinstance(bound, Tensor):
+            try:
+                bound = torch.as_tensor(bound, dtype=torch.float64).to(x.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"clip must be two numbers, or a number per channel, got {bound!r}") from error
+        if bound.is_complex() or bound.requires_grad:
+            what = bound.dtype if bound.is_complex() else "one that requires a gradient, which no op has for it"
+            raise TypeError(f"clip must be real and constant, got {what}")
+        if bound.device != x.device:
+            raise ValueError(f"clip must be on the device of the images, {x.device}, got {bound.device}")
+        shape = (1, x.shape[1], 1, 1)
+        try:
+            wide = (bound.view(-1, 1, 1) if bound.ndim == 1 else bound).expand(shape)
+        except RuntimeError:
+            got = tuple(bound.shape)
+            raise ValueError(f"clip must be two numbers, or a number per channel, {shape}, got {got}") from None
+        bounds.append(wide.to(compute_dtype(x)).to(x.dtype))
+    if _readable(bounds[0]) and not bool((bounds[0] <= bounds[1]).all()):
+        raise ValueError(f"clip must have low <= high in every channel, got {low!r} and {high!r}".replace("\n", " "))
+    return bounds[0], bounds[1]
 
 
 def tensor(name: str, value: Any) -> Tensor:
@@ -72,13 +129,11 @@ def tensor(name: str, value: Any) -> Tensor:
 
 
 def images(name: str, value: Any) -> Tensor:
-    """(N,C,H,W), floating, contiguous or channels_last."""
+    """(N,C,H,W), floating; returned contiguous or channels_last, copied where it is neither."""
     tensor(name, value)
     if value.ndim != 4:
         raise ValueError(f"{name} must have shape (N,C,H,W), got {tuple(value.shape)}")
-    if not (value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"{name} must be contiguous or channels_last, got {_strides(value)}")
-    return value
+    return dense(value)
 
 
 def maps(name: str, value: Any) -> Tensor:
@@ -86,7 +141,7 @@ def maps(name: str, value: Any) -> Tensor:
     tensor(name, value)
     if value.ndim != 3 or 0 in value.shape[1:]:
         raise ValueError(f"{name} must have shape (N,h,w), h and w at least 1, got {tuple(value.shape)}")
-    _unshared(name, value)
+    unshared(name, value)
     return value.contiguous()
 
 
@@ -95,7 +150,7 @@ def features(name: str, value: Any) -> Tensor:
     tensor(name, value)
     if value.ndim != 4 or 0 in value.shape[1:]:
         raise ValueError(f"{name} must have shape (N,K,h,w), K, h and w at least 1, got {tuple(value.shape)}")
-    _unshared(name, value)
+    unshared(name, value)
     return value
 
 
@@ -121,6 +176,18 @@ def size_of(size: Any, cam: Tensor) -> tuple[int, int]:
     return height, width
 
 
+def dense(value: Tensor) -> Tensor:
+    """(N,C,H,W) contiguous or channels_last: `value` itself, or a copy where it is neither."""
+    if value.is_contiguous():
+        return value
+    if torch._C._are_functorch_transforms_active():  # a mapped tensor cannot be asked for channels_last
+        return value.contiguous()
+    if value.is_contiguous(memory_format=torch.channels_last):
+        return value
+    # A crop of channels_last images stays so.
+    return value.contiguous(memory_format=torch.channels_last if value.stride(1) == 1 else torch.contiguous_format)
+
+
 def same_format(value: Tensor, other: Tensor) -> Tensor:
     """`value` in the memory format of `other` (contiguous or channels_last); a copy only if it has not."""
     if other.is_contiguous():
@@ -133,22 +200,92 @@ def compute_dtype(value: Tensor) -> torch.dtype:
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
+def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value.to(dtype)`, no call where it would change nothing: torch 2.11 compiles an autograd.Function that ends in
+    such a call to one whose gradients are all zero."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
 def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None:
     """Every value is finite and in [low, high]. Reads CPU tensors; CUDA ones under PART_FAST_CHECK=1."""
+    if _readable(value):
+        _within(name, *_extremes(value), _rounded(low, value), _rounded(high, value))
+
+
+def pixels(name: str, value: Any, clip: Any) -> Tensor:
+    """Images (N,C,H,W) as `images` returns them, within clip where values may be read.
+
+    A value may lie outside by rounding, 1e-6 of the larger bound or of 1: un-normalised images do.
+    """
+    value = images(name, value)
+    low, high = clip_range(clip, value)
     if not _readable(value):
+        return value
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        channels = value.detach().transpose(0, 1).flatten(1)
+        for c, (channel, least, most) in enumerate(zip(channels, low.flatten(), high.flatten(), strict=True)):
+            _within(name, *_extremes(channel), float(least), float(most), True, f" in channel {c}")
+    else:
+        _within(name, *_extremes(value), _rounded(low, value), _rounded(high, value), True)
+    return value
+
+
+def image_units(name: str, eps: float | Tensor, clip: Any, stacklevel: int = 2) -> None:
+    """Warn of an eps larger than the whole range of clip: 8 was written, say, where 8/255 is meant.
+
+    stacklevel: of the warning; 1 is the caller of this function.
+    """
+    low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in clip or (-math.inf, math.inf))
+    if not (_readable(low) and _readable(high) and (not isinstance(eps, Tensor) or _readable(eps))):
         return
-    least, most = (float(bound) for bound in torch.aminmax(value.detach()))
-    low, high = (float(torch.tensor(bound, dtype=value.dtype)) for bound in (low, high))  # 0.6 is more in float32
-    if not (math.isfinite(least) and math.isfinite(most) and low <= least and most <= high):
+    eps = float(eps.detach().max()) if isinstance(eps, Tensor) else eps
+    span = float((high - low).max())
+    if eps > span:
+        warnings.warn(
+            f"{name} is in the units of the images, whose whole range is {span:g}: got {eps:g}; "
+            "8 gray levels of 255 are 8/255",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _rounded(bound: float, value: Tensor) -> float:
+    return float(torch.tensor(bound, dtype=value.dtype))  # 0.6 is more in float32
+
+
+def _extremes(value: Tensor) -> tuple[float, float]:
+    least, most = torch.aminmax(value.detach())
+    return float(least), float(most)
+
+
+def _within(
+    name: str, least: float, most: float, low: float, high: float, rounding: bool = False, where: str = ""
+) -> None:
+    slack = 1e-6 * max(1.0, *(abs(bound) for bound in (low, high) if math.isfinite(bound))) if rounding else 0.0
+    if not (math.isfinite(least) and math.isfinite(most) and low - slack <= least and most <= high + slack):
         takes = f"finite and >= {low:g}" if high == math.inf else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {takes}, got values from {least:g} to {most:g}")
+        if low == -math.inf == -high:
+            takes = "finite"
+        got = f"{_digits(least, low)} to {_digits(most, high)}"
+        raise ValueError(f"{name} must be {takes}{where}, got values from {got}")
 
 
-def labels(name: str, value: Any, x: Tensor, classes: int | None = None) -> Tensor:
-    """Class indices (N,), int64, on the device of the images x; in [0, classes) where values may be read."""
+def _digits(value: float, bound: float) -> str:
+    """A value in as many digits as tell it from its bound."""
+    text = f"{value:g}"
+    return text if value == bound or text != f"{bound:g}" else f"{value:.9g}"
+
+
+def labels(name: str, value: Any, x: Tensor, classes: int | None = None, soft: bool = False) -> Tensor:
+    """Class indices (N,), int64, on the device of the images x; in [0, classes) where values may be read.
+
+    soft: or probabilities (N,classes), floating, whose rows sum to 1, as mixup, cutmix and label smoothing make them.
+    """
+    if soft and isinstance(value, Tensor) and value.is_floating_point():
+        return _probabilities(name, value, x, classes)
+    takes = "an int64 tensor of class indices" + (", or a floating one of probabilities (N,classes)" if soft else "")
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be an int64 tensor of class indices, got {got}")
+        raise TypeError(f"{name} must be {takes}, got {got}")
     if value.shape != x.shape[:1]:
         raise ValueError(f"{name} must have shape ({x.shape[0]},), one class per image, got {tuple(value.shape)}")
     if value.device != x.device:
@@ -174,13 +311,30 @@ def logits(value: Any, x: Tensor) -> Tensor:
     return value
 
 
+def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> Tensor:
+    tensor(name, value)
+    if value.ndim != 2 or len(value) != len(x) or (classes is not None and value.shape[1] != classes):
+        takes = f"({len(x)}, {'classes' if classes is None else classes})"
+        raise ValueError(f"{name} must have shape {takes} if it holds probabilities, got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+    values(name, value, 0)
+    if _readable(value):
+        least, most = _extremes(value.double().sum(1))
+        slack = 1e-3 if value.element_size() >= 4 else 2e-2  # each of a row's values has rounded by up to 0.4% of it
+        if not (1 - slack <= least and most <= 1 + slack):
+            raise ValueError(f"{name} must have rows that sum to 1, got sums from {least:g} to {most:g}")
+    return value
+
+
 def _readable(value: Tensor) -> bool:
-    if value.numel() == 0 or torch.compiler.is_compiling():
+    if value.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return value.device.type == "cpu" or os.environ.get("PART_FAST_CHECK") == "1"
 
 
-def _unshared(name: str, value: Tensor) -> None:
+def unshared(name: str, value: Tensor) -> None:
+    """No two elements of `value` lie at one place in memory, as those of an expanded tensor do."""
     if value.is_contiguous():  # the usual case, and quick to tell
         return
     dims = sorted((s, d) for s, d in zip(value.stride(), value.shape, strict=True) if d > 1)

@@ -21,7 +21,7 @@ import tyro
 
 import part_fast
 from part_fast import backends
-from part_fast.config import PRESETS, TrainConfig, parse_number, preset, read_config
+from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
 
 
 @dataclass
@@ -187,6 +187,8 @@ class Bench:
     """One or two cases of each op, or a small network; fewer rounds."""
     rounds: int | None = None
     """Rounds, each of which times everything once; default: 21 for ops, 7 for step, with --quick 7 and 3."""
+    threads: tuple[int, ...] = ()
+    """ops: of a CPU; each case is measured with each number; default: as many as torch has."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -205,7 +207,7 @@ class Bench:
             "rounds": self.rounds,
             "overwrite": self.overwrite,
         }
-        of_ops: dict[str, Any] = {"only": self.only}
+        of_ops: dict[str, Any] = {"only": self.only, "threads": self.threads}
         of_step: dict[str, Any] = {
             "models": self.models,
             "batch_size": self.batch_size,
@@ -321,6 +323,8 @@ COMMANDS: dict[str, type[Command]] = {
     "info": Info,
 }
 
+SWITCH: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
+
 _registry = tyro.constructors.ConstructorRegistry()
 
 
@@ -336,6 +340,36 @@ def _fractions(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
         is_instance=lambda value: isinstance(value, float | int),
         str_from_instance=lambda value: [_as_written(value)],
     )
+
+
+@_registry.primitive_rule
+def _switches(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """on, off or auto."""
+    if info.type != Switch:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{on,off,auto}",
+        choices=tuple(SWITCH),
+        instance_from_str=lambda arguments: SWITCH[arguments[0]],
+        is_instance=lambda value: value in SWITCH.values(),
+        str_from_instance=lambda value: [next(name for name, meant in SWITCH.items() if meant == value)],
+    )
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """A switch given as a flag, with its value: --cuda-graph, --no-cuda-graph."""
+    found: list[str] = []
+    for i, argument in enumerate(arguments):
+        flag = argument.replace("_", "-")
+        following = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if flag == "--no-cuda-graph":
+            found += ["--cuda-graph", "off"]
+        elif flag == "--cuda-graph" and following.startswith("-"):
+            found += ["--cuda-graph", "on"]
+        else:
+            found.append(argument)
+    return found
 
 
 def _names(text: str) -> list[str]:
@@ -384,7 +418,9 @@ def _parse(command: str, arguments: list[str]) -> Command:
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
     kind = COMMANDS[command]
-    default = Train(_starting_config(arguments), out=tyro.MISSING) if kind is Train else None
+    default = None
+    if kind is Train:
+        default, arguments = Train(_starting_config(arguments), out=tyro.MISSING), _spelled_out(arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

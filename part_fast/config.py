@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,9 @@ WEIGHTED = ("part", "part-t", "part-m")
 ATTACKS = ("pgd", "mma")
 SCHEDULES = ("piecewise", "cosine", "cyclic")
 CYCLIC_PEAK = 0.4  # of the epochs; Wong et al., "Fast is better than free", ICLR 2020
+
+
+Switch = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,17 @@ class TrainConfig:
     average: str = "none"
     """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
     ends of epochs, from that one on, counted from 1)."""
-    precision: str = "fp32"
-    """Of convolutions and linear layers: fp32, bf16, or fp16 (CUDA)."""
+    precision: str = "auto"
+    """Of convolutions and linear layers: fp32, bf16, fp16 (CUDA), or auto: on CUDA bf16 where the card multiplies in
+    it, else fp32."""
+    tf32: bool = True
+    """On CUDA, leave torch's TF32 as it is (by default float32 convolutions have it); --no-tf32: float32 in float32."""
     compile: bool = False
     """Run the attack's forward and backward by torch.compile."""
-    cuda_graph: bool = False
-    """Capture the steps of the attack as a CUDA graph."""
+    cuda_graph: Switch = "auto"
+    """Capture the steps of the attack as a CUDA graph: on (also by the flag alone), off, or auto: on CUDA."""
+    deterministic: bool = False
+    """Run algorithms alone that repeat their results; without it the fastest are found by timing on CUDA."""
     pgd_test_size: int = 500
     """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
     seed: int = 0
@@ -126,7 +134,9 @@ class TrainConfig:
         _known("schedule", self.schedule, SCHEDULES)
         if self.released and self.schedule != "piecewise":
             raise ValueError(f"released takes schedule piecewise, got {self.schedule!r}")
-        _known("precision", self.precision, PRECISIONS)
+        _known("precision", self.precision, (*PRECISIONS, "auto"))
+        if self.cuda_graph not in (True, False, "auto"):
+            raise ValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
         self.averaging  # noqa: B018 - which checks it
         if self.refresh_epochs and self.mask_rule == "soft":
             raise ValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
@@ -134,6 +144,7 @@ class TrainConfig:
             eps_pair(self.eps, self.eps_low)
         for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
             checks.number(name, getattr(self, name), 0)
+        checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "accumulate"):
@@ -148,6 +159,16 @@ class TrainConfig:
             checks.count("lr_drops", epoch)
         if self.warmup_epochs > self.epochs:
             raise ValueError(f"warmup_epochs must be <= epochs, {self.epochs}, got {self.warmup_epochs}")
+
+    def on(self, device: torch.device, like: TrainConfig | None = None) -> TrainConfig:
+        """This configuration with what is "auto" chosen: as in the run `like`, else for `device`, an existing one."""
+        precision, cuda_graph = self.precision, self.cuda_graph
+        if precision == "auto":
+            fast = "bf16" if device.type == "cuda" and _multiplies_bf16(device) else "fp32"
+            precision = fast if like is None else like.precision
+        if cuda_graph == "auto":
+            cuda_graph = device.type == "cuda" if like is None else like.cuda_graph
+        return dataclasses.replace(self, precision=precision, cuda_graph=cuda_graph)
 
     @property
     def refresh_epochs(self) -> int:
@@ -276,6 +297,11 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def parse_number(text: str) -> float:

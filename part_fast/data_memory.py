@@ -145,8 +145,8 @@ def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images as float32 in [0,1]. Equivalent to: `images.float() / 255`."""
-    return images.to(torch.float32).div_(255)
+    """Images in [0,255], uint8 or any dtype, as new float32 ones in [0,1]. Equivalent to: `images.float() / 255`."""
+    return images.to(torch.float32, copy=True).div_(255)
 
 
 @dataclass(frozen=True)

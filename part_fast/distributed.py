@@ -11,9 +11,11 @@ from torch import Tensor
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started, by nccl on GPUs and gloo elsewhere; gives this process its device.
+    """Join the processes that torchrun started; gives this process its device.
 
-    They part when the process ends: torch cannot join twice. Errors: ValueError for more processes than GPUs.
+    What lies on a GPU goes by nccl, what lies on a CPU by gloo, in one group. They part when the process ends: torch
+    cannot join twice. Errors: ValueError for more processes than GPUs, and for a group that somebody made before and
+    that does not take tensors of both.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
@@ -23,9 +25,17 @@ def join(device: torch.device) -> torch.device:
             raise ValueError(f"torchrun takes as many processes as there are GPUs, {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+    by = {"cpu": "gloo", "cuda": "nccl"} if device.type == "cuda" else {"cpu": "gloo"}
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(",".join(f"{kind}:{name}" for kind, name in by.items()))
         atexit.register(dist.destroy_process_group)
+    there = dist.get_backend_config()
+    missing = [kind for kind in by if f"{kind}:" not in there]
+    if missing:
+        raise ValueError(
+            f"the process group must take {' and '.join(by)} tensors, such as init_process_group('cpu:gloo,cuda:nccl'), "
+            f"got {there!r}"
+        )
     return device
 
 
@@ -55,8 +65,7 @@ def same_(value: Tensor) -> Tensor:
 
 def barrier() -> None:
     """Wait until all processes are here."""
-    if size() > 1:
-        dist.barrier()
+    sum_(torch.zeros(()))  # on the CPU: dist.barrier() would choose a device by itself, and wait for the GPU
 
 
 def shares(n: int) -> range:

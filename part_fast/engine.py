@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn
+from torch.optim.swa_utils import AveragedModel
+from torch.profiler import record_function
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
@@ -28,6 +29,7 @@ class Engine:
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, *, load: bool = True) -> None:
+        config = config.on(device)
         self.config, self.device = config, device
         model = build_model(config.model, num_classes)
         if config.init is not None and load:
@@ -35,7 +37,7 @@ class Engine:
         # As in the copy that is attacked, and as GPUs multiply half precision.
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attack_model = AttackModel(
-            self.model, precision=config.precision, compile=config.compile, cuda_graph=config.cuda_graph
+            self.model, precision=config.precision, compile=config.compile, cuda_graph=bool(config.cuda_graph)
         )
         self.budget = CamBudget(
             self.attack_model,
@@ -53,12 +55,7 @@ class Engine:
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        kind, decay = config.averaging
-        self.averaged: AveragedModel | None = None
-        if kind != "none":
-            # Not torch's function for many tensors: BatchNorm's integer counters stop it.
-            average = get_ema_avg_fn(decay) if kind == "ema" else get_swa_avg_fn()
-            self.averaged = AveragedModel(self.model, avg_fn=average, use_buffers=True)
+        self.averaged = None if config.averaging[0] == "none" else AveragedModel(self.model, use_buffers=True)
         self.trained: nn.Module = self.model
         if distributed.size() > 1:
             # Methods forward twice before one backward, which buffers broadcast in between would break. The argument
@@ -71,6 +68,7 @@ class Engine:
         self._group = 0
         self._last = True
 
+    @record_function("part_fast: optimizer")
     def begin(self, done: int, total: int, epoch: int) -> None:
         """Before a batch; `done` of this process's `total` images of the epoch are behind it."""
         every = self.config.batch_size * self.config.accumulate
@@ -95,9 +93,10 @@ class Engine:
 
     def backward(self, loss: Tensor, images: int) -> None:
         """Gradients of the mean loss of so many images, as their share of the update's."""
-        with torch.autocast(self.device.type, enabled=False):
+        with record_function("part_fast: training backward"), torch.autocast(self.device.type, enabled=False):
             self.scaler.scale(loss * (images / self._group)).backward()
 
+    @record_function("part_fast: optimizer")
     def end(self) -> None:
         """After a batch: the update, if it was the last one of it."""
         if not self._last:
@@ -105,8 +104,9 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.attack_model.tell()
-        if self.averaged is not None and self.config.averaging[0] == "ema":
-            self.averaged.update_parameters(self.model)
+        kind, decay = self.config.averaging
+        if self.averaged is not None and kind == "ema":
+            self._average(self.averaged, 1 - decay)
 
     def end_epoch(self, epoch: int) -> None:
         """After the epoch's last update: the first process's statistics for all, and SWA's average."""
@@ -117,7 +117,30 @@ class Engine:
         if self.averaged is not None and kind == "swa":
             if epoch + 1 <= since:
                 self.averaged.n_averaged.zero_()  # until the mean begins, and where it does, it is the model
-            self.averaged.update_parameters(self.model)
+            self._average(self.averaged, 1 / (1 + int(self.averaged.n_averaged)))
+
+    @torch.no_grad()
+    def _average(self, averaged: AveragedModel, weight: float) -> None:
+        """Move the averaged model by `weight` of the way to the model, at first all of it; counters are the model's.
+
+        Not `averaged.update_parameters`, which moves a number to the GPU for every tensor, and waits for it.
+        """
+        weight = weight if averaged.n_averaged else 1.0  # which lies on the CPU
+        pairs = zip(
+            (*averaged.module.parameters(), *averaged.module.buffers()),
+            (*self.model.parameters(), *self.model.buffers()),
+            strict=True,
+        )
+        floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+        counters: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for mean, now in pairs:
+            lists = floating if mean.is_floating_point() else counters
+            lists[0].append(mean)
+            lists[1].append(now)
+        torch._foreach_lerp_(*floating, weight)
+        if counters[0]:
+            torch._foreach_copy_(*counters)
+        averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that goes on in a resumed run."""

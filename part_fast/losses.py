@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from part_fast import attacks, checks
 from part_fast.budget import CamBudget
+from part_fast.checks import Clip
 from part_fast.ops.packed_epsilon import PackedEpsilon
 
 Epsilon = float | Tensor | PackedEpsilon | CamBudget
@@ -25,15 +26,19 @@ def trades_loss(
     distance: str = "l_inf",
     *,
     attack_model: nn.Module | None = None,
+    clip: Clip = (0.0, 1.0),
 ) -> Tensor:
     """TRADES: clean cross-entropy plus beta times the divergence between the clean and the adversarial softmax.
 
-    x_natural: images (N,C,H,W) in [0,1]. y: class indices (N,). optimizer: its gradients are cleared before the
-        forward that trains, as in the published function; None clears nothing.
+    x_natural: images (N,C,H,W) within clip. y: class indices (N,), or probabilities (N,classes), floating, as mixup and
+        label smoothing make them: the loss is then the mean over labels drawn from them.
+    optimizer: its gradients are cleared before the forward that trains, as in the published function; None clears
+        nothing.
     step_size, epsilon: image units. epsilon: a float, a tensor that broadcasts to the images, a PackedEpsilon, or a
         CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway.
     distance: "l_inf".
     attack_model: what is attacked in the model's place, an `AttackModel` of it; default: the model.
+    clip: (low, high), what a pixel may be, as in `pgd`; a CamBudget has a clip of its own.
     The attack starts at x + 0.001 N(0,1) and runs in eval mode. A model in eval mode is put in train mode, as
     published; one in train mode keeps what its submodules have (frozen BatchNorm, say). The clean batch is
     forwarded once, where the published loop does it twice: the loss and its gradient are the same, and
@@ -44,7 +49,7 @@ def trades_loss(
     Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, eq. 5.
     Errors: TypeError or ValueError that names the argument.
     """
-    beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance)
+    x_natural, beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance, clip)
     eps: float | Tensor | PackedEpsilon
     if isinstance(epsilon, CamBudget):
         eps, clean = epsilon.with_logits(x_natural)
@@ -52,7 +57,7 @@ def trades_loss(
         eps = epsilon
         clean = attacks.clean_logits(attack_model or model, x_natural.detach())
     loss = attacks.objective("kl", clean)
-    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, *loss)
+    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, clip, *loss)
     _begin(model, optimizer)
     logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
     return trades_objective(logits, logits_adv, y, beta)
@@ -61,11 +66,12 @@ def trades_loss(
 def trades_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
     """TRADES's loss, a scalar, from clean and adversarial logits (N,classes); gradients flow through both.
 
+    y: class indices (N,) or probabilities (N,classes).
     Source: Zhang et al., ICML 2019, eq. 5.
     """
     logits, logits_adv = logits.float(), logits_adv.float()
     divergence = F.kl_div(logits_adv.log_softmax(1), logits.softmax(1), reduction="batchmean")
-    return F.cross_entropy(logits, y) + beta * divergence
+    return F.cross_entropy(logits, attacks.as_target(y)) + beta * divergence
 
 
 def mart_loss(
@@ -80,6 +86,7 @@ def mart_loss(
     distance: str = "l_inf",
     *,
     attack_model: nn.Module | None = None,
+    clip: Clip = (0.0, 1.0),
 ) -> Tensor:
     """MART: boosted cross-entropy on the adversarial images plus a divergence weighted by the clean error.
 
@@ -91,10 +98,10 @@ def mart_loss(
     Source: Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020,
     eq. 10.
     """
-    beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance)
+    x_natural, beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance, clip)
     eps = epsilon(x_natural) if isinstance(epsilon, CamBudget) else epsilon
     loss = attacks.objective("ce")
-    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, *loss)
+    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, clip, *loss)
     _begin(model, optimizer)
     logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
     return mart_objective(logits, logits_adv, y, beta)
@@ -103,33 +110,59 @@ def mart_loss(
 def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
     """MART's loss, a scalar, from clean and adversarial logits (N,classes); gradients flow through both.
 
+    y: class indices (N,); or probabilities (N,classes), with which it is the mean over labels drawn from them, as mixup
+    weighs the losses of its two labels.
     The small constants that keep logarithms finite are those of the authors' code.
     Source: Wang et al., ICLR 2020, eq. 7 to 10.
     """
     logits, logits_adv = logits.float(), logits_adv.float()
     probs, probs_adv = logits.softmax(1), logits_adv.softmax(1)
-    most_likely_wrong = probs_adv.detach().scatter(1, y[:, None], -1.0).argmax(1)
-    boosted = F.cross_entropy(logits_adv, y) + F.nll_loss((1.0001 - probs_adv + 1e-12).log(), most_likely_wrong)
+    if y.is_floating_point():
+        y = y.float()
+        first, second = probs_adv.detach().topk(2, dim=1).indices.unbind(1)
+        # The most likely wrong class is the first one, for all labels but that itself.
+        of_first = y.gather(1, first[:, None])[:, 0]
+        wrong = _confidence(probs_adv, first) * (y.sum(1) - of_first) + _confidence(probs_adv, second) * of_first
+        clean_error = (y * (1.0000001 - probs)).sum(1)
+    else:
+        wrong = _confidence(probs_adv, probs_adv.detach().scatter(1, y[:, None], -1.0).argmax(1))
+        clean_error = 1.0000001 - probs.gather(1, y[:, None])[:, 0]
+    boosted = F.cross_entropy(logits_adv, attacks.as_target(y)) + wrong.mean()
     divergence = F.kl_div((probs_adv + 1e-12).log(), probs, reduction="none").sum(1)
-    clean_error = 1.0000001 - probs.gather(1, y[:, None])[:, 0]
     return boosted + beta * (divergence * clean_error).mean()
 
 
+def _confidence(probs: Tensor, label: Tensor) -> Tensor:
+    """-log(1 - p) of each image's class `label` (N,): large where it is sure of it."""
+    return F.nll_loss((1.0001 - probs + 1e-12).log(), label, reduction="none")
+
+
 def _check(
-    model: nn.Module, x: Tensor, y: Tensor, optimizer: object, epsilon: Epsilon, steps: int, beta: float, distance: str
-) -> float:
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    optimizer: object,
+    epsilon: Epsilon,
+    steps: int,
+    beta: float,
+    distance: str,
+    clip: Clip,
+) -> tuple[Tensor, float]:
+    """The images contiguous or channels_last, and beta."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if optimizer is not None and not hasattr(optimizer, "zero_grad"):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     if distance != "l_inf":
         raise ValueError(f"distance must be 'l_inf', got {distance!r}")
-    attacks.check_images(x, 0.0 if isinstance(epsilon, CamBudget) else epsilon, (0.0, 1.0), name="x_natural")
+    x = attacks.check_images(
+        x, 0.0 if isinstance(epsilon, CamBudget) else epsilon, clip, name="x_natural", stacklevel=4
+    )
     if x.shape[0] == 0:
         raise ValueError("x_natural must hold at least one image: the loss of an empty batch is not defined")
-    checks.labels("y", y, x)
+    checks.labels("y", y, x, soft=True)
     checks.count("perturb_steps", steps)
-    return checks.number("beta", beta, 0)
+    return x, checks.number("beta", beta, 0)
 
 
 def _attack(
@@ -139,12 +172,14 @@ def _attack(
     eps: float | Tensor | PackedEpsilon,
     step_size: float,
     steps: int,
+    clip: Clip,
     loss: attacks.Loss,
     extra: tuple[Tensor, ...],
 ) -> Tensor:
     x = x.detach()
     x_adv = x + (0.001 * torch.randn_like(x, dtype=checks.compute_dtype(x))).to(x.dtype)
-    return attacks.ascend(model, x_adv, x, y, eps, step_size, steps, loss, extra).clamp_(0, 1)
+    x_adv = attacks.ascend(model, x_adv, x, y, eps, step_size, steps, loss, extra, clip=clip)
+    return x_adv.clamp_(*checks.clip_range(clip, x))
 
 
 def _begin(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

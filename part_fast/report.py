@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import part_fast
-from part_fast import backends
+from part_fast import backends, precision
 
 # Okabe and Ito's palette: tells apart for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
@@ -61,6 +61,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "tf32": precision.tf32(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backends": {device: backends.available_backends(device) for device in devices},
         "not_available": {
@@ -72,12 +73,14 @@ def environment() -> dict[str, Any]:
 
 def environment_text(record: Mapping[str, Any]) -> str:
     """The lines that `part-fast info` prints of `environment()`."""
+    tf32 = [name.replace("_", " ") for name, used in record["tf32"].items() if used]
     lines = [
         f"part_fast {record['part_fast']}" + (f" (commit {record['commit']})" if record["commit"] else ""),
         f"torch     {record['torch']}, CUDA {record['cuda'] or 'none'}, Python {record['python']}",
         f"system    {record['system']}",
         f"CPU       {record['cpu']}, {record['cpu_capability']}, {record['threads']} threads",
         f"GPU       {', '.join(record['gpus']) or 'none'}",
+        f"TF32      on CUDA float32 is multiplied in it by {' and '.join(tf32) or 'nothing'}",
         "",
     ]
     for device, names in record["backends"].items():

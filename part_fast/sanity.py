@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from part_fast.attacks import clean_logits, cross_entropy, margin, pgd
 from part_fast.eval_mode import eval_mode
+from part_fast.precision import full_float32
 
 # Directions tried by the random search, and restarts by the gradient attack: a gradient that says anything beats
 # 100 random corners of the cube, and one start is as good as five where the loss is smooth.
@@ -85,7 +86,7 @@ def gradient_flags(
 def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
     """What reduced precision does to the input gradients of the cross-entropy, which PGD reads the signs of.
 
-    model: in full precision. fast: the same in another. x: images (N,C,H,W). y: class indices (N,).
+    model: in full precision, which on CUDA means without TF32 here. fast: the same in another, as it runs. x: images (N,C,H,W). y: class indices (N,).
     Returns: zero_gradients, the share of values that are exactly zero by `fast` and not by `model`; sign_agreement, the
     share of those that are not zero by `model` whose sign is the same.
     """
@@ -96,7 +97,9 @@ def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) 
             (grad,) = torch.autograd.grad(cross_entropy(of(leaf), y).sum(), leaf)
         return grad
 
-    exact, reduced = gradient(model), gradient(fast)
+    with full_float32():
+        exact = gradient(model)
+    reduced = gradient(fast)
     same = ((exact > 0) & (reduced > 0)) | ((exact < 0) & (reduced < 0))
     return {
         "zero_gradients": float(((reduced == 0) & (exact != 0)).float().mean()),

@@ -26,6 +26,7 @@ from part_fast.engine import Engine
 from part_fast.evaluate import AttackSettings, correct, evaluation_data
 from part_fast.losses import mart_loss, mart_objective, trades_loss, trades_objective
 from part_fast.mask_bank import MaskBank
+from part_fast.precision import algorithms, full_float32
 from part_fast.sanity import agreement_warning, gradient_agreement
 
 STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.safetensors"
@@ -69,6 +70,7 @@ def train(
     config.check()
     device = distributed.join(find_device(config.device))
     main = distributed.rank() == 0
+    config = config.on(device, like=read_config(out) if resume else None)
     check_folder(config, out, resume, overwrite)
     distributed.barrier()  # nobody writes before everybody has checked
     torch.manual_seed(config.seed)
@@ -96,6 +98,7 @@ def train(
         if rows:
             export(out, engine, rows)  # the run may have been stopped between its state and these
     with (
+        algorithms(device, tf32=config.tf32, deterministic=config.deterministic),
         tqdm(
             total=config.epochs * len(data),
             initial=len(rows) * len(data),
@@ -314,7 +317,8 @@ def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool
         for pattern in RUN_FILES + DERIVED:
             for path in out.glob(pattern):
                 path.unlink()
-    environment = report.environment()
+    with contextlib.nullcontext() if config.tf32 else full_float32():
+        environment = report.environment()
     if resume:
         first = json.loads((out / "environment.json").read_text())
         environment = {**first, "resumed": [*first.get("resumed", []), environment]}

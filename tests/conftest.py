@@ -7,6 +7,7 @@ its own, because Triton decides at import whether it interprets: `TRITON_INTERPR
 import dataclasses
 import functools
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -190,6 +191,26 @@ def assert_format(result: Tensor, like: Tensor) -> None:
             assert result.is_contiguous(memory_format=memory_format), (result.stride(), like.stride())
 
 
+# Images in the ways that people slice them, none contiguous or channels_last.
+STRIDED = {
+    "gray, expanded": lambda n, c, h, w: torch.rand(n, 1, h, w).expand(n, c, h, w),
+    "one image, expanded": lambda n, c, h, w: torch.rand(1, c, h, w).expand(n, c, h, w),
+    "crop": lambda n, c, h, w: torch.rand(n, c, h + 3, w + 5)[..., 1 : h + 1, 2 : w + 2],
+    "crop of channels_last": lambda n, c, h, w: torch.rand(n, h + 3, w + 5, c)[:, 1 : h + 1, :w].permute(0, 3, 1, 2),
+    "RGB of RGBA": lambda n, c, h, w: torch.rand(n, c + 1, h, w)[:, :c],
+    "every second image": lambda n, c, h, w: torch.rand(2 * n, c, h, w)[::2],
+    "every second column": lambda n, c, h, w: torch.rand(n, c, h, 2 * w)[..., ::2],
+    "mirrored axes": lambda n, c, h, w: torch.rand(n, c, w, h).transpose(2, 3),
+}
+
+
+def strided(kind: str, shape: tuple[int, int, int, int], device: str = "cpu") -> Tensor:
+    """Images in [0,1] of that kind and shape, with their strides."""
+    value = STRIDED[kind](*shape)
+    assert not any(value.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
+    return value if device == "cpu" else torch.empty_strided(shape, value.stride(), device=device).copy_(value)
+
+
 EPS = 8 / 255
 EPS_LOW = 3 / 255
 EPS_FORMS = (
@@ -290,9 +311,6 @@ BAD_IMAGES = [
     (torch.zeros(2, 3, 4, 4, dtype=torch.complex64), TypeError, "torch.complex64"),
     (torch.zeros(3, 4, 4), ValueError, "(3, 4, 4)"),
     (torch.zeros(2, 1, 3, 4, 4), ValueError, "(2, 1, 3, 4, 4)"),
-    (torch.zeros(2, 3, 4, 8)[..., ::2], ValueError, "strides (96, 32, 8, 2)"),
-    (torch.zeros(2, 1, 4, 4).expand(2, 3, 4, 4), ValueError, "strides (16, 0, 4, 1)"),
-    (torch.zeros(1, 3, 4, 4).expand(2, 3, 4, 4), ValueError, "strides (0, 16, 4, 1)"),
 ]
 UNLIKE_IMAGES = [
     (torch.zeros(1, 3, 4, 4), ValueError, "(1, 3, 4, 4)"),
@@ -309,6 +327,8 @@ BAD_EPS = [
     (torch.ones(2, 3, 4, 4, dtype=torch.uint8), TypeError, "torch.uint8"),
     (torch.ones(2, 3, 4, 4, dtype=torch.int32), TypeError, "torch.int32"),
     (torch.ones(2), ValueError, "(2,)"),
+    (torch.ones(4), ValueError, "(4,)"),  # N or W, either way what was meant is not said
+    (torch.ones(4, 1), ValueError, "(4, 1)"),
     (torch.ones(3, 1, 4, 4), ValueError, "(3, 1, 4, 4)"),
     (torch.ones(2, 2, 4, 4), ValueError, "(2, 2, 4, 4)"),
     (torch.ones(1, 2, 3, 4, 4), ValueError, "(1, 2, 3, 4, 4)"),
@@ -362,6 +382,28 @@ def assert_error(call: Callable[[], object], argument: str, error: type[Exceptio
     assert message.startswith(f"{argument} must ")
     assert got in message
     assert "\n" not in message
+
+
+def repeated_halfword_adds(ptx: str) -> list[tuple[str, str]]:
+    """(kernel, constant) where a kernel has two additions of one constant to pairs of 16-bit integers.
+
+    ptxas of CUDA 12.9 and 13.0 can turn the second of them into an addition of 0 on sm_90 (triton issue 11581), which
+    no run of the PTX shows.
+    """
+    found = []
+    for part in re.split(r"\.entry\s+", ptx)[1:]:
+        kernel = re.match(r"\w+", part)[0]  # type: ignore[index]
+        held = dict(re.findall(r"\bmov\.[bus]32\s+(%\w+),\s*(-?\d\w*);", part))
+        seen = set()
+        for operands in re.findall(r"\badd\.[us]16x2\s+%\w+,\s*([^;]+);", part):
+            for operand in operands.replace(" ", "").split(","):
+                constant = held.get(operand, operand)
+                if not constant.startswith("%"):
+                    value = int(constant, 0) % 2**32
+                    if value in seen:
+                        found.append((kernel, constant))
+                    seen.add(value)
+    return found
 
 
 def keys_matrix(size_in: int, size_out: int) -> np.ndarray:

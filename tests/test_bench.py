@@ -28,17 +28,19 @@ def _uncompiled(monkeypatch):
 
 def small_cases():
     steps = [
-        bench.step_case(op, (2, 3, 5, 5), dtype, packed)
+        bench.step_case(op, (2, 3, 5, 5), dtype, packed, layout)
         for op in ("pgd_step", "pgd_step_", "project_linf")
         for dtype in (FLOAT, HALF)
         for packed in (False, True)
+        for layout in bench.LAYOUTS
     ]
     maps = [bench.map_case("upsample_cam", (3, 4, 4), (9, 8), "")]
     for op in ("cam_mask", "epsilon_map"):
         maps += [bench.map_case(op, (3, 4, 4), (9, 8), rule) for rule in ("zscore", "released", "quantile:0.3")]
     maps.append(bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "soft"))
     maps.append(bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "zscore", packed=True))
-    return steps + [bench.cam_case((2, 6, 4, 4), dtype) for dtype in (FLOAT, HALF)] + maps
+    cams = [bench.cam_case((2, 6, 4, 4), dtype, layout) for dtype in (FLOAT, HALF) for layout in bench.LAYOUTS]
+    return steps + cams + maps
 
 
 def providers(case, **changed):
@@ -54,8 +56,9 @@ def test_cases_cover_every_op_at_its_shapes():
     for op in ("pgd_step", "pgd_step_", "project_linf"):
         names = {case.name for case in cases if case.op == op}
         assert names == {
-            f"{op} {shape} eps {form} {dtype}"
+            f"{op} {shape} {layout}, eps {form} {dtype}"
             for shape in ("128x3x32x32", "128x3x64x64", "512x3x128x128")
+            for layout in bench.LAYOUTS
             for form in ("(N,1,H,W)", "packed")
             for dtype in ("float32", "bfloat16")
         }
@@ -256,12 +259,15 @@ def test_rows():
 
 
 def test_ratios():
-    def row(provider, median):
-        return {"op": "cam", "shape": "s", "dtype": "float32", "provider": provider, "median_us": median}
+    def row(provider, median, threads=None):
+        return {**case, "threads": threads, "provider": provider, "median_us": median}
 
+    case = {"op": "cam", "shape": "s", "dtype": "float32"}
     found = bench.ratios([row("copy", 1.0), row("reference", 8.0), row("triton", 4.0), row("cuda", 2.0)])
-    assert found == [{"op": "cam", "shape": "s", "dtype": "float32", "backend": "cuda", "copy": 0.5, "reference": 4.0}]
+    assert found == [{**case, "threads": None, "backend": "cuda", "copy": 0.5, "reference": 4.0}]
     assert bench.ratios([row("copy", 1.0), row("reference", 8.0)]) == []
+    both = bench.ratios([row("reference", 8.0, 1), row("cpp", 4.0, 1), row("reference", 8.0, 2), row("cpp", 2.0, 2)])
+    assert [(each["threads"], each["reference"]) for each in both] == [(1, 2.0), (2, 4.0)]
 
 
 def test_command_writes_table_csv_plot_and_environment(tmp_path, capsys):
@@ -282,16 +288,26 @@ def test_command_writes_table_csv_plot_and_environment(tmp_path, capsys):
         assert len(list(csv.DictReader(file))) == (2 if "cpp" in part_fast.available_backends() else 0)
     record = json.loads((out / "environment.json").read_text())
     assert record["torch"] == torch.__version__
-    assert record["bench"] == {"device": "cpu", "quick": False, "rounds": 2, "ops": ["pgd_step", "epsilon_map"]}
+    assert record["bench"] == {
+        "device": "cpu",
+        "quick": False,
+        "rounds": 2,
+        "ops": ["pgd_step", "epsilon_map"],
+        "threads": [torch.get_num_threads()],
+    }
     with Image.open(out / "ops.png") as picture:
         assert min(picture.size) > 200
         assert len(set(picture.convert("RGB").resize((64, 64)).get_flattened_data())) > 3
 
     with pytest.raises(ValueError, match=r"^out must be .*ops\.csv.*--overwrite$"):
         bench.ops(out, device="cpu", rounds=1, cases=[STEP])
-    bench.ops(out, device="cpu", rounds=1, cases=[STEP], overwrite=True)
+    before = torch.get_num_threads()
+    bench.ops(out, device="cpu", rounds=1, threads=[1, 2], cases=[STEP], overwrite=True)
     with (out / "ops.csv").open() as file:
-        assert {row["op"] for row in csv.DictReader(file)} == {"pgd_step"}
+        written = list(csv.DictReader(file))
+    assert {row["op"] for row in written} == {"pgd_step"}
+    assert [row["threads"] for row in written if row["provider"] == "reference"] == ["1", "2"]
+    assert torch.get_num_threads() == before
 
 
 def test_command_shows_nothing_of_an_op_with_a_mismatch(tmp_path, capsys):
@@ -307,6 +323,7 @@ def test_command_shows_nothing_of_an_op_with_a_mismatch(tmp_path, capsys):
     [
         ({"only": ["pgd"]}, "only must name ops among pgd_step, .*, got pgd$"),
         ({"rounds": 0}, "rounds must be >= 1, got 0$"),
+        ({"threads": [2, 0]}, "threads must be >= 1, got 2, 0$"),
         ({"device": "mps"}, "device takes auto, cpu, cuda or cuda:N, got 'mps'$"),
         ({"device": "gpu"}, "device takes auto, cpu, cuda or cuda:N, got 'gpu'$"),
         ({"cases": [STEP], "only": ["cam"]}, "cases must hold one to measure, got none$"),
@@ -316,6 +333,40 @@ def test_errors(tmp_path, given, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         bench.ops(tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", bench.LAYOUTS)
+def test_inputs_have_the_layout(layout):
+    other = next(name for name in bench.LAYOUTS if name != layout)
+    for case in (
+        bench.step_case("pgd_step", (2, 3, 5, 5), HALF, False, layout),
+        bench.cam_case((2, 6, 4, 4), FLOAT, layout),
+    ):
+        assert layout in case.name
+        for image in [given for given in case.inputs(CPU, 0) if given.shape[1] > 1]:
+            assert image.is_contiguous(memory_format=bench.LAYOUTS[layout])
+            assert not image.is_contiguous(memory_format=bench.LAYOUTS[other])
+
+
+def test_measuring_gives_providers_from_python_few_inputs(monkeypatch):
+    """On a clock that asks for many sets: seeds 0 to 19 for what a graph holds, the first three for the others."""
+    monkeypatch.setattr(bench.CpuClock, "sets", lambda self, nbytes, captured: 20 if captured else 3)
+    seen = {"reference": set(), "captured": set()}
+    case = dataclasses.replace(STEP, inputs=lambda device, seed: (torch.full((2,), float(seed)),))
+
+    def run(name):
+        return lambda x: seen[name].add(float(x[0])) or x
+
+    bench.measure(
+        case,
+        CPU,
+        1,
+        [
+            bench.Provider("reference", run("reference"), captured=False),
+            bench.Provider("captured", run("captured")),
+        ],
+    )
+    assert seen == {"reference": set(range(3)), "captured": set(range(20))}
 
 
 def test_backends_without_a_kernel_are_left_out():
@@ -369,8 +420,12 @@ def test_gpu_clock_rotates_inputs_and_replays_a_graph(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
     clock = bench.CudaClock(torch.device("cuda"))
-    assert clock.sets(300) == 7  # 2100 bytes: more than twice the 1000 of L2
-    assert clock.sets(10**6) == 2
+    assert clock.sets(300, True) == 7  # 2100 bytes: more than twice the 1000 of L2
+    assert clock.sets(10**6, True) == 2
+    # What Python launches gets few: a hundred sets of PIL's masks would take minutes.
+    assert clock.sets(10, True) == 200
+    assert clock.sets(10, False) == bench.LAUNCHED_SETS == 8
+    assert clock.sets(300, False) == 7
     for captured in (True, False):
         log.clear()
         provider = bench.Provider("any", lambda which: log.append(which), captured=captured)

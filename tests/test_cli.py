@@ -337,7 +337,8 @@ def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
     assert main(["bench", "ops", "--out", str(tmp_path), "--only", "cam", "pgd_step", "--quick"]) == 0
     ((out, flags),) = calls
     assert out == tmp_path
-    assert flags == {"only": ("cam", "pgd_step"), "device": "auto", "quick": True, "rounds": None, "overwrite": False}
+    common = {"device": "auto", "quick": True, "rounds": None, "overwrite": False}
+    assert flags == {"only": ("cam", "pgd_step"), "threads": (), **common}
     assert "bench takes ops or step, got 'speed'" in error_of(capsys, "bench", "speed")
     assert "bench ops takes no --batch-size, --compile" in error_of(capsys, "bench", "--compile", "--batch-size", "4")
 

@@ -23,7 +23,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DTYPES, EPS, EPS_FORMS, EPS_LOW, LAYOUTS, ROOT, lay, make_eps, make_images, with_nan
+from conftest import (
+    DTYPES,
+    EPS,
+    EPS_FORMS,
+    EPS_LOW,
+    LAYOUTS,
+    ROOT,
+    lay,
+    make_eps,
+    make_images,
+    repeated_halfword_adds,
+    with_nan,
+)
 from torch import Tensor
 
 # Modules, not the functions of these names.
@@ -102,6 +114,7 @@ class Recorder:
             if not path.exists():
                 compile_ptx(stem, cc, path)
             text, found = path.read_text(), {}
+            assert not repeated_halfword_adds(text), stem
             for name, parameters in re.findall(r"\.entry\s+(\w+)\(([^)]*)\)", text):
                 sizes = re.findall(r"\.b8\s+\w+\[(\d+)\]", parameters)
                 assert len(sizes) == 1, (name, "takes one struct")

@@ -9,10 +9,13 @@ import textwrap
 
 import pytest
 import torch
+from fake_gpu import gpu  # noqa: F401 - a fixture
 from safetensors.torch import load_file
 
+from part_fast import distributed
 from part_fast.config import TrainConfig
 from part_fast.data import load
+from part_fast.train import epoch_order
 
 # BatchNorm would normalise a batch by the share that each process sees, and starts are drawn by each for its own.
 WORK = """
@@ -164,3 +167,58 @@ def test_an_epoch_is_shared_evenly_and_wholly(monkeypatch):
 def test_the_demo_set_has_what_is_tested_here():
     assert len(load("demo", "train")) >= SETTINGS["train_size"]
     assert {field.name for field in dataclasses.fields(TrainConfig)} >= set(SETTINGS)
+
+
+class Group:
+    """In the place of torch's processes, two: each kind of tensor goes by its backend, or not at all."""
+
+    def __init__(self, monkeypatch, present=None):
+        self.by, self.sent = present, []
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+        monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+        for name, value in {
+            "is_initialized": lambda: self.by is not None,
+            "init_process_group": lambda by: setattr(self, "by", by),
+            "get_backend_config": lambda: self.by,
+            "get_world_size": lambda: 2,
+            "get_rank": lambda: 1,
+            "broadcast": lambda value, source: self.send(value),
+            "all_reduce": self.send,
+            "barrier": lambda: self.send(torch.zeros(1)),
+        }.items():
+            monkeypatch.setattr(distributed.dist, name, value)
+
+    def send(self, value):
+        backends = dict(pair.split(":") for pair in self.by.split(",") if ":" in pair) or {"cuda": self.by}
+        if value.device.type not in backends:
+            raise RuntimeError(f"No backend type associated with device type {value.device.type}")
+        self.sent.append((value.device.type, backends[value.device.type]))
+
+
+def test_cpu_and_gpu_tensors_each_have_their_way(gpu, monkeypatch):  # noqa: F811
+    """An epoch's order is broadcast from the CPU, sums and statistics from the GPU."""
+    group = Group(monkeypatch)
+    assert distributed.join(torch.device("cuda")) == torch.device("cuda", 1)
+    order = epoch_order(9, TrainConfig(), 0)
+    assert len(order) == 5
+    distributed.barrier()
+    distributed.sum_(gpu.put(torch.zeros(())))
+    distributed.same_(gpu.put(torch.zeros(3, dtype=torch.int64)))
+    assert group.sent == [("cpu", "gloo"), ("cpu", "gloo"), ("cuda", "nccl"), ("cuda", "nccl")]
+
+
+def test_processes_on_cpus_need_no_nccl(monkeypatch):
+    group = Group(monkeypatch)
+    assert distributed.join(torch.device("cpu")) == torch.device("cpu")
+    epoch_order(9, TrainConfig(), 0)
+    assert group.sent == [("cpu", "gloo")]
+
+
+@pytest.mark.parametrize(("device", "present"), [("cuda", "cuda:nccl"), ("cuda", "cpu:gloo"), ("cpu", "cuda:nccl")])
+def test_a_group_that_lacks_a_way_is_refused(device, present, monkeypatch):
+    Group(monkeypatch, present)
+    with pytest.raises(ValueError, match=f"the process group must take .* tensors, such as .*, got '{present}'"):
+        distributed.join(torch.device(device))

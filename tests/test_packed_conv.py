@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from part_fast import AttackModel, CamBudget, backends, models
+from part_fast.attack_model.cpu import onednn
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d, residual
 from part_fast.ops import winograd
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch is built without 
 # oneDNN adds up in another order where weights lie otherwise; in bfloat16 a sum that ends beside the middle of two
 # values then rounds to the other one, 2**-8 away.
 NEAR = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
-HAS_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HAS_BF16 = onednn.works(torch.bfloat16)
 WITHOUT_BF16 = "this CPU has no AVX512, without which oneDNN takes no bfloat16 and no such convolution is packed"
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason=WITHOUT_BF16))]
 
@@ -108,6 +109,38 @@ def test_a_second_derivative_is_an_error_and_not_zero():
         torch.autograd.grad(first.sum(), x)
 
 
+@pytest.mark.parametrize("way", ["alone", "with ReLU", "residual"])
+def test_a_backward_through_other_weights_is_an_error_as_in_torch(way):
+    packed, x = PackedConv2d(frozen(16, 16, 3, padding=1)), torch.randn(2, 16, 8, 8, requires_grad=True)
+    run = {
+        "alone": packed,
+        "with ReLU": packed.with_relu,
+        "residual": lambda x: residual(packed, PackedConv2d(frozen(16, 16, 3, padding=1)), x),
+    }[way]
+    expected = torch.autograd.grad(run(x).sum(), x)[0]
+    out = run(x)
+    packed.weight.mul_(4)
+    packed.repack()
+    with pytest.raises(RuntimeError, match="have changed between its forward and its backward"):
+        out.sum().backward()
+    assert not torch.allclose(torch.autograd.grad(run(x).sum(), x)[0], expected)
+
+
+def test_an_attack_model_refreshed_before_its_backward_raises_and_asking_does_not():
+    model, x = models.resnet_small(), torch.rand(2, 3, 16, 16, requires_grad=True)
+    fast = AttackModel(model)
+    out = fast(x)
+    fast(x)  # asks, and finds nothing
+    out.sum().backward()
+    out = fast(x)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    fast(x)
+    with pytest.raises(RuntimeError, match=r"between its forward and its backward|modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_an_empty_batch_copies_and_pickles():
     packed, x = PackedConv2d(frozen(4, 8, 3)), torch.randn(2, 4, 6, 6)
     out = packed(x)
@@ -118,8 +151,8 @@ def test_an_empty_batch_copies_and_pickles():
 
 def test_what_is_not_packed():
     conv = frozen(4, 8, 3)
-    assert PackedConv2d.takes(conv, torch.float32)
-    assert PackedConv2d.takes(conv, torch.bfloat16) == HAS_BF16
+    assert PackedConv2d.takes(conv)
+    assert PackedConv2d.takes(copy.deepcopy(conv).to(torch.bfloat16)) == HAS_BF16
     refused = {
         "float64": copy.deepcopy(conv).double(),
         "another padding": frozen(4, 8, 3, padding=1, padding_mode="reflect"),
@@ -129,7 +162,19 @@ def test_what_is_not_packed():
         "another device": nn.Conv2d(4, 8, 3, device="meta"),
     }
     for what, module in refused.items():
-        assert not PackedConv2d.takes(module, torch.float32), what
+        assert not PackedConv2d.takes(module), what
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bf16_is_computed_in_float32_where_onednn_has_none(has_bf16, monkeypatch):
+    """Torch's own bf16 convolution takes ten times as long on such a CPU."""
+    monkeypatch.setattr(onednn, "works", lambda dtype: has_bf16 or dtype == torch.float32)
+    conv = frozen(16, 16, 1)
+    packed = PackedConv2d(conv, torch.bfloat16)
+    assert packed.dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+    if not has_bf16:
+        x = torch.randn(2, 16, 4, 4)
+        assert torch.equal(packed(x), conv(x))
 
 
 def without_winograd(function, *args):

@@ -73,6 +73,58 @@ def test_cpp_rounds_little_more_than_torch(shape, weight_layout):
         assert error(found, exact) < 5 * error(convolution(values, weight, padding=1), exact) + 1e-6
 
 
+def spread(x, weight):
+    """What is added up to each output, all of it positive: |A| [(|G| |w| |G|) * (|B| |x| |B|)] |A|, and the largest
+    input of its tile."""
+    b, g, a = (matrix.abs() for matrix in winograd._matrices(torch.zeros(1, dtype=torch.float64)))
+    h, w = x.shape[2:]
+    tiles = F.pad(x.abs().double(), (1, 1 + -w % 4, 1, 1 + -h % 4)).unfold(2, 6, 4).unfold(3, 6, 4)
+    inputs = torch.einsum("ay,bx,ncijyx->ncijab", b, b, tiles)
+    weights = torch.einsum("ay,bx,ocyx->ocab", g, g, weight.abs().double())
+    sums = torch.einsum("ya,xb,ncijab,ocab->noiyjx", a, a, inputs, weights).flatten(4, 5).flatten(2, 3)
+    largest = tiles.amax((1, 4, 5)).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    return sums[:, :, :h, :w], largest[:, None, :h, :w]
+
+
+def spiky(scale, channels=64):
+    """Inputs up to `scale`, and in every fourth tile one of 1 that the tile's first output does not see."""
+    x, weight, *_ = made(2, channels, 32, 16, 16)
+    x = x * scale
+    x[:, :, 2::8, 2::8] = 1.0
+    return x, weight
+
+
+@cpp
+@pytest.mark.parametrize("channels", [16, 64, 256])
+@pytest.mark.parametrize("scale", [None, 0.1, 0.01, 0.001])
+def test_rounding_stays_below_its_bound(scale, channels):
+    x, weight = made(2, channels, 32, 16, 16)[:2] if scale is None else spiky(scale, channels)
+    found = winograd.convolve(x, winograd.transform_(None, weight, False), 32)
+    errors = (found.double() - F.conv2d(x.double(), weight.double(), padding=1)).abs()
+    sums, largest = spread(x, weight)
+    unit = 2.0**-24
+    assert (errors <= unit * (channels + 30) * sums).all()
+    # A number in the place of the sums, and what is left of it where roundings are of both signs.
+    total = largest * weight.abs().double().sum((1, 2, 3))[:, None, None]
+    assert (sums <= 205 * total).all()
+    assert (errors <= 8 * unit * total).all()
+
+
+@cpp
+def test_rounding_of_outputs_that_do_not_see_a_spike():
+    """What the docstring says: two to three times torch's without spikes, 40 times with those of 100."""
+    x, weight, *_ = made(2, 64, 32, 16, 16)
+    ratios = []
+    for values, where in ((x, slice(None)), (spiky(0.01)[0], slice(0, None, 8))):
+        exact = F.conv2d(values.double(), weight.double(), padding=1)
+        u = winograd.transform_(None, weight, False)
+        ours, torchs = winograd.convolve(values, u, 32), F.conv2d(values, weight, padding=1)
+        of_ours, of_torchs = ((out.double() - exact)[..., where, where].square().mean() for out in (ours, torchs))
+        ratios.append(float((of_ours / of_torchs).sqrt()))
+    assert 1.5 < ratios[0] < 4
+    assert 20 < ratios[1] < 80
+
+
 @cpp
 def test_bias_sum_relu_and_gates():
     x, weight, other, bias = made(3, 32, 48, 9, 6)

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -43,7 +44,7 @@ def foldable(model: nn.Module) -> tuple[list[tuple[str, str]], str | None]:
     """Names of (convolution, BatchNorm) where the one's output goes to the other alone, and neither is used elsewhere.
 
     model: in eval mode; its forward is traced by torch.fx, which computes nothing, and it is left as it was. The second
-    result says why nothing could be found out, or is None.
+    result says why there are none of them though there are BatchNorms, or is None.
 
     Refused: layers called twice or never; convolutions whose weights are shared, parametrized, or read by name; layers
     with hooks; and BatchNorms that are perhaps chosen among several, as a forward does that draws random numbers, or
@@ -64,7 +65,8 @@ def foldable(model: nn.Module) -> tuple[list[tuple[str, str]], str | None]:
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     # By module, of which one may have several names.
     owners = collections.Counter(id(p) for module in modules.values() for p in module._parameters.values())
-    idle = {norm.num_features for name, norm in modules.items() if isinstance(norm, BATCH_NORMS) and not calls[name]}
+    norms = {name: module for name, module in modules.items() if isinstance(module, BATCH_NORMS)}
+    idle = {norm.num_features for name, norm in norms.items() if not calls[name] and name not in read}
     pairs = []
     for node in nodes:
         bn, before = str(node.target), node.args[0] if node.args else None
@@ -83,7 +85,13 @@ def foldable(model: nn.Module) -> tuple[list[tuple[str, str]], str | None]:
             and not (has_hooks(convolution) or has_hooks(norm))
         ):
             pairs.append((prefix + conv, prefix + bn))
-    return pairs, None
+    if pairs or not norms:
+        return pairs, None
+    return [], (
+        "its forward leaves out BatchNorms that it may choose another time"
+        if idle
+        else "none of them is all that a convolution of its own leads to"
+    )
 
 
 def still_folded(model: nn.Module, pairs: list[tuple[str, str]]) -> bool:
@@ -172,7 +180,9 @@ def trace(model: nn.Module) -> Graph | None:
         if parameter.default is not parameter.empty
     }
     try:
-        graph = _Tracer().trace(model, optional)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of hooks and the like, that they see no tensors
+            graph = _Tracer().trace(model, optional)
         after = [dict(part.__dict__) for part in parts]
     finally:
         for part, attributes in zip(parts, before, strict=True):

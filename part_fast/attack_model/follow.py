@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import operator
 import os
 import weakref
 from collections.abc import Iterator
@@ -46,6 +47,7 @@ class Watch:
 
     def take(self) -> None:
         """Remember the model as it is now."""
+        self._other = False
         self._take_objects()
         self.take_values()
 
@@ -62,10 +64,12 @@ class Watch:
         """What has changed since `take`, and which plain attributes: (module, attribute)."""
         change = Change.NOTHING
         attributes: list[tuple[str, str]] = []
-        if self._identities() != self._ids:
+        if not self._other and not self._same_objects():
             change, attributes = self._compare_objects()
-            if change is not Change.STRUCTURE:
-                self._take_objects()
+            self._told |= change is Change.VALUES  # until they are taken
+            self._other = change is Change.STRUCTURE
+        if self._other:
+            return Change.STRUCTURE, []
         if change is Change.NOTHING and self._values_changed():
             change = Change.VALUES
         return change, attributes
@@ -86,8 +90,8 @@ class Watch:
         dicts = [value for value in self.attributes.values() if type(value) is dict]
         self._walked: tuple[list[Any], list[Any]] = ([*tables, *dicts], lists)
         self._contents = {key: _content(value) for key, value in self.attributes.items()}
-        self._ids = self._identities()
-        # Held, so that no other object gets the identity of one of them.
+        # Held, so that none of them is another object at the same address.
+        self._objects = list(self._now())
         self._registered = {
             (name, kind, key): value
             for name, module in self._modules.items()
@@ -95,13 +99,19 @@ class Watch:
             for key, value in getattr(module, kind).items()
         }
         self._kinds = {key: _kind(value) for key, value in self._registered.items()}
-        tensors = [v for v in (*self._registered.values(), *self.attributes.values()) if isinstance(v, Tensor)]
+        every = flat([*self._registered.values(), *self.attributes.values()])
+        tensors = [value for value in every if isinstance(value, Tensor) and not _is_result(value)]
         self._tensors = list({id(tensor): tensor for tensor in tensors}.values())
 
-    def _identities(self) -> list[int]:
+    def _now(self) -> Iterator[Any]:
         tables, lists = self._walked
-        values = itertools.chain.from_iterable(map(dict.values, tables))
-        return list(map(id, itertools.chain(values, itertools.chain.from_iterable(lists))))
+        return itertools.chain(
+            itertools.chain.from_iterable(map(dict.values, tables)), itertools.chain.from_iterable(lists)
+        )
+
+    def _same_objects(self) -> bool:
+        size = sum(map(len, itertools.chain(*self._walked)))
+        return size == len(self._objects) and all(map(operator.is_, self._now(), self._objects))
 
     def _compare_objects(self) -> tuple[Change, list[tuple[str, str]]]:
         before, contents, registered, kinds = self.attributes, self._contents, self._registered, self._kinds
@@ -122,7 +132,7 @@ class Watch:
             if key not in before or key not in self.attributes or not _same(contents[key], self._contents[key])
         ]
         for key in changed:
-            if any(isinstance(value, nn.Module) for value in _flat(self.attributes.get(key))):
+            if any(isinstance(value, nn.Module) for value in flat(self.attributes.get(key))):
                 return Change.STRUCTURE, []
             if type(self._modules[key[0]]).__module__.startswith("torch.nn.") and not isinstance(
                 self.attributes.get(key), Tensor
@@ -222,12 +232,13 @@ def _content(value: Any) -> Any:
     return list(value) if type(value) is list else dict(value) if type(value) is dict else value
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def flat(value: Any) -> Iterator[Any]:
+    """What is in a value: of lists, tuples and dicts the items."""
     if isinstance(value, (list, tuple)):
         for part in value:
-            yield from _flat(part)
+            yield from flat(part)
     elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
+        yield from flat(list(value.values()))
     else:
         yield value
 

@@ -2,59 +2,172 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from part_fast import backends
+from part_fast.eval_mode import uncached_autocast
 
 Run = Callable[..., None]
+Replay = Callable[[], object]
+
+# Graphs held at a time. Training needs two or three: the plain method's, the weighted one's, the test's.
+MOST = 8
 
 
-def capture(run: Callable[[], None]) -> Callable[[], object]:
-    """Record what `run` launches on the current CUDA device; the result launches it again."""
-    # The first runs choose algorithms and allocate, which a capture must not; on a stream of their own, as torch asks.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+class Capture:
+    """`capture(run)` records what `run` launches on the current CUDA device; the result launches it again.
+
+    Its graphs share one memory pool and one stream. They may, as long as no two replay at the same time and none
+    leaves a result in the pool: what a run reads and writes beyond its own passing values is allocated outside.
+
+    Errors: RuntimeError for a run that cannot be captured, such as one that reads a value of a tensor.
+    """
+
+    def __init__(self) -> None:
+        self._pool: object = None
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def __reduce__(self) -> tuple[type[Capture], tuple[()]]:
+        return Capture, ()  # a copy has a pool of its own: it may replay while the original does
+
+    def __call__(self, run: Callable[[], None]) -> Replay:
+        device = torch.cuda.current_device()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        # Runs that are thrown away draw no random numbers, and leave no cast weights behind in autocast's cache.
+        with torch.random.fork_rng([device]), uncached_autocast():
+            # The first ones choose algorithms, compile and allocate, which a capture must not; on a stream that is not
+            # the capture's, whose cuBLAS workspace then lies in the pool and lives as long as the graphs.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                # "thread_local", since NCCL's watchdog asks the driver things from a thread of its own, which would
+                # end a "global" capture. The backward's thread launches on the capture's stream all the same.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._streams[device], capture_error_mode="thread_local"
+                ):
+                    run()
+            except RuntimeError as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise RuntimeError(
+                    f"cuda_graph must be off for this attack, whose steps cannot be captured: {reason}"
+                ) from error
+        return graph.replay
+
+
+@dataclasses.dataclass
+class _Graph:
+    """A recorded run: the memory that it reads and writes, how to launch it again, how often that was done."""
+
+    memory: list[Tensor]
+    replay: Replay
+    replays: int = 0
 
 
 class GraphedSteps:
     """`graphed(key, run, x_adv, *inputs)` does what `run(x_adv, *inputs)` does, which overwrites x_adv alone.
 
-    Captured is a run on memory of its own, so the tensors given are copied in, and x_adv out again: `run` draws no
-    random numbers and reads no other tensor that changes place. key: what else decides what `run` does.
-    A batch smaller than the largest so far, such as the last of an epoch, is run as it is.
+    Captured is a run on memory of its own, so the tensors given are copied in, and x_adv out again: `run` reads no
+    other tensor that changes place. key: what else decides what `run` does. All happens on the device of x_adv, on the
+    current stream, after the last replay even if that was on another one.
 
-    record: gets the run on the memory held and returns its replay; what is not a CUDA graph's is the same elsewhere.
+    A batch smaller than the largest one held of its kind (key, shapes but for the number of images, dtypes, device),
+    such as the last of an epoch, is run as it is. Held are `MOST` graphs; one more takes the place of the one that was
+    unused for longest, with a warning if that was never used again. A copy (deepcopy, pickle) holds none.
+
+    record: gets the run on the memory held and returns its replay; default: `Capture()`.
+    Errors: RuntimeError where the replay does nothing and the run does something; what `record` raises.
     """
 
-    def __init__(self, record: Callable[[Callable[[], None]], Callable[[], object]] = capture) -> None:
-        self._record = record
-        self._held: dict[Hashable, tuple[list[Tensor], Callable[[], object]]] = {}
-        self._largest = 0
+    def __init__(self, record: Callable[[Callable[[], None]], Replay] | None = None) -> None:
+        self._record = Capture() if record is None else record
+        self._held: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._last: torch.cuda.Event | None = None
+
+    def __reduce__(self) -> tuple[type[GraphedSteps], tuple[object]]:
+        return GraphedSteps, (self._record,)
 
     def __len__(self) -> int:
-        """How many were captured."""
+        """How many graphs are held."""
         return len(self._held)
 
     def __call__(self, key: Hashable, run: Run, x_adv: Tensor, *inputs: Tensor) -> None:
         tensors = (x_adv, *inputs)
-        key = (key, tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in tensors))
-        if key not in self._held:
-            if len(x_adv) < self._largest:
-                run(*tensors)
-                return
-            self._largest = len(x_adv)
-            memory = [tensor.clone() for tensor in tensors]
-            self._held[key] = memory, self._record(lambda: run(*memory))
-        memory, replay = self._held[key]
-        torch._foreach_copy_(memory, tensors)
-        replay()
-        x_adv.copy_(memory[0])
+        kind = (key, tuple((tuple(t.shape[1:]), t.dtype, t.device) for t in tensors))
+        place = (kind, tuple((tuple(t.shape), t.stride()) for t in tensors))
+        with torch.cuda.device_of(x_adv):
+            graph = self._held.get(place)
+            if graph is None:
+                largest = max((len(held.memory[0]) for (k, _), held in self._held.items() if k == kind), default=0)  # type: ignore[misc]
+                if len(x_adv) < largest:
+                    run(*tensors)
+                    return
+                graph = self._hold(place, run, tensors)
+            self._held.move_to_end(place)
+            if x_adv.is_cuda and self._last is not None:
+                torch.cuda.current_stream().wait_event(self._last)
+            torch._foreach_copy_(graph.memory, tensors)
+            graph.replay()
+            if graph.replays == 0 and torch.equal(graph.memory[0], x_adv):
+                self._refuse_nothing(place, run, tensors)
+            graph.replays += 1
+            x_adv.copy_(graph.memory[0])
+            if x_adv.is_cuda:
+                self._last = torch.cuda.current_stream().record_event()
+
+    def _hold(self, place: Hashable, run: Run, tensors: tuple[Tensor, ...]) -> _Graph:
+        memory = [tensor.clone() for tensor in tensors]
+        graph = _Graph(memory, self._record(lambda: run(*memory)))
+        if len(self._held) == MOST:
+            if self._last is not None:
+                self._last.synchronize()  # whoever gets the memory next may be on another stream
+            _, oldest = self._held.popitem(last=False)
+            if oldest.replays == 1:
+                warnings.warn(
+                    f"more than {MOST} CUDA graphs of attacks, each used once: capturing takes longer than it saves "
+                    "where every attack has another loss, alpha, number of steps, clip or eps: take cuda_graph=False",
+                    stacklevel=4,
+                )
+        self._held[place] = graph
+        return graph
+
+    def _refuse_nothing(self, place: Hashable, run: Run, tensors: tuple[Tensor, ...]) -> None:
+        """Raise if the run moves x_adv, which the replay left where it was."""
+        moved = tensors[0].clone()
+        run(moved, *tensors[1:])
+        if not torch.equal(moved, tensors[0]):
+            del self._held[place]
+            raise RuntimeError(
+                f"cuda_graph must be off for this attack: a graph was captured on {moved.device}, and it does nothing"
+            )
+
+
+def surroundings(module: nn.Module, device: torch.device) -> Hashable:
+    """What decides what a captured run of `module` computes besides its arguments: part of the key of a graph.
+
+    Where the weights lie (in-place changes are followed, `.to` and new tensors are not), autocast, TF32, and which
+    kernels are chosen.
+    """
+    weights = itertools.chain(module.parameters(), module.buffers())
+    return (
+        tuple(weight.data_ptr() if weight.layout is torch.strided else id(weight) for weight in weights),
+        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.are_deterministic_algorithms_enabled(),
+        backends.current_backend(device),
+    )

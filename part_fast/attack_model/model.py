@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model.batch_sizes import BatchSizes
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_weights, has_hooks, still_folded
-from part_fast.attack_model.follow import Change, Watch
+from part_fast.attack_model.follow import Change, Watch, flat
 from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_
 from part_fast.attack_model.graph import GraphedSteps
 from part_fast.eval_mode import eval_mode, switches, unwrapped
@@ -32,18 +33,19 @@ class AttackModel(nn.Module):
     model: any nn.Module (N,C,H,W) -> (N,classes), which keeps its mode, weights and gradients.
     precision: "fp32", "bf16" or "fp16": of convolutions and linear layers, by autocast with weights that are cast
         once; images, other layers' parameters and the returned logits stay float32. On a CPU bf16 leaves those
-        convolutions in float32 that are faster in it (see PackedConv2d).
+        convolutions in float32 that are faster in it (see PackedConv2d), all of them where it cannot multiply bf16.
     compile: run forward and backward of the attack by torch.compile, for few batch sizes: smaller batches are filled up
         with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch.
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
 
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
-    follows a convolution folded into it (as torch.fx finds them): `folded` says how many, and a warning says why where
-    it could find nothing out. Submodules keep their names, so CamBudget finds the target layer in it too; a
+    follows a convolution folded into it (as torch.fx finds them): `folded` says how many, and a warning says why
+    where it is none. Submodules keep their names, so CamBudget finds the target layer in it too; a
     convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
     `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
     quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); gradients
-    have no second derivative then.
+    have no second derivative then. Under torch.func transforms and forward-mode AD it computes plainly, as the model
+    does, with every derivative.
 
     The copy follows the model. Once an attack, and once in every forward outside of one, it takes over weights, buffers
     and plain attributes that have changed: by an optimizer, fused or not, in place, through `p.data = ...`, by new
@@ -83,22 +85,24 @@ class AttackModel(nn.Module):
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
         self._copied_in: dict[int, Any] | None = None
         self._moved_to: tuple[torch.dtype, torch.device] | None = None
-        self._build()
+        self.eval()
+        why_not = self._build()
+        if why_not is not None:
+            warnings.warn(why_not, stacklevel=2)
 
     @torch.inference_mode(False)
-    def _build(self) -> None:
-        """Copy the model, fold, pack, cast and compile."""
+    def _build(self) -> str | None:
+        """Copy the model, fold, pack, cast and compile; says why no BatchNorm could be folded, if there are any."""
         model = self.source
+        if self.precision != "fp32" and (dtype := _whereabouts(model)[0]) == torch.float64:
+            raise ValueError(
+                f"precision {self.precision} needs a float32 model, got {dtype}: take fp32, which keeps it"
+            )
         module = frozen_copy(model)
         self._switches = any(map(switches, model.modules()))
         # Of the copy: in train mode a model may take another way.
         self._pairs, why_not = foldable(module)
-        if why_not is not None and (norms := sum(isinstance(part, BATCH_NORMS) for part in module.modules())):
-            warnings.warn(
-                f"AttackModel folded none of the {norms} BatchNorms of {type(model).__name__}, "
-                f"and is slower for it: {why_not}",
-                stacklevel=3,
-            )
+        norms = sum(isinstance(part, BATCH_NORMS) for part in module.modules())
         for conv, bn in self._pairs:
             absorb(module, conv, bn)
         if not self.compiled:  # Inductor knows torch's own convolutions
@@ -116,6 +120,9 @@ class AttackModel(nn.Module):
         self._set_up()
         self._watch: Watch | None = None
         self.refresh()
+        if why_not is None or norms == 0:
+            return None
+        return f"AttackModel folded none of the {norms} BatchNorms of {type(model).__name__}, and is slower for it: {why_not}"
 
     def _set_up(self) -> None:
         """What cannot be copied or pickled."""
@@ -166,7 +173,7 @@ class AttackModel(nn.Module):
         if self._watch is None:
             self.refresh()
             return
-        with self._reading():
+        with record_function("part_fast: refresh of AttackModel"), self._reading():
             change, attributes = self._watch.ask()
             if change is Change.STRUCTURE or not self._set(attributes):
                 self._rebuild()
@@ -195,10 +202,19 @@ class AttackModel(nn.Module):
         ours = dict(itertools.chain(self.module.named_parameters(), self.module.named_buffers()))
         folded = [f"{conv}.{kind}" for kind in ("weight", "bias") for conv, _ in self._pairs]
         plain = [name for name in ours if name not in set(folded)]
-        self._taken = [ours[name] for name in (*plain, *folded)]
+        # Tensors that are plain attributes are copied like buffers, of lists and dicts the items made anew.
+        assert self._watch is not None
+        kept, self._holding = [], []
+        for (name, key), value in self._watch.attributes.items():
+            mine = getattr(self.module.get_submodule(name), key, None)
+            if isinstance(value, Tensor) and isinstance(mine, Tensor) and value.shape == mine.shape:
+                kept.append((mine, value))
+            elif any(isinstance(part, Tensor) for part in flat(value)):
+                self._holding.append((name, key))
+        self._taken = [*(mine for mine, _ in kept), *(ours[name] for name in (*plain, *folded))]
         # The same memory, of which torch does not count what is written.
         self._memory = [tensor.data for tensor in self._taken]
-        self._theirs = [theirs[name] for name in plain]
+        self._theirs = [*(value for _, value in kept), *(theirs[name] for name in plain)]
         self._to_fold = (
             [theirs[f"{conv}.weight"] for conv, _ in self._pairs],
             [theirs.get(f"{conv}.bias") for conv, _ in self._pairs],
@@ -208,8 +224,10 @@ class AttackModel(nn.Module):
 
     @torch.no_grad()
     def _take_values(self, noticed: bool = True) -> None:
-        """noticed: whether the weights are others for certain; a backward through the old ones then raises, as torch's."""
+        """noticed: whether the weights are others for certain; a backward through the old ones then raises."""
         assert self._watch is not None
+        if noticed:
+            self._set(self._holding)
         weights, biases = folded_weights(*self._to_fold)
         _copy(self._memory, [*self._theirs, *weights, *biases])
         if noticed:
@@ -222,11 +240,13 @@ class AttackModel(nn.Module):
         """Give the copy the model's plain attributes; whether it then still runs as it was folded."""
         assert self._watch is not None
         decides = False
+        if attributes and self.graphs is not None:
+            self.graphs = GraphedSteps()  # what was captured has the old ones
         for name, key in attributes:
             part = self.module.get_submodule(name)
             if (name, key) in self._watch.attributes:
                 value = self._watch.attributes[name, key]
-                decides |= not isinstance(value, Tensor)
+                decides |= not any(isinstance(part, Tensor) for part in flat(value))
                 setattr(part, key, _detached(value))
             else:
                 decides = True
@@ -255,22 +275,24 @@ class AttackModel(nn.Module):
             self.refresh_if_changed()
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
-        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad
+        transformed = checks.transformed()
+        run, fast = self.module, torch.is_grad_enabled() and x.requires_grad and n > 0 and not transformed
         if fast:
             run = self.__dict__["_fast"]
-            if self.batch_sizes is not None and n > 0 and (missing := self.batch_sizes(n, kind) - n):
+            if self.batch_sizes is not None and (missing := self.batch_sizes(n, kind) - n):
                 x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
         if self.precision == "fp32":
             return checks.logits(self._run(run, x), x)[:n]
         # No cache: the weights are in their dtype already, and what is cached here would outlive `refresh`.
         with torch.autocast(x.device.type, PRECISIONS[self.precision], cache_enabled=False):
             logits = checks.logits(self._run(run, x), x)[:n].float()
-        return _scaled(logits) if self.precision == "fp16" else logits
+        return _scaled(logits) if self.precision == "fp16" and not transformed else logits
 
     def _run(self, run: Callable[[Tensor], Any], x: Tensor) -> Any:
         """The copy's output; from the first `.view` on that channels_last does not allow, in contiguous memory."""
         try:
-            return run(x.contiguous(memory_format=self._format))
+            # Transforms of torch.func know no memory format.
+            return run(x if checks.transformed() else x.contiguous(memory_format=self._format))
         except RuntimeError as error:
             if self._format is torch.contiguous_format or not is_of_view(error):
                 raise
@@ -325,7 +347,17 @@ class AttackModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_source": (self.source,), "_watch": None}
-        for name in ("_fast", "batch_sizes", "graphs", "_taken", "_memory", "_theirs", "_to_fold", "_packed"):
+        for name in (
+            "_fast",
+            "batch_sizes",
+            "graphs",
+            "_taken",
+            "_memory",
+            "_theirs",
+            "_to_fold",
+            "_holding",
+            "_packed",
+        ):
             state.pop(name, None)
         return state
 
@@ -390,7 +422,7 @@ def _pack(module: nn.Module, dtype: torch.dtype) -> None:
     """PackedConv2d in the place of every convolution of `module` that can be one and has nothing hung on it."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if PackedConv2d.takes(child, dtype) and not has_hooks(child):
+            if PackedConv2d.takes(child) and not has_hooks(child):
                 setattr(parent, name, PackedConv2d(child, dtype))  # type: ignore[arg-type]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from part_fast import backends, checks
@@ -48,13 +47,15 @@ def cam(activation: Tensor, gradient: Tensor, method: str = "gradcam") -> Tensor
     Not differentiable: the result does not require grad.
 
     Equivalent to: `(w * activation).sum(1).relu()`, computed in float32.
-    Errors: TypeError or ValueError that names the argument; an unknown method lists the known ones.
+    Errors: TypeError or ValueError that names the argument; an unknown method lists the known ones;
+    NotImplementedError for an argument with a forward-mode tangent.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if any(checks.has_tangent(value) for value in (activation, gradient)):
+        raise NotImplementedError("cam is not differentiable, and has no forward-mode derivative: detach its arguments")
     checks.features("activation", activation)
     checks.alike("gradient", checks.features("gradient", gradient), "activation", activation)
     activation = activation.detach()
-    if not (activation.is_contiguous() or activation.is_contiguous(memory_format=torch.channels_last)):
-        activation = activation.contiguous()
+    activation = checks.dense(activation)
     return _cam(activation, checks.same_format(gradient.detach(), activation), METHODS.index(method))

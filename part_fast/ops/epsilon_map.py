@@ -10,8 +10,8 @@ from torch import Tensor
 from part_fast import backends, checks
 from part_fast.ops.cam_mask import RULES, _cam_mask, parse_rule
 from part_fast.ops.cam_mask import reference as mask_reference
-from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
-from part_fast.ops.upsample_cam import _upsample_cam, _upsample_cam_bwd
+from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair, refuse_columns
+from part_fast.ops.upsample_cam import _upsample_cam, no_forward_mode, upsample_gradient
 from part_fast.ops.upsample_cam import reference as upsample_reference
 
 
@@ -35,7 +35,7 @@ _epsilon_map = backends.define(
 
 
 class _SoftWeight(torch.autograd.Function):
-    """clamp(upsample_cam(cam), 0, 1) as (N,1,H,W), by the fused op."""
+    """eps_low + (eps - eps_low) * clamp(upsample_cam(cam), 0, 1) as (N,1,H,W), by the fused op."""
 
     @staticmethod
     def forward(cam: Tensor, height: int, width: int, eps: float, eps_low: float) -> Tensor:
@@ -48,14 +48,23 @@ class _SoftWeight(torch.autograd.Function):
         ctx.save_for_backward(cam)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (cam,) = ctx.saved_tensors
         wide = cam.to(checks.compute_dtype(cam))
-        u = _upsample_cam(wide, ctx.height, ctx.width)
         # On a bound the gradient passes, as in project_linf; torch's own clamp differs between its forms.
+        u = _upsample_cam(wide.detach(), ctx.height, ctx.width)
         grad = torch.where((u >= 0) & (u <= 1), grad_out[:, 0] * ctx.spread, torch.zeros_like(u))
-        return _upsample_cam_bwd(grad.contiguous(), wide).to(cam.dtype), None, None, None, None
+        return upsample_gradient(grad, wide).to(cam.dtype), None, None, None, None
+
+
+class _SoftWeightTransformed(_SoftWeight):
+    """With what torch.func asks for, and torch.compile refuses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError(no_forward_mode('epsilon_map(rule="soft")'))
 
 
 def epsilon_map(
@@ -83,7 +92,9 @@ def epsilon_map(
         high, low = 1.0, 0.0
     else:
         high, low = eps_pair(eps, eps_low)
-    if RULES[number] == "soft" and torch.is_grad_enabled() and cam.requires_grad:
+    if RULES[number] == "soft" and checks.transformed():
+        result = _SoftWeightTransformed.apply(cam, height, width, high, low)
+    elif RULES[number] == "soft" and torch.is_grad_enabled() and cam.requires_grad:
         result = _SoftWeight.apply(cam, height, width, high, low)
     else:
         result = _epsilon_map(cam.detach(), height, width, number, k, high, low)
@@ -115,6 +126,7 @@ def _budget(name: str, value: Any, shape: tuple[int, ...], cam: Tensor) -> Tenso
     checks.tensor(name, value)
     if value.device != cam.device:
         raise ValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
+    refuse_columns(name, value)
     dims = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > 4 or any(d not in (1, full) for d, full in dims):
         raise ValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")

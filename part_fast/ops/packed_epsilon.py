@@ -119,24 +119,27 @@ def bytes_per_mask(height: int, width: int) -> int:
     return (height * width + 7) // 8
 
 
-_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
-
-
 def pack_bits(mask: Tensor) -> Tensor:
     """bool (N,M,H,W) -> uint8 (N, M, ceil(H*W/8))."""
     n, m, height, width = mask.shape
     bits = torch.nn.functional.pad(mask.reshape(n, m, height * width), (0, -(height * width) % 8))
     bits = bits.view(n, m, bytes_per_mask(height, width), 8).to(torch.uint8)
-    return (bits * torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)).sum(3, dtype=torch.uint8)
+    return (bits << _places(mask.device)).sum(3, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, size: tuple[int, int], high: float, low: float, dtype: torch.dtype) -> Tensor:
     """uint8 (N, M, ceil(H*W/8)) -> (N,M,H,W): `high` where the bit is set, else `low`; rounded to float32."""
-    place = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=bits.device)
-    mask = (bits[..., None] & place).flatten(2)[..., : size[0] * size[1]].reshape(*bits.shape[:2], *size) != 0
+    places = bits[..., None] >> _places(bits.device) & 1
+    mask = places.flatten(2)[..., : size[0] * size[1]].reshape(*bits.shape[:2], *size) != 0
     if dtype == torch.bool:
         return mask
-    return torch.where(mask, high, low).to(torch.float32).to(dtype)
+    values = (torch.full((), value, dtype=torch.float32, device=bits.device).to(dtype) for value in (high, low))
+    return torch.where(mask, *values)
+
+
+def _places(device: torch.device) -> Tensor:
+    """How far each bit of a byte is shifted, uint8 (8,); made on the device, so that no GPU waits for a copy."""
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 EpsArguments = tuple[Tensor | None, float, float]
@@ -160,11 +163,21 @@ def eps_arguments(eps: Any, x_adv: Tensor) -> EpsArguments:
     checks.tensor("eps", eps)
     if eps.device != x_adv.device:
         raise ValueError(f"eps must be on the device of x_adv, {x_adv.device}, got {eps.device}")
+    refuse_columns("eps", eps)
     try:
         return eps.expand(x_adv.shape), 0.0, 0.0
     except RuntimeError:  # asking first, dimension by dimension, takes longer than all other checks together
         shapes = f"{tuple(x_adv.shape)}, got {tuple(eps.shape)}"
     raise ValueError(f"eps must broadcast to the images, {shapes}")
+
+
+def refuse_columns(name: str, eps: Tensor) -> None:
+    """An eps per image, (N,) or (N,1), would broadcast to columns or rows of pixels."""
+    if (eps.ndim == 1 or (eps.ndim == 2 and eps.shape[1] == 1)) and eps.shape[0] != 1:
+        raise ValueError(
+            f"{name} must broadcast to (N,C,H,W) by its own dimensions: (N,1,1,1) for one per image, (1,1,1,W) for "
+            f"one per column, got {tuple(eps.shape)}"
+        )
 
 
 def dense_eps(eps: Tensor | None, eps_high: float, eps_low: float, x_adv: Tensor) -> Tensor | float:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from part_fast import backends, checks
+from part_fast.checks import Clip
 from part_fast.ops.packed_epsilon import PackedEpsilon, dense_eps, eps_arguments
-from part_fast.ops.project_linf import clamped, fake_bwd, split_gradient
+from part_fast.ops.project_linf import clamped, fake_bwd, split_gradient, split_tangent
 
 
 def _stepped(x_adv: Tensor, grad: Tensor, alpha: float) -> Tensor:
@@ -26,7 +28,7 @@ def _reference(
     bound = dense_eps(eps, eps_high, eps_low, x_adv)
     natural = x.to(dtype)
     moved = _stepped(x_adv.to(dtype), grad, alpha) - natural
-    return torch.clamp(natural + clamped(moved, bound), clip_low, clip_high).to(x_adv.dtype)
+    return checks.rounded(torch.clamp(natural + clamped(moved, bound), clip_low, clip_high), x_adv.dtype)
 
 
 def _reference_(x_adv: Tensor, *args: Any) -> None:
@@ -79,13 +81,42 @@ class _PGDStep(torch.autograd.Function):
         ctx.scalars = inputs[4:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, grad, x, eps = ctx.saved_tensors
-        grad_out = checks.same_format(grad_out, x_adv)
-        grad_x_adv, grad_x, grad_eps = _pgd_step_bwd(grad_out, x_adv, grad, x, eps, *ctx.scalars)
+        gradient = _pgd_step_bwd
+        if checks.derivative_of_backward():
+            gradient = _reference_bwd
+        else:
+            grad_out = checks.same_format(grad_out, x_adv)
+        grad_x_adv, grad_x, grad_eps = gradient(grad_out, x_adv, grad, x, eps, *ctx.scalars)
         grad_grad = torch.zeros_like(grad) if ctx.needs_input_grad[1] else None
         return grad_x_adv, grad_grad, grad_x, grad_eps if ctx.needs_input_grad[3] else None, *(None,) * 5
+
+
+class _PGDStepTransformed(_PGDStep):
+    """With what torch.func and forward-mode AD ask for, and torch.compile refuses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _PGDStep.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4])
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_adv_t: Tensor | None, grad_t: Tensor | None, x_t: Tensor | None, eps_t: Tensor | None, *_: None
+    ) -> Tensor:
+        x_adv, grad, x, eps = ctx.saved_tensors
+        eps_high, eps_low, alpha, clip_low, clip_high = ctx.scalars
+        dtype = checks.compute_dtype(x_adv)
+        bound = dense_eps(eps, eps_high, eps_low, x_adv)
+        natural = x.to(dtype)
+        moved = _stepped(x_adv.to(dtype), grad, alpha) - natural
+        result = natural + clamped(moved, bound)
+        tangent = split_tangent((x_adv_t, x_t, eps_t), moved, bound)
+        clipped = (result < clip_low) | (result > clip_high)
+        return torch.where(clipped, torch.zeros_like(tangent), tangent).to(x_adv.dtype)
 
 
 def pgd_step(
@@ -94,7 +125,7 @@ def pgd_step(
     x: Tensor,
     eps: float | Tensor | PackedEpsilon,
     alpha: float,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
 ) -> Tensor:
     """One PGD step: along the sign of grad, back into each pixel's eps ball around x, clipped.
 
@@ -111,10 +142,14 @@ def pgd_step(
     with per-pixel eps Zhang et al., ICML 2024 (PART), arXiv 2406.00685.
     Errors: TypeError or ValueError that names the argument, before anything is computed.
     """
-    tensors, scalars = _checked(x_adv, grad, x, eps, alpha, clip)
-    if torch.is_grad_enabled() and _asks_gradient(*tensors):
-        return _PGDStep.apply(*tensors, *scalars)
-    return _pgd_step(*tensors, *scalars)
+    tensors, scalars, channels = _checked(x_adv, grad, x, eps, alpha, clip)
+    if checks.transformed():
+        result = _PGDStepTransformed.apply(*tensors, *scalars)
+    elif torch.is_grad_enabled() and _asks_gradient(*tensors):
+        result = _PGDStep.apply(*tensors, *scalars)
+    else:
+        result = _pgd_step(*tensors, *scalars)
+    return result if channels is None else torch.clamp(result, *channels)
 
 
 def pgd_step_(
@@ -123,21 +158,26 @@ def pgd_step_(
     x: Tensor,
     eps: float | Tensor | PackedEpsilon,
     alpha: float,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    clip: Clip = (0.0, 1.0),
 ) -> Tensor:
     """`pgd_step` written into x_adv, which is returned. For attacks: no new memory.
 
     Where a gradient is asked for it is recorded as for any in-place op of torch, at the price of two copies.
     Errors: those of `pgd_step`; ValueError for grad, x or eps that overlaps x_adv without being the same.
     """
-    tensors, scalars = _checked(x_adv, grad, x, eps, alpha, clip)
+    tensors, scalars, channels = _checked(x_adv, grad, x, eps, alpha, clip)
+    if tensors[0] is not x_adv:  # a copy of strided images
+        checks.unshared("x_adv", x_adv)
+        return x_adv.copy_(pgd_step(x_adv, grad, x, eps, alpha, clip))
     for name, value in zip(("grad", "x", "eps"), tensors[1:], strict=True):
         _apart(name, value, x_adv)
-    if torch.is_grad_enabled() and _asks_gradient(*tensors):
+    if checks.transformed() or (torch.is_grad_enabled() and _asks_gradient(*tensors)):
         # The backward reads x_adv as it was, also where it is another argument too.
         kept = x_adv.clone()
-        return x_adv.copy_(_PGDStep.apply(*(kept if t is x_adv else t for t in tensors), *scalars))
+        return x_adv.copy_(pgd_step(*(kept if t is x_adv else t for t in (x_adv, grad, x, eps)), alpha, clip))
     _pgd_step_(*tensors, *scalars)
+    if channels is not None:
+        x_adv.clamp_(*channels)
     if not torch.compiler.is_compiling():
         # So that autograd refuses to use a value that was saved before it was overwritten here.
         torch.autograd.graph.increment_version(x_adv)
@@ -150,8 +190,8 @@ def _asks_gradient(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None) -
 
 def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     """`value` shares no memory with x_adv, or is the same elements: an in-place kernel reads and writes one by one."""
-    if value is None or torch.compiler.is_compiling():  # a compiled graph has no memory yet, and writes last
-        return
+    if value is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return  # a compiled graph has no memory yet, and writes last, as a transform does
     if value.untyped_storage()._cdata != x_adv.untyped_storage()._cdata or x_adv.numel() == 0:
         return
     spans = []
@@ -168,10 +208,16 @@ def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
 
 def _checked(
     x_adv: Tensor, grad: Tensor, x: Tensor, eps: Any, alpha: Any, clip: Any
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[float, float, float, float, float]]:
-    checks.images("x_adv", x_adv)
-    checks.alike("grad", checks.images("grad", grad), "x_adv", x_adv, dtype=False)
-    checks.alike("x", checks.images("x", x), "x_adv", x_adv)
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], tuple[float, ...], tuple[Tensor, Tensor] | None]:
+    """(tensors, scalars) of the raw op, and the bounds of a clip per channel, which comes after it."""
+    x_adv, grad, x = checks.images("x_adv", x_adv), checks.images("grad", grad), checks.images("x", x)
+    checks.alike("grad", grad, "x_adv", x_adv, dtype=False)
+    checks.alike("x", x, "x_adv", x_adv)
     eps, eps_high, eps_low = eps_arguments(eps, x_adv)
-    scalars = (eps_high, eps_low, checks.number("alpha", alpha), *checks.clip_range(clip))
-    return (x_adv, checks.same_format(grad, x_adv), checks.same_format(x, x_adv), eps), scalars
+    alpha = checks.number("alpha", alpha)
+    low, high = checks.clip_range(clip, x_adv)
+    tensors = x_adv, checks.same_format(grad, x_adv), checks.same_format(x, x_adv), eps
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        # Rounding keeps order: rounding and then clipping to rounded bounds is clipping and then rounding.
+        return tensors, (eps_high, eps_low, alpha, -math.inf, math.inf), (low, high)
+    return tensors, (eps_high, eps_low, alpha, low, high), None

@@ -20,7 +20,7 @@ def _reference(x_adv: Tensor, x: Tensor, eps: Tensor | None, eps_high: float, ep
     dtype = checks.compute_dtype(x_adv)
     bound = dense_eps(eps, eps_high, eps_low, x_adv)
     natural = x.to(dtype)
-    return (natural + clamped(x_adv.to(dtype) - natural, bound)).to(x_adv.dtype)
+    return checks.rounded(natural + clamped(x_adv.to(dtype) - natural, bound), x_adv.dtype)
 
 
 def _reference_bwd(
@@ -48,6 +48,14 @@ def split_gradient(
     else:
         grad_eps = torch.where(above, grad_out, torch.where(below, -grad_out, zero)).to(eps.dtype)
     return torch.where(outside, zero, grad_out), torch.where(outside, grad_out, zero), grad_eps
+
+
+def split_tangent(
+    tangents: tuple[Tensor | None, Tensor | None, Tensor | None], moved: Tensor, bound: Tensor | float
+) -> Tensor:
+    """Forward-mode derivative of x + clamp(moved, -bound, bound) along those of x_adv, x and eps; None is zero."""
+    x_adv, x, eps = (torch.zeros_like(moved) if t is None else t.to(moved.dtype) for t in tangents)
+    return torch.where(moved > bound, x + eps, torch.where(moved < -bound, x - eps, x_adv))
 
 
 def fake_bwd(grad_out: Tensor, eps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,12 +91,33 @@ class _ProjectLinf(torch.autograd.Function):
         ctx.eps_values = inputs[3:]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, x, eps = ctx.saved_tensors
-        grad_out = checks.same_format(grad_out, x_adv)
-        grad_x_adv, grad_x, grad_eps = _project_linf_bwd(grad_out, x_adv, x, eps, *ctx.eps_values)
+        gradient = _project_linf_bwd
+        if checks.derivative_of_backward():
+            gradient = _reference_bwd
+        else:
+            grad_out = checks.same_format(grad_out, x_adv)
+        grad_x_adv, grad_x, grad_eps = gradient(grad_out, x_adv, x, eps, *ctx.eps_values)
         return grad_x_adv, grad_x, grad_eps if ctx.needs_input_grad[2] else None, None, None
+
+
+class _ProjectLinfTransformed(_ProjectLinf):
+    """With what torch.func and forward-mode AD ask for, and torch.compile refuses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _ProjectLinf.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def jvp(ctx: Any, x_adv_t: Tensor | None, x_t: Tensor | None, eps_t: Tensor | None, *_: None) -> Tensor:
+        x_adv, x, eps = ctx.saved_tensors
+        dtype = checks.compute_dtype(x_adv)
+        moved = x_adv.to(dtype) - x.to(dtype)
+        return split_tangent((x_adv_t, x_t, eps_t), moved, dense_eps(eps, *ctx.eps_values, x_adv)).to(x_adv.dtype)
 
 
 def project_linf(x_adv: Tensor, x: Tensor, eps: float | Tensor | PackedEpsilon) -> Tensor:
@@ -102,10 +131,12 @@ def project_linf(x_adv: Tensor, x: Tensor, eps: float | Tensor | PackedEpsilon) 
     Equivalent to: `x + torch.clamp(x_adv - x, -eps, eps)`, computed in float32 and rounded once.
     Errors: TypeError or ValueError that names the argument, before anything is computed.
     """
-    checks.images("x_adv", x_adv)
-    checks.alike("x", checks.images("x", x), "x_adv", x_adv)
+    x_adv, x = checks.images("x_adv", x_adv), checks.images("x", x)
+    checks.alike("x", x, "x_adv", x_adv)
     arguments = eps_arguments(eps, x_adv)
     x = checks.same_format(x, x_adv)
+    if checks.transformed():
+        return _ProjectLinfTransformed.apply(x_adv, x, *arguments)
     if torch.is_grad_enabled() and (
         x_adv.requires_grad or x.requires_grad or (arguments[0] is not None and arguments[0].requires_grad)
     ):

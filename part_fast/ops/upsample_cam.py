@@ -53,7 +53,7 @@ def _weighted(taps: Tensor, weight: Tensor) -> Tensor:
 
 
 def _reference_op(cam: Tensor, height: int, width: int) -> Tensor:
-    return reference(cam, height, width).to(cam.dtype)
+    return checks.rounded(reference(cam, height, width), cam.dtype)
 
 
 def _reference_bwd(grad_out: Tensor, cam: Tensor) -> Tensor:
@@ -62,20 +62,29 @@ def _reference_bwd(grad_out: Tensor, cam: Tensor) -> Tensor:
     height, width = grad_out.shape[1:]
     grad = _matrix(small.shape[1], height, small).T @ grad_out.to(dtype) @ _matrix(small.shape[2], width, small)
     low, high = small.amin((1, 2), keepdim=True), small.amax((1, 2), keepdim=True)
-    spread = high - low
+    flat = high == low
+    spread = torch.where(flat, torch.ones_like(high), high - low)  # no division by 0, which derivatives would meet
     scaled = (small - low) / spread
     at_low, at_high = small == low, small == high
     # As torch differentiates amin and amax: shared evenly between ties.
     from_low = ((scaled - 1) * grad).sum((1, 2), keepdim=True) / at_low.sum((1, 2), keepdim=True)
     from_high = (-scaled * grad).sum((1, 2), keepdim=True) / at_high.sum((1, 2), keepdim=True)
     result = (grad + at_low * from_low + at_high * from_high) / spread
-    return torch.where(spread == 0, torch.zeros_like(result), result).to(cam.dtype)
+    return torch.where(flat, torch.zeros_like(result), result).to(cam.dtype)
+
+
+def upsample_gradient(grad_out: Tensor, cam: Tensor) -> Tensor:
+    """Gradient for cam of `upsample_cam`: fused, or in plain PyTorch where a derivative of it may be asked for."""
+    if checks.derivative_of_backward():
+        return _reference_bwd(grad_out, cam)
+    return _upsample_cam_bwd(grad_out.contiguous(), cam)
 
 
 def _matrix(size_in: int, size_out: int, like: Tensor) -> Tensor:
     """The taps as a matrix (size_out, size_in)."""
     index, weight = keys_taps(size_in, size_out, like.dtype, like.device)
-    return like.new_zeros(size_out, size_in).scatter_add_(1, index, weight)
+    matrix = torch.zeros(size_out, size_in, dtype=like.dtype, device=like.device)
+    return matrix.scatter_add_(1, index, weight)
 
 
 _upsample_cam = backends.define(
@@ -102,10 +111,23 @@ class _UpsampleCam(torch.autograd.Function):
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (cam,) = ctx.saved_tensors
-        return _upsample_cam_bwd(grad_out.contiguous(), cam), None, None
+        return upsample_gradient(grad_out, cam), None, None
+
+
+class _UpsampleCamTransformed(_UpsampleCam):
+    """With what torch.func asks for, and torch.compile refuses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raise NotImplementedError(no_forward_mode("upsample_cam"))
+
+
+def no_forward_mode(op: str) -> str:
+    return f"{op} has no forward-mode derivative: use reverse mode, such as torch.func.grad or jacrev, to any order"
 
 
 def upsample_cam(cam: Tensor, size: tuple[int, int]) -> Tensor:
@@ -122,6 +144,8 @@ def upsample_cam(cam: Tensor, size: tuple[int, int]) -> Tensor:
     """
     cam = checks.maps("cam", cam)
     height, width = checks.size_of(size, cam)
+    if checks.transformed():
+        return _UpsampleCamTransformed.apply(cam, height, width)
     if torch.is_grad_enabled() and cam.requires_grad:
         return _UpsampleCam.apply(cam, height, width)
     return _upsample_cam(cam, height, width)

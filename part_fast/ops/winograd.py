@@ -64,7 +64,12 @@ def convolve(
 
     Source: Winograd's minimal filtering as in Lavin and Gray, CVPR 2016, F(4x4, 3x3): a tile of 4x4 outputs takes
     6x6 products of transformed inputs and weights in place of 16x9, and each of the 36 is a product of matrices over
-    tiles and channels. In float32 it rounds about twice as much as adding up directly.
+    tiles and channels.
+    Rounding: the error of an output is relative to the largest input of its 6x6 tile; that of a direct sum is relative
+    to the nine that the output sees. With inputs of one size it is two to three times as large; next to an input of the
+    tile that is 100 times as large and not seen, 40 times, and so on. With I channels it stays below
+    2**-24 (I + 30) 205 max|x| sum|w|, of the tile's inputs and the output's weights, which counts all roundings as of
+    one sign; seen are less than 2**-21 max|x| sum|w|.
     """
     x_positive, other, other_positive = (
         value if value is None else value.contiguous(memory_format=torch.channels_last)

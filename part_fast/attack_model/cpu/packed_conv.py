@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from part_fast import checks
+from part_fast.attack_model.cpu import onednn
 from part_fast.ops import winograd
 
 # Of one tensor of the images that a residual block works on at once: 2 MB, of which each of two threads reads half.
@@ -20,14 +22,15 @@ class PackedConv2d(nn.Conv2d):
 
     What a convolution on the CPU does to its weights first, in every forward and in every backward, is done once for
     each here, in the first forward and backward after `repack`. 3x3 convolutions of stride 1 on enough pixels are
-    multiplied by `ops.winograd` in float32, with a quarter of the products and about twice the rounding; all others by
-    oneDNN in `dtype`, bit for bit what torch does. Gradients are for the input alone.
+    multiplied by `ops.winograd` in float32, with a quarter of the products, and errors relative to the largest input of
+    a 6x6 tile: two to three times torch's where inputs are of one size, see `winograd.convolve`; all others by oneDNN
+    in `dtype`, bit for bit what torch does. Gradients are for the input alone.
 
     Equivalent to: `nn.Conv2d` with `requires_grad_(False)` weights.
     """
 
     def __init__(self, conv: nn.Conv2d, dtype: torch.dtype = torch.float32) -> None:
-        """conv: `takes(conv, dtype)`; its parameters are shared."""
+        """conv: `takes(conv)`; its parameters are shared. dtype: float32 is computed in where oneDNN has no `dtype`."""
         super().__init__(
             conv.in_channels,
             conv.out_channels,
@@ -42,24 +45,23 @@ class PackedConv2d(nn.Conv2d):
         self.weight, self.bias = conv.weight, conv.bias
         self.by_winograd = winograd.takes(self) and self.weight.dtype == torch.float32
         self.dtype = self.weight.dtype
-        if self.dtype == torch.float32 and self.in_channels >= winograd.CHANNELS:
-            self.dtype = dtype  # not for images: few operations, and a cast would cost more than it gains
+        # Images are not cast: their convolution has few operations, and the cast costs more than it gains.
+        if onednn.works(dtype) and self.dtype == torch.float32 and self.in_channels >= winograd.CHANNELS:
+            self.dtype = dtype
         self.packs = True
         self._transformed: dict[bool, Tensor] = {}  # memory that is kept; by whether it is for the backward
         self.version = 0  # of the weights
         self.repack()
 
     @staticmethod
-    def takes(conv: nn.Module, dtype: torch.dtype) -> bool:
-        """Whether `conv` can be packed: of nn.Conv2d itself, padded with zeros, on a CPU on which torch has oneDNN
-        multiply in its dtype and in `dtype`."""
-        if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    def takes(conv: nn.Module) -> bool:
+        """Whether `conv` can be packed: of nn.Conv2d itself, padded with zeros, on a CPU on which oneDNN multiplies in
+        its dtype."""
+        if type(conv) is not nn.Conv2d or conv.weight.device.type != "cpu":
             return False
-        dtypes = {torch.float32}
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            dtypes.add(torch.bfloat16)
-        known = {dtype, conv.weight.dtype} <= dtypes
-        return known and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return False
+        return onednn.works(conv.weight.dtype)
 
     def repack(self) -> None:
         """To be called after the weights have changed. A backward through the old ones raises then."""
@@ -85,7 +87,8 @@ class PackedConv2d(nn.Conv2d):
     def with_relu(self, x: Tensor, other: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """`relu(self(x) + other)` in one pass, which rounds once; without `other` or without ReLU, the rest of it."""
         x = self.cast(x)
-        if not self.packs or torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() == 0:
+        unpacked = not self.packs or torch.compiler.is_compiling() or checks.transformed()
+        if unpacked or x.device.type != "cpu" or x.numel() == 0:
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
             out = self._conv_forward(x, self.weight.to(x.dtype), bias)
             out = out if other is None else out + other
@@ -102,15 +105,9 @@ class PackedConv2d(nn.Conv2d):
             return winograd.convolve(x, self.transformed(), self.out_channels, self.bias, other, relu=relu)
         sizes = self.padding, self.stride, self.dilation, self.groups
         if self._forward is None:
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight.to(self.dtype), *sizes, x.shape)
+            weight = onednn.pack(self.weight.to(self.dtype), sizes, x.shape)
             self._forward = weight, self.bias if self.bias is None else self.bias.to(self.dtype)
-        given = *self._forward, *sizes
-        if other is None:
-            last = "relu" if relu else "none"
-            return torch.ops.mkldnn._convolution_pointwise(_dense(x), *given, last, [], "")
-        # "add", then alpha; "relu", then what else an activation may need.
-        add: tuple[Any, ...] = ("add", None, "relu" if relu else None, [], None)
-        return torch.ops.mkldnn._convolution_pointwise.binary(_dense(x), _dense(other), *given, *add)
+        return onednn.convolve(_dense(x), *self._forward, sizes, other if other is None else _dense(other), relu)
 
     def input_gradient(self, grad_out: Tensor, size: torch.Size, positive: Tensor | None = None) -> Tensor:
         """The gradient for an input of that size: a transposed convolution with the same weights.
@@ -128,12 +125,10 @@ class PackedConv2d(nn.Conv2d):
                 size[2:], grad_out.shape[2:], self.stride, self.padding, self.dilation, self.kernel_size, strict=True
             )
         ]
-        sizes = self.padding, rest, self.stride, self.dilation, self.groups
+        sizes = self.padding, self.stride, self.dilation, self.groups
         if self._backward is None:
-            pack = torch.ops.mkldnn._reorder_convolution_transpose_weight
-            self._backward = pack(self.weight.to(self.dtype), *sizes, grad_out.shape)
-        transposed = torch.ops.mkldnn._convolution_transpose_pointwise
-        return transposed(_dense(grad_out), self._backward, None, *sizes, "none", [], "")
+            self._backward = onednn.pack_transposed(self.weight.to(self.dtype), sizes, rest, grad_out.shape)
+        return onednn.convolve_transposed(_dense(grad_out), self._backward, sizes, rest)
 
     def winograd_takes(self, values: Tensor) -> bool:
         """Whether inputs, or gradients of outputs, are for `ops.winograd` to multiply."""
@@ -172,14 +167,15 @@ class _Convolve(torch.autograd.Function):
 def _check_version(conv: PackedConv2d, version: int) -> None:
     if conv.version != version:
         raise RuntimeError(
-            "the weights of a PackedConv2d have changed between its forward and its backward, which needs the old ones: "
+            "the weights of a PackedConv2d have changed between its forward and its backward: "
             "take gradients before the model's next update, or run the forward again"
         )
 
 
 def residual(first: PackedConv2d, second: PackedConv2d, x: Tensor) -> Tensor:
     """`relu(second(relu(first(x))) + x)`; where Winograd serves both, forward and backward are two passes each."""
-    if first.winograd_takes(x) and second.winograd_takes(x) and not torch.compiler.is_compiling():
+    plain = torch.compiler.is_compiling() or checks.transformed()
+    if first.winograd_takes(x) and second.winograd_takes(x) and not plain:
         return _Residual.apply(x.float(), first, second)
     return second.with_relu(first.with_relu(x), x)
 

@@ -1,0 +1,395 @@
+"""Tests of part_fast.attack_model.fold: BatchNorms are part of a convolution where that changes nothing."""
+
+import copy
+import random
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from part_fast import AttackModel
+from part_fast.attack_model.fold import foldable, folded_weights
+
+CLASSES = 4
+
+
+def batch(n=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.rand(n, 3, 8, 8, generator=generator)
+
+
+def bn(channels=8):
+    norm = nn.BatchNorm2d(channels)
+    norm.running_mean.normal_(0, 0.3)
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.normal_(norm.bias, 0, 0.3)
+    return norm
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), bn()
+        self.layer4 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), bn(), nn.ReLU())
+        self.fc = nn.Linear(8, CLASSES)
+
+    def body(self, x):
+        return self.layer4(F.relu(self.bn(self.conv(x))))
+
+    def head(self, x):
+        return self.fc(x.mean((2, 3)))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def made(kind=Net):
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def gradient(model, x):
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(model(leaf), torch.arange(len(x)) % CLASSES), leaf)[0]
+
+
+def is_the_model(fast, model):
+    """Logits and input gradients, up to the roundings of float64 that folding reorders."""
+    x = batch().double()
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient(fast, x), gradient(model, x), rtol=1e-8, atol=1e-10)
+
+
+class Flags(Net):
+    def forward(self, x, features=False, *, mask=None):
+        x = self.body(x)
+        x = x if mask is None else x * mask
+        return x if features else self.head(x)
+
+
+# As it is written, and not with pytest's own code in the place of its assertions.
+ASSERTS = """
+class Asserts(Net):
+    def forward(self, x):
+        assert x.shape[1] == 3, "colour images"
+        assert x.ndim == 4 and x.shape[2] == x.shape[3]
+        if x.shape[2] < 4:
+            raise ValueError(f"too small: {x.shape}")
+        torch._assert(x.shape[0] > 0, "no images")
+        return super().forward(x)
+"""
+
+
+def asserts():
+    defined = dict(globals())
+    exec(compile(ASSERTS.replace("super()", "super(Asserts, self)"), "a user's file", "exec"), defined)
+    return defined["Asserts"]()
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Identity(), nn.DataParallel(Net()))
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Synchronised(Net):
+    def __init__(self):
+        super().__init__()
+        nn.SyncBatchNorm.convert_sync_batchnorm(self)
+
+
+class TwoNames(Net):
+    """Each layer has two names, and the forward calls it by the second; another is in a plain list."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.convolution = self.bn, self.conv
+        self.steps = [self.layer4[0], self.layer4[1]]
+
+    def body(self, x):
+        x = F.relu(self.norm(self.convolution(x)))
+        for step in self.steps:
+            x = step(x)
+        return x.relu()
+
+
+FOLDED = {
+    "plain": Net,
+    "optional arguments": Flags,
+    "checks of the input": asserts,
+    "DataParallel within": Wrapped,
+    "DataParallel": lambda: nn.DataParallel(Net()),
+    "AveragedModel": lambda: AveragedModel(Net()),
+    "compiled": lambda: torch.compile(Net(), backend="eager"),
+    "SyncBatchNorm": Synchronised,
+    "two names": TwoNames,
+}
+
+
+@pytest.mark.parametrize("kind", FOLDED)
+def test_both_are_folded(kind):
+    model = made(FOLDED[kind]).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast = AttackModel(model)
+    assert fast.folded == 2
+    is_the_model(fast, model)
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value.mul_(1.25)
+    is_the_model(fast, model)
+
+
+def test_distributed_data_parallel_is_taken_off(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = made().double()
+        fast = AttackModel(nn.parallel.DistributedDataParallel(model))
+        assert fast.folded == 2
+        assert fast.source is model
+        is_the_model(fast, model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_timms_batch_norm_keeps_its_activation(monkeypatch):
+    """timm is not installed here: a class of its name that does what timm's does."""
+    module = types.ModuleType("timm.layers.norm_act")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    class BatchNormAct2d(nn.BatchNorm2d):
+        def __init__(self, channels):
+            super().__init__(channels)
+            self.drop, self.act = nn.Identity(), nn.SiLU()
+
+        def forward(self, x):
+            torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+            x = F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+            )
+            return self.act(self.drop(x))
+
+    class Efficient(Net):
+        def __init__(self):
+            super().__init__()
+            self.bn = BatchNormAct2d(8)
+            self.bn.load_state_dict(bn().state_dict())
+
+    BatchNormAct2d.__module__ = module.__name__
+    model = made(Efficient).double()
+    fast = AttackModel(model)
+    assert fast.folded == 2
+    is_the_model(fast, model)
+    BatchNormAct2d.__module__ = "another"  # of which nothing is known
+    assert AttackModel(model).folded == 1
+
+
+class ReadByName(Net):
+    def body(self, x):
+        return self.layer4(F.relu(self.bn(self.conv(x)) + F.conv2d(x, self.conv.weight, padding=1)))
+
+
+class NormReadByName(Net):
+    def body(self, x):
+        return self.layer4(F.relu(self.bn(self.conv(x)) - self.bn.running_mean.view(1, -1, 1, 1)))
+
+
+class Looked(Net):
+    """Reads a weight without the images."""
+
+    def body(self, x):
+        return super().body(x) * self.layer4[0].weight.mean()
+
+
+class Dual(Net):
+    """As in AdvProp: one BatchNorm of several, by a flag."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([bn() for _ in range(3)])
+        self.use = 0
+
+    def pick(self):
+        return self.use
+
+    def body(self, x):
+        return self.layer4(F.relu(self.norms[self.pick()](self.conv(x))))
+
+
+class AtRandom(Net):
+    def body(self, x):
+        out = self.conv(x)
+        out = self.bn(out) if random.random() < 0.5 else out
+        self.normalised = True
+        return self.layer4(F.relu(out))
+
+
+class AtTorchsRandom(AtRandom):
+    def body(self, x):
+        out = self.conv(x)
+        return self.layer4(F.relu(self.bn(out) if torch.rand(()) < 0.5 else out))
+
+
+class Counting(Net):
+    """Every other forward is another one."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def body(self, x):
+        self.calls += 1
+        out = self.conv(x)
+        return self.layer4(F.relu(self.bn(out) if self.calls % 2 else out))
+
+
+@pytest.mark.parametrize(("kind", "folded"), [(ReadByName, 1), (NormReadByName, 1), (Looked, 1), (Dual, 0)])
+def test_what_is_read_or_chosen_is_not_folded(kind, folded):
+    model = made(kind).double()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fast = AttackModel(model)
+    assert fast.folded == folded
+    assert len(said) == (folded == 0)
+    is_the_model(fast, model)
+    if kind is Dual:
+        assert "none of the 5 BatchNorms of Dual, and is slower for it: its forward leaves out" in str(said[0].message)
+        for use in (2, 1):
+            model.use = use
+            is_the_model(fast, model)
+
+
+@pytest.mark.parametrize("kind", [AtRandom, AtTorchsRandom, Counting])
+def test_a_forward_that_may_be_another_is_not_folded_and_leaves_no_trace(kind):
+    model = made(kind).double()
+    states = random.getstate(), torch.get_rng_state()
+    with pytest.warns(
+        UserWarning, match=rf"none of the 2 BatchNorms of {kind.__name__}.*draws random numbers or changes"
+    ):
+        fast = AttackModel(model)
+    assert fast.folded == 0
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert getattr(model, "calls", 0) == 0
+    assert getattr(fast.module, "calls", 0) == 0
+    for _ in range(4):
+        random.seed(5)
+        torch.manual_seed(5)
+        found = fast(batch().double())
+        random.seed(5)
+        torch.manual_seed(5)
+        torch.testing.assert_close(found, model(batch().double()), rtol=1e-9, atol=1e-9)
+
+
+class ByAFlag(Net):
+    """With or without BatchNorm, or with its input used as well."""
+
+    way = "normalised"
+
+    def body(self, x):
+        out = self.conv(x)
+        out = {"normalised": lambda: self.bn(out), "plain": lambda: out, "both": lambda: self.bn(out) + out}[self.way]()
+        return self.layer4(F.relu(out))
+
+
+def test_a_flag_that_is_changed_later():
+    model = made(ByAFlag).double()
+    fast = AttackModel(model)
+    assert fast.folded == 2
+    for way in ("plain", "normalised", "both"):
+        model.way = way
+        is_the_model(fast, model)
+        assert fast.folded == 0  # now that it is known to choose
+    model = made(ByAFlag).double()
+    fast = AttackModel(model)
+    model.way = "both"
+    is_the_model(fast, model)
+
+
+def test_what_cannot_be_traced_is_said_once():
+    class Loops(Net):
+        def body(self, x):
+            return super().body(x) if x.mean() > 0 else super().body(-x)
+
+    with pytest.warns(UserWarning, match="AttackModel folded none of the 2 BatchNorms of Loops.*control flow") as said:
+        fast = AttackModel(made(Loops))
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert fast.folded == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast(batch())
+
+
+KINDS = {
+    "register_forward_hook": lambda module, args, out: out * 2,
+    "register_forward_pre_hook": lambda module, args: (args[0] * 2,),
+    "register_full_backward_hook": lambda module, to, of: (to[0] * 2 if to[0] is not None else None,),
+    "register_full_backward_pre_hook": lambda module, of: (of[0] * 2,),
+}
+
+
+@pytest.mark.parametrize("register", KINDS)
+@pytest.mark.parametrize("layer", ["conv", "bn", "layer4.0", "layer4.1", "layer4"])
+def test_hooks_change_what_they_change_in_the_model(layer, register):
+    model = made().double()
+    getattr(model.get_submodule(layer), register)(KINDS[register])
+    fast = AttackModel(model)
+    assert fast.folded == (2 if layer == "layer4" else 1)
+    is_the_model(fast, model)
+
+
+def test_it_leaves_the_model_as_it_was():
+    class Keeps(Net):
+        def body(self, x):
+            self.feature = super().body(x)
+            return self.feature
+
+    model = made(Keeps)
+    before = {name: dict(part.__dict__) for name, part in model.named_modules()}
+    assert foldable(model)[0] == [("conv", "bn"), ("layer4.0", "layer4.1")]
+    assert {name: dict(part.__dict__) for name, part in model.named_modules()} == before
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "folded"), [("resnet18", 20), ("mobilenet_v3_small", 34), ("regnet_y_400mf", 53), ("efficientnet_b0", 49)]
+)
+def test_torchvisions_networks(name, folded):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    pairs, why_not = foldable(model.eval())
+    assert (len(pairs), norms, why_not) == (folded, folded, None)
+
+
+def test_folded_weights_are_those_of_the_two():
+    torch.manual_seed(0)
+    cases = [
+        (nn.Conv2d(3, 8, 3, bias=False), bn()),
+        (nn.Conv2d(3, 8, 3), bn()),
+        (nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False)),
+        (nn.Conv2d(4, 8, 1, groups=2, bias=False), nn.BatchNorm2d(8, affine=False, eps=0.1)),
+    ]
+    cases[2][1].running_mean.normal_()
+    weights, biases = folded_weights([c.weight for c, _ in cases], [c.bias for c, _ in cases], [n for _, n in cases])
+    for (conv, norm), weight, bias in zip(cases, weights, biases, strict=True):
+        x = torch.randn(2, conv.in_channels, 5, 5, dtype=torch.float64)
+        expected = norm.double().eval()(conv.double()(x))
+        found = F.conv2d(x, weight.double(), bias.double(), groups=conv.groups)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert folded_weights([], [], []) == ([], [])
