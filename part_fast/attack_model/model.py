@@ -122,7 +122,8 @@ class AttackModel(nn.Module):
         self.refresh()
         if why_not is None or norms == 0:
             return None
-        return f"AttackModel folded none of the {norms} BatchNorms of {type(model).__name__}, and is slower for it: {why_not}"
+        which = f"none of the {norms} BatchNorms of {type(model).__name__}"
+        return f"AttackModel folded {which}, and is slower for it: {why_not}"
 
     def _set_up(self) -> None:
         """What cannot be copied or pickled."""
