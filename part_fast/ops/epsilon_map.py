@@ -75,7 +75,8 @@ def epsilon_map(
     size: (H, W), neither smaller than the map's. eps, eps_low: image units, 0 <= eps_low <= eps; or tensors that
     broadcast to (N,M,H,W), whose values are not checked.
     rule: those of `cam_mask` ("zscore", "released" with M = 3, "quantile:q"), or "soft", M = 1:
-    eps_low + (eps - eps_low) * clamp(u, 0, 1) with u = upsample_cam(cam, size), which is differentiable in cam.
+    eps_low + (eps - eps_low) * clamp(u, 0, 1) with u = upsample_cam(cam, size), which is differentiable in cam, in
+    reverse, to any order (forward mode is refused: NotImplementedError).
     Every rule is differentiable in a tensor eps and eps_low. A flat map gives eps_low everywhere.
 
     Equivalent to: `torch.where(cam_mask(cam, size, rule), eps, eps_low)`.
