@@ -127,7 +127,7 @@ def _budget(name: str, value: Any, shape: tuple[int, ...], cam: Tensor) -> Tenso
     checks.tensor(name, value)
     if value.device != cam.device:
         raise ValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
-    refuse_columns(name, value)
+    refuse_columns(name, value, shape[3])
     dims = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > 4 or any(d not in (1, full) for d, full in dims):
         raise ValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")

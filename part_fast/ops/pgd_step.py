@@ -133,8 +133,8 @@ def pgd_step(
         What is neither contiguous nor channels_last is copied, and x or grad in another format than x_adv's too.
     eps: image units (8/255); a float, a tensor that broadcasts to the images, or a PackedEpsilon.
     alpha: step size, image units; negative to descend.
-    clip: (low, high), or None for no clip; each a number or one per channel, (C,), (C,1,1) or (1,C,1,1), which is rounded
-        as a number is, gives the same bits, and takes a pass of its own.
+    clip: (low, high), or None for no clip; each a number or one per channel, (C,), (C,1,1) or (1,C,1,1), which is
+        rounded as a number is, gives the same bits, and takes a pass of its own.
     Returns a new tensor like x_adv. A zero or NaN in grad moves nothing; NaN in x_adv, x or eps stays NaN.
     Differentiable in x_adv, x and a tensor eps (grad gets zeros), forward and in reverse, to any order; exactly on a
     bound the gradient belongs to x_adv. torch.vmap maps it over any dimension.
