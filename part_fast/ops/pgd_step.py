@@ -83,7 +83,7 @@ class _PGDStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, grad, x, eps = ctx.saved_tensors
-        gradient = _pgd_step_bwd
+        gradient: Any = _pgd_step_bwd
         if checks.derivative_of_backward():
             gradient = _reference_bwd
         else:
@@ -179,7 +179,8 @@ def pgd_step_(
     if checks.transformed() or (torch.is_grad_enabled() and _asks_gradient(*tensors)):
         # The backward reads x_adv as it was, also where it is another argument too.
         kept = x_adv.clone()
-        return x_adv.copy_(pgd_step(*(kept if t is x_adv else t for t in (x_adv, grad, x, eps)), alpha, clip))
+        grad, x, eps = (kept if t is x_adv else t for t in (grad, x, eps))  # type: ignore[assignment]
+        return x_adv.copy_(pgd_step(kept, grad, x, eps, alpha, clip))
     _pgd_step_(*tensors, *scalars)
     if channels is not None:
         x_adv.clamp_(*channels)

@@ -93,7 +93,7 @@ class _ProjectLinf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, x, eps = ctx.saved_tensors
-        gradient = _project_linf_bwd
+        gradient: Any = _project_linf_bwd
         if checks.derivative_of_backward():
             gradient = _reference_bwd
         else:
@@ -117,7 +117,9 @@ class _ProjectLinfTransformed(_ProjectLinf):
         x_adv, x, eps = ctx.saved_tensors
         dtype = checks.compute_dtype(x_adv)
         moved = x_adv.to(dtype) - x.to(dtype)
-        return split_tangent((x_adv_t, x_t, eps_t), moved, dense_eps(eps, *ctx.eps_values, x_adv)).to(x_adv.dtype)
+        eps_high, eps_low = ctx.eps_values
+        bound = dense_eps(eps, eps_high, eps_low, x_adv)
+        return split_tangent((x_adv_t, x_t, eps_t), moved, bound).to(x_adv.dtype)
 
 
 def project_linf(x_adv: Tensor, x: Tensor, eps: float | Tensor | PackedEpsilon) -> Tensor:
