@@ -66,7 +66,7 @@ def derivative_of_backward() -> bool:
     return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
 
 
-def clip_range(clip: Any, x: Tensor | None = None) -> tuple[Bound, Bound]:
+def clip_range(clip: Any, x: Tensor | None = None) -> tuple[Any, Any]:
     """(low, high) of a clip argument for images x (N,C,H,W); None is no clip.
 
     Two floats; or, where either is given per channel, two tensors (1,C,1,1) in the dtype of x. Without x two floats

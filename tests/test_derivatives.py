@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DTYPES, EPS, assert_same, make_eps, make_images
+from golden_attack import EXPECTED, golden_net
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from part_fast import (
+    AttackModel,
     PackedEpsilon,
     cam,
     cam_mask,
@@ -356,3 +359,20 @@ def test_hooks_on_results_run(backend):
     (once,) = torch.autograd.grad(pgd_step(x_adv, gradient, x, leaf, ALPHA).sum(), leaf)
     torch.testing.assert_close(tripled, 3 * once)
     assert isinstance(tripled, Tensor)
+
+
+def test_attack_model_under_transforms():
+    """The copy computes plainly there: the model's own derivatives of every kind."""
+    net = golden_net().eval()
+    copy = AttackModel(net)
+    x, y = EXPECTED["x"], EXPECTED["y"]
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(net(leaf), y), leaf)
+    got = grad(lambda t: F.cross_entropy(copy(t), y))(x)
+    # BatchNorm is folded: the same sums in another order.
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    each = vmap(grad(lambda t, label: F.cross_entropy(copy(t[None]), label[None])))(x, y) / len(x)
+    torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(vmap(copy)(x[:, None])[:, 0], net(x), rtol=1e-4, atol=1e-5)
+    for got, wanted in zip(jvp(copy, (x,), (x,)), jvp(net, (x,), (x,)), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)

@@ -75,7 +75,8 @@ def epsilon_map(
     size: (H, W), neither smaller than the map's. eps, eps_low: image units, 0 <= eps_low <= eps; or tensors that
     broadcast to (N,M,H,W), whose values are not checked.
     rule: those of `cam_mask` ("zscore", "released" with M = 3, "quantile:q"), or "soft", M = 1:
-    eps_low + (eps - eps_low) * clamp(u, 0, 1) with u = upsample_cam(cam, size), which is differentiable in cam.
+    eps_low + (eps - eps_low) * clamp(u, 0, 1) with u = upsample_cam(cam, size), which is differentiable in cam, in
+    reverse, to any order (forward mode is refused: NotImplementedError).
     Every rule is differentiable in a tensor eps and eps_low. A flat map gives eps_low everywhere.
 
     Equivalent to: `torch.where(cam_mask(cam, size, rule), eps, eps_low)`.
@@ -126,7 +127,7 @@ def _budget(name: str, value: Any, shape: tuple[int, ...], cam: Tensor) -> Tenso
     checks.tensor(name, value)
     if value.device != cam.device:
         raise ValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
-    refuse_columns(name, value)
+    refuse_columns(name, value, shape[3])
     dims = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > 4 or any(d not in (1, full) for d, full in dims):
         raise ValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")

@@ -163,7 +163,7 @@ def eps_arguments(eps: Any, x_adv: Tensor) -> EpsArguments:
     checks.tensor("eps", eps)
     if eps.device != x_adv.device:
         raise ValueError(f"eps must be on the device of x_adv, {x_adv.device}, got {eps.device}")
-    refuse_columns("eps", eps)
+    refuse_columns("eps", eps, x_adv.shape[3])
     try:
         return eps.expand(x_adv.shape), 0.0, 0.0
     except RuntimeError:  # asking first, dimension by dimension, takes longer than all other checks together
@@ -171,9 +171,9 @@ def eps_arguments(eps: Any, x_adv: Tensor) -> EpsArguments:
     raise ValueError(f"eps must broadcast to the images, {shapes}")
 
 
-def refuse_columns(name: str, eps: Tensor) -> None:
+def refuse_columns(name: str, eps: Tensor, width: int) -> None:
     """An eps per image, (N,) or (N,1), would broadcast to columns or rows of pixels."""
-    if (eps.ndim == 1 or (eps.ndim == 2 and eps.shape[1] == 1)) and eps.shape[0] != 1:
+    if (eps.ndim == 1 or (eps.ndim == 2 and eps.shape[1] == 1 != width)) and eps.shape[0] != 1:
         raise ValueError(
             f"{name} must broadcast to (N,C,H,W) by its own dimensions: (N,1,1,1) for one per image, (1,1,1,W) for "
             f"one per column, got {tuple(eps.shape)}"

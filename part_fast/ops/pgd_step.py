@@ -83,7 +83,7 @@ class _PGDStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, grad, x, eps = ctx.saved_tensors
-        gradient = _pgd_step_bwd
+        gradient: Any = _pgd_step_bwd
         if checks.derivative_of_backward():
             gradient = _reference_bwd
         else:
@@ -129,12 +129,15 @@ def pgd_step(
 ) -> Tensor:
     """One PGD step: along the sign of grad, back into each pixel's eps ball around x, clipped.
 
-    x_adv, x: images (N,C,H,W) of one dtype, contiguous or channels_last. grad: their shape, any floating dtype.
-        x or grad in another memory format than x_adv's is copied to it first.
+    x_adv, x: images (N,C,H,W) of one dtype. grad: their shape, any floating dtype.
+        What is neither contiguous nor channels_last is copied, and x or grad in another format than x_adv's too.
     eps: image units (8/255); a float, a tensor that broadcasts to the images, or a PackedEpsilon.
-    alpha: step size, image units; negative to descend. clip: (low, high), or None for no clip.
+    alpha: step size, image units; negative to descend.
+    clip: (low, high), or None for no clip; each a number or one per channel, (C,), (C,1,1) or (1,C,1,1), which is
+        rounded as a number is, gives the same bits, and takes a pass of its own.
     Returns a new tensor like x_adv. A zero or NaN in grad moves nothing; NaN in x_adv, x or eps stays NaN.
-    Differentiable in x_adv, x and a tensor eps (grad gets zeros); exactly on a bound the gradient belongs to x_adv.
+    Differentiable in x_adv, x and a tensor eps (grad gets zeros), forward and in reverse, to any order; exactly on a
+    bound the gradient belongs to x_adv. torch.vmap maps it over any dimension.
 
     Equivalent to: `torch.clamp(x + torch.clamp(x_adv + alpha * grad.sign() - x, -eps, eps), *clip)`, computed in
     float32 in this order and rounded once: every backend returns the same bits.
@@ -160,10 +163,12 @@ def pgd_step_(
     alpha: float,
     clip: Clip = (0.0, 1.0),
 ) -> Tensor:
-    """`pgd_step` written into x_adv, which is returned. For attacks: no new memory.
+    """`pgd_step` written into x_adv, which is returned. For attacks: no new memory, but for a strided x_adv, such as a
+    crop, whose copy is written back.
 
     Where a gradient is asked for it is recorded as for any in-place op of torch, at the price of two copies.
-    Errors: those of `pgd_step`; ValueError for grad, x or eps that overlaps x_adv without being the same.
+    Errors: those of `pgd_step`; ValueError for an x_adv that shares elements (expanded), and for grad, x or eps that
+    overlaps x_adv without being the same.
     """
     tensors, scalars, channels = _checked(x_adv, grad, x, eps, alpha, clip)
     if tensors[0] is not x_adv:  # a copy of strided images
@@ -174,7 +179,8 @@ def pgd_step_(
     if checks.transformed() or (torch.is_grad_enabled() and _asks_gradient(*tensors)):
         # The backward reads x_adv as it was, also where it is another argument too.
         kept = x_adv.clone()
-        return x_adv.copy_(pgd_step(*(kept if t is x_adv else t for t in (x_adv, grad, x, eps)), alpha, clip))
+        grad, x, eps = (kept if t is x_adv else t for t in (grad, x, eps))  # type: ignore[assignment]
+        return x_adv.copy_(pgd_step(kept, grad, x, eps, alpha, clip))
     _pgd_step_(*tensors, *scalars)
     if channels is not None:
         x_adv.clamp_(*channels)

@@ -93,7 +93,7 @@ class _ProjectLinf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, x, eps = ctx.saved_tensors
-        gradient = _project_linf_bwd
+        gradient: Any = _project_linf_bwd
         if checks.derivative_of_backward():
             gradient = _reference_bwd
         else:
@@ -117,16 +117,19 @@ class _ProjectLinfTransformed(_ProjectLinf):
         x_adv, x, eps = ctx.saved_tensors
         dtype = checks.compute_dtype(x_adv)
         moved = x_adv.to(dtype) - x.to(dtype)
-        return split_tangent((x_adv_t, x_t, eps_t), moved, dense_eps(eps, *ctx.eps_values, x_adv)).to(x_adv.dtype)
+        eps_high, eps_low = ctx.eps_values
+        bound = dense_eps(eps, eps_high, eps_low, x_adv)
+        return split_tangent((x_adv_t, x_t, eps_t), moved, bound).to(x_adv.dtype)
 
 
 def project_linf(x_adv: Tensor, x: Tensor, eps: float | Tensor | PackedEpsilon) -> Tensor:
     """Project x_adv onto the l-infinity ball of radius eps around x, each pixel with its own eps.
 
-    x_adv, x: images (N,C,H,W) of one dtype, contiguous or channels_last; an x in the other format is copied.
+    x_adv, x: images (N,C,H,W) of one dtype. What is neither contiguous nor channels_last is copied, and an x in
+        another format than x_adv's too.
     eps: image units (8/255); a float, a tensor that broadcasts to the images, or a PackedEpsilon.
-    Returns a new tensor like x_adv. Differentiable in x_adv, x and a tensor eps; exactly on the bound the
-    gradient belongs to x_adv.
+    Returns a new tensor like x_adv. Differentiable in x_adv, x and a tensor eps, forward and in reverse, to any order;
+    exactly on the bound the gradient belongs to x_adv. torch.vmap maps it over any dimension.
 
     Equivalent to: `x + torch.clamp(x_adv - x, -eps, eps)`, computed in float32 and rounded once.
     Errors: TypeError or ValueError that names the argument, before anything is computed.

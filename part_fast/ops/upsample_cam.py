@@ -135,7 +135,8 @@ def upsample_cam(cam: Tensor, size: tuple[int, int]) -> Tensor:
 
     cam: floating; a flat map gives zeros. size: (H, W), neither smaller than the map's; an int is both.
     Keys bicubic, a = -0.5, half-pixel centres, weights renormalised at the edges; overshoot past [0,1] is kept.
-    Computed in float32 and rounded once to cam's dtype. Differentiable; ties at the minimum and maximum share their
+    Computed in float32 and rounded once to cam's dtype. Differentiable in reverse, to any order (forward mode
+    is refused: NotImplementedError); ties at the minimum and maximum share their
     gradient evenly, as in `torch.amin`; a flat map gets zeros.
 
     Equivalent to: `PIL.Image.fromarray(normalized, "F").resize((W, H), PIL.Image.BICUBIC)`, map by map.
