@@ -368,5 +368,3 @@ def _logit(logits: Tensor, index: Tensor) -> Tensor:
 def plain(value: Tensor) -> Tensor:
     """`value` outside any graph, and no inference tensor, which autograd could not save."""
     return value.clone() if value.is_inference() else value.detach()
-
-
