@@ -183,8 +183,8 @@ class FakeGpu(TorchFunctionMode):
     def move(self, value, *args, **kwargs):
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype)
+        copy = kwargs.pop("copy", False)  # which the parser does not know
         device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-        copy = kwargs.get("copy", False)
         changed = Tensor.to(value, dtype=dtype or value.dtype, memory_format=memory_format, copy=copy)
         if device is None or device.type == value.device.type:
             return changed

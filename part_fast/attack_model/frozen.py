@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import torch
@@ -50,9 +49,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 def lay_(module: nn.Module, memory_format: torch.memory_format) -> None:
     """Every parameter and buffer of four dimensions in that memory format; Module.to refuses those of five."""
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    module._apply(lambda tensor: tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor)
 
 
 def is_of_view(error: RuntimeError) -> bool:
