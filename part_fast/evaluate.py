@@ -249,7 +249,8 @@ def masks(
     rules = [config.rule] if rule is None else [name.strip() for name in rule.split(",")]
     for name in rules:
         dataclasses.replace(config, rule=name).check()
-    config = dataclasses.replace(config, rule=rules[0])
+    # The run of a plain method does not use eps_low, which may then lie above its eps.
+    config = dataclasses.replace(config, rule=rules[0], eps_low=min(config.eps, config.eps_low))
     x, y = to_float(data.images), data.labels
     maps = {name: CamBudget(net, config.eps, config.eps_low, method=config.cam, rule=name)(x) for name in rules}
     eps = maps[rules[0]]

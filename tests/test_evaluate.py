@@ -252,6 +252,13 @@ def test_mask_grid_repeats_and_follows_the_rule(run, tmp_path):
     assert (tmp_path / "4.png").read_bytes() != (tmp_path / "5.png").read_bytes()
 
 
+def test_masks_of_a_plain_method_whose_eps_is_below_eps_low(run, tmp_path):
+    config = dataclasses.replace(CONFIG, method="at", eps=4 / 255)
+    report.write_json(run / "config.json", config.to_json())
+    record = masks(run, tmp_path / "grid.png", n=1)
+    assert (record["eps"], record["eps_low"]) == (4 / 255, 4 / 255)
+
+
 def test_grid_shows_the_attack_within_the_eps_map(run, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(

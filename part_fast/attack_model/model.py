@@ -51,7 +51,7 @@ class AttackModel(nn.Module):
     and plain attributes that have changed: by an optimizer, fused or not, in place, through `p.data = ...`, by new
     tensors in their place (`load_state_dict(assign=True)`), or by `model.to(...)`. It is made anew when the model got
     other modules, shapes, dtypes or another device; what was captured or compiled is then lost, and modules that were
-    taken from it are no longer its own. On a GPU all weights are copied each time, in at most 12 launches.
+    taken from it are no longer its own. On a GPU all weights are copied each time, by at most 12 calls of torch.
     Not noticed is what a CPU model gets through `.data` in place where 16 values in the middle of each tensor stay what
     they were, and a list or dict of the model's that is changed deeper than its own items: PART_FAST_CHECK=1 compares
     every weight, and `refresh` takes over all. Hooks are those that the model had when it was copied.
