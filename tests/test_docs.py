@@ -18,6 +18,7 @@ from part_fast import AttackModel, CamBudget, cli, models
 from part_fast.attacks import mma, pgd
 from part_fast.data import augment, draw_augmentation, to_float
 from part_fast.evaluate import check_attacks
+from part_fast.gpu.__main__ import parser as gpu_parser
 from part_fast.losses import mart_objective, trades_objective
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -178,6 +179,8 @@ def test_commands_exist(page):
             launched = get_args_parser().parse_args(arguments)
             assert (launched.module, launched.training_script) == (True, "part_fast"), line
             check(launched.training_script_args)
+        elif arguments[:2] == ["-m", "part_fast.gpu"]:
+            gpu_parser().parse_args(arguments[2:])
         else:
             check(arguments[2:] if program == "python" else arguments)
 
@@ -187,6 +190,7 @@ def test_flags_exist(page):
     """Also those in backticks without their command."""
     kinds = [*cli.COMMANDS.values(), type(TINY_RUN)]
     known = {field.name.replace("_", "-") for kind in kinds for field in dataclasses.fields(kind)}
+    known |= {action.dest.replace("_", "-") for action in gpu_parser()._actions}
     for said in re.findall(r"`(--[^`]+)`", page.read_text()):
         flag = said.split()[0].removeprefix("--").partition("=")[0]
         assert flag in known or flag.removeprefix("no-") in known, said
@@ -362,7 +366,7 @@ def test_docstring_of_pgd():
 
 def test_docstring_of_the_pgd_class():
     net = golden_net()
-    names = docstring_names() | {"pgd": pgd, "model": net, "steps": 2, "random_start": True}
+    names = docstring_names() | {"pgd": pgd, "model": net, "steps": 2, "start": "uniform", "clip": (0, 1)}
     names |= {"images": names["x"], "labels": names["y"], "eps": 0.05, "alpha": 0.02}
     torch.manual_seed(0)
     expected = evaluated(part_fast.PGD, names)

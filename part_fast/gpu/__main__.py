@@ -13,8 +13,8 @@ from pathlib import Path
 from part_fast.gpu import battery
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code: 0, 1 where something failed, 2 for bad input."""
+def parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
     parts = ", ".join(battery.PARTS)
     flags = argparse.ArgumentParser(
         prog="python -m part_fast.gpu",
@@ -30,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags.add_argument("--methods", default="at,part", help="poster: rows to train, side by side")
     flags.add_argument("--runs", type=Path, default=Path("runs/poster"), help="poster: the folder of its runs")
     flags.add_argument("--device", help="default: cuda, on a dry run cpu")
-    args = flags.parse_args(arguments)
+    return flags
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code: 0, 1 where something failed, 2 for bad input."""
+    args = parser().parse_args(arguments)
     try:
         settings = battery.default_settings(
             args.device,
