@@ -79,6 +79,7 @@ class CamBudget:
         self.rule = rule
         self.control = check_control(control)
         needs_none = callable(method) and not isinstance(method, type) and target_layer is None
+        self._asked, self._ran = target_layer, _run(model)
         self.target_layer = None if needs_none else _find_layer(model, target_layer)
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
@@ -128,6 +129,11 @@ class CamBudget:
             x = x.clone().detach()  # some models normalise in place
             if not isinstance(self.method, str):
                 return self._external(self.method, model, x, target)
+            if isinstance(model, AttackModel):
+                # Here and not in its forward, where our hook would hang on a copy that is made anew.
+                model.refresh_if_changed()
+                if _run(model) is not self._ran:
+                    self.target_layer, self._ran = _find_layer(model, self._asked), _run(model)
             activation, logits = self._forward(model, x)
             target = _target(target, logits, x)
             with torch.enable_grad():

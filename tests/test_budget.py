@@ -547,3 +547,16 @@ def test_layer_that_is_not_run():
     net.spare = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match="target_layer must be run by the model's forward"):
         CamBudget(net, target_layer="spare")(X)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_copy_that_is_made_anew_is_explained_too(named):
+    """After model.double() the AttackModel has other modules, and the layer is found among them."""
+    torch.manual_seed(0)
+    model = models.resnet_small().eval()
+    budget = CamBudget(AttackModel(model), target_layer="layer3" if named else None)
+    x = torch.rand(2, 3, 16, 16)
+    budget(x)
+    model.double()
+    expected = CamBudget(model, target_layer="layer3" if named else None)(x.double())
+    assert torch.equal(budget(x.double()), expected)
