@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast import report
 from part_fast.attack_model import AttackModel
+from part_fast.attack_model.cpu import winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.bench_step import settle
-from part_fast.models import build_model
-from part_fast.ops import winograd
+from part_fast.bench.steps import settle
+from part_fast.models.checkpoints import build_model
+from part_fast.report import figures as report
 
 
 def without(what: type | ModuleType, model: nn.Module, precision: str) -> AttackModel:

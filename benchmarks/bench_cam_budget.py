@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from part_fast import CamBudget, bench, models
+from part_fast import CamBudget
+from part_fast.bench import ops as bench
+from part_fast.models import checkpoints as models
 
 ROUNDS = 9
 CASES = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from part_fast import bench_step
+from part_fast.bench import steps as bench_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 7

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from part_fast import backends, bench
+from part_fast import backends
+from part_fast.bench import ops as bench
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 9

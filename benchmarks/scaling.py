@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from part_fast import report
-from part_fast.bench_step import FlopCount
+from part_fast.bench.steps import FlopCount
 from part_fast.config import TrainConfig
-from part_fast.engine import Engine
-from part_fast.train import train_step
+from part_fast.report import figures as report
+from part_fast.training.engine import Engine
+from part_fast.training.loop import train_step
 
 BASE = TrainConfig(model="wrn-10-2", method="part", steps=10, batch_size=8)
 CHANGES = {

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast import attacks, checks
-from part_fast.budget import CamBudget
+from part_fast import checks
+from part_fast.attacks import ascend as attacks
+from part_fast.budgets.cam import CamBudget
 from part_fast.checks import Clip
 from part_fast.ops.packed_epsilon import PackedEpsilon
 

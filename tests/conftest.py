@@ -484,11 +484,12 @@ TINY_RUN = TrainConfig(
 @pytest.fixture
 def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a tiny run's time is unpacking the demo set and drawing curves: once is enough, and none."""
-    import part_fast.evaluate
-    import part_fast.train
-    from part_fast import report
+    import part_fast.evaluation.accuracy
+    import part_fast.training.loop
 
-    for module in (part_fast.train, part_fast.evaluate):
+    from part_fast.report import figures as report
+
+    for module in (part_fast.training.loop, part_fast.evaluation.accuracy):
         monkeypatch.setattr(module, "load", load_once)
     monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
 
@@ -496,6 +497,6 @@ def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 @functools.lru_cache
 def load_once(*arguments: object) -> object:
     """`part_fast.data.load`, each data set of a process unpacked once."""
-    from part_fast.data import load
+    from part_fast.data.catalogue import load
 
     return load(*arguments)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import part_fast
-from part_fast import bench
+from part_fast.bench import ops as bench
 
 CPU = torch.device("cpu")
 COMPILE = torch.compile

@@ -17,10 +17,13 @@ from golden_attack import EXPECTED, golden_net
 from matplotlib.figure import Figure
 from PIL import Image
 
-import part_fast.train as training
-from part_fast import bench, bench_baselines, bench_step, models
+from part_fast.attack_model.cpu import winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.ops import winograd
+from part_fast.bench import ops as bench
+from part_fast.bench import published as bench_baselines
+from part_fast.bench import steps as bench_step
+from part_fast.models import checkpoints as models
+from part_fast.training import loop as training
 
 CPU = torch.device("cpu")
 X, Y = EXPECTED["x"], EXPECTED["y"]

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import part_fast
-from part_fast import AttackModel, CamBudget, models
-from part_fast.controls import CONTROLS
+from part_fast import AttackModel, CamBudget
+from part_fast.budgets.controls import CONTROLS
+from part_fast.models import checkpoints as models
 
 X, Y = EXPECTED["x"], EXPECTED["y"]
 

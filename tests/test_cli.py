@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 import part_fast
-import part_fast.evaluate as evaluating
-import part_fast.train as training
-from part_fast import cli, models, report
+from part_fast import cli
 from part_fast.cli import main
 from part_fast.config import PRESETS, preset, read_config
-from part_fast.data import load
+from part_fast.data.catalogue import load
+from part_fast.evaluation import accuracy as evaluating
+from part_fast.models import checkpoints as models
+from part_fast.report import figures as report
+from part_fast.training import loop as training
 
 CACHED = functools.lru_cache(load)
 SMALL = {
@@ -333,7 +335,7 @@ def test_export_end_to_end(tmp_path, capsys):
 
 def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("part_fast.bench.ops", lambda out, **flags: calls.append((out, flags)))
+    monkeypatch.setattr("part_fast.bench.ops.ops", lambda out, **flags: calls.append((out, flags)))
     assert main(["bench", "ops", "--out", str(tmp_path), "--only", "cam", "pgd_step", "--quick"]) == 0
     ((out, flags),) = calls
     assert out == tmp_path
@@ -345,7 +347,7 @@ def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
 
 def test_bench_step_takes_its_flags(tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("part_fast.bench_step.steps", lambda out, **flags: calls.append((out, flags)))
+    monkeypatch.setattr("part_fast.bench.steps.steps", lambda out, **flags: calls.append((out, flags)))
     assert main(["bench", "step", "--out", str(tmp_path), "--models", "resnet18", "wrn-34-10", "--rounds", "9"]) == 0
     assert calls.pop() == (
         tmp_path,

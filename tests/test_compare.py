@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from part_fast.compare import difference, interval, mean_and_spread
+from part_fast.experiments.compare import difference, interval, mean_and_spread
 
 
 def bools(*rows):

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from part_fast import data
-from part_fast.data import (
+from part_fast.data import catalogue as data
+from part_fast.data.catalogue import load
+from part_fast.data.memory import (
     Augmentation,
     Dataset,
     augment,
     balanced_indices,
     batch_length,
     draw_augmentation,
-    load,
     to_float,
 )
 

@@ -14,12 +14,13 @@ from conftest import ROOT, TINY_RUN, load_once
 from golden_attack import golden_net
 
 import part_fast
-from part_fast import AttackModel, CamBudget, cli, models
-from part_fast.attacks import mma, pgd
-from part_fast.data import augment, draw_augmentation, to_float
-from part_fast.evaluate import check_attacks
+from part_fast import AttackModel, CamBudget, cli
+from part_fast.attacks.ascend import mma, pgd
+from part_fast.data.memory import augment, draw_augmentation, to_float
+from part_fast.evaluation.accuracy import check_attacks
 from part_fast.gpu.__main__ import parser as gpu_parser
 from part_fast.losses import mart_objective, trades_objective
+from part_fast.models import checkpoints as models
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

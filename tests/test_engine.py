@@ -8,12 +8,12 @@ import torch
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
-import part_fast.evaluate as evaluating
-import part_fast.train as training
-from part_fast.data import to_float
-from part_fast.engine import Engine
-from part_fast.sanity import agreement_warning, gradient_agreement
-from part_fast.train import STATE, train
+from part_fast.data.memory import to_float
+from part_fast.evaluation import accuracy as evaluating
+from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
+from part_fast.training import loop as training
+from part_fast.training.engine import Engine
+from part_fast.training.loop import STATE, train
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def test_attacks_of_a_trained_model_agree_in_every_precision(tmp_path):
     train(tiny(epochs=6, train_size=600, batch_size=64, augment=False), tmp_path / "run", log=silent)
     model, _, data, _ = evaluating.load_trained(tmp_path / "run", 100)
     from part_fast import AttackModel, pgd
-    from part_fast.attacks import clean_logits
+    from part_fast.attacks.ascend import clean_logits
 
     x, y = to_float(data.images), data.labels
     assert gradient_agreement(model, AttackModel(model), x, y)["sign_agreement"] > 0.99

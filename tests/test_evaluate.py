@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import part_fast.evaluate as evaluating
-from part_fast import report
-from part_fast.attacks import pgd
+from part_fast.attacks.ascend import pgd
 from part_fast.config import TrainConfig
-from part_fast.data import load, to_float
-from part_fast.evaluate import AttackSettings, accuracy, correct, evaluate, load_trained, masks
-from part_fast.models import build_model
+from part_fast.data.catalogue import load
+from part_fast.data.memory import to_float
+from part_fast.evaluation import accuracy as evaluating
+from part_fast.evaluation.accuracy import AttackSettings, accuracy, correct, evaluate, load_trained, masks
+from part_fast.models.checkpoints import build_model
+from part_fast.report import figures as report
 
 CACHED = functools.lru_cache(load)
 CONFIG = TrainConfig(method="part", test_size=30, steps=3)

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from conftest import TINY_RUN
 
 import part_fast
-from part_fast import AttackModel, PackedEpsilon, bench, pgd
-from part_fast.bench_step import settle
+from part_fast import AttackModel, PackedEpsilon, pgd
+from part_fast.bench import ops as bench
+from part_fast.bench.steps import settle
 from part_fast.config import METHODS
-from part_fast.engine import Engine
 from part_fast.gpu import attacks, ops, record, training
-from part_fast.models import resnet18, resnet_small
-from part_fast.train import batch_epsilon, train_step
+from part_fast.models.checkpoints import resnet18, resnet_small
+from part_fast.training.engine import Engine
+from part_fast.training.loop import batch_epsilon, train_step
 
 EPS = 8 / 255
 CALLS = tuple(ops.Checks(torch.device("cpu")).calls(1))

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from part_fast import AttackModel, CamBudget, backends, models
-from part_fast.attack_model.cpu import onednn
+from part_fast import AttackModel, CamBudget, backends
+from part_fast.attack_model.cpu import onednn, winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d, residual
-from part_fast.ops import winograd
+from part_fast.models import checkpoints as models
 
 ONEDNN = torch.backends.mkldnn.is_available()
 pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch is built without oneDNN, so no convolution is packed")

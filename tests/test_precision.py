@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-import part_fast.train as training
-from part_fast import report
 from part_fast.cli import _parse
 from part_fast.config import PRESETS, TrainConfig, read_config
+from part_fast.evaluation.sanity import gradient_agreement
 from part_fast.precision import algorithms, full_float32, tf32
-from part_fast.sanity import gradient_agreement
-from part_fast.train import train
+from part_fast.report import figures as report
+from part_fast.training import loop as training
+from part_fast.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "torchs_own_settings")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)

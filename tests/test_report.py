@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import part_fast
-import part_fast.evaluate as evaluating
-import part_fast.train as training
-from part_fast import demo as demonstrating
-from part_fast import report
 from part_fast.config import PRESETS
-from part_fast.data import load
-from part_fast.demo import demo
+from part_fast.data.catalogue import load
+from part_fast.evaluation import accuracy as evaluating
+from part_fast.experiments import demo as demonstrating
+from part_fast.experiments.demo import demo
+from part_fast.report import figures as report
+from part_fast.training import loop as training
 
 
 def picture(path):

@@ -11,12 +11,12 @@ from conftest import TINY_RUN as TINY
 from conftest import load_once
 from safetensors.torch import load_file
 
-import part_fast.train as training
-from part_fast import report
 from part_fast.config import METHODS
-from part_fast.data import to_float
-from part_fast.models import build_model
-from part_fast.train import RUN_FILES, STATE, adversarial_logits, batch_epsilon, batch_loss, train
+from part_fast.data.memory import to_float
+from part_fast.models.checkpoints import build_model
+from part_fast.report import figures as report
+from part_fast.training import loop as training
+from part_fast.training.loop import RUN_FILES, STATE, adversarial_logits, batch_epsilon, batch_loss, train
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -191,7 +191,7 @@ def test_single_images_train_where_their_maps_are_larger(tmp_path):
 @pytest.fixture
 def one_pixel_maps(monkeypatch):
     """Networks whose last BatchNorm sees one pixel; gives the lengths of the batches that are trained on."""
-    from part_fast import engine
+    from part_fast.training import engine
 
     def build(name, classes):
         model = build_model(name, classes)

@@ -25,14 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from part_fast import bench, bench_baselines, bench_step, report
-from part_fast.attacks import cross_entropy
-from part_fast.bench_step import Arena
-from part_fast.data import draw_augmentation
-from part_fast.engine import Engine
+from part_fast.attacks.ascend import cross_entropy
+from part_fast.bench import ops as bench
+from part_fast.bench import published as bench_baselines
+from part_fast.bench import steps as bench_step
+from part_fast.bench.steps import Arena
+from part_fast.data.memory import draw_augmentation
 from part_fast.gpu.page import PROFILED
 from part_fast.gpu.record import ALPHA, EPS, Recorder, parser, synchronize, timed
 from part_fast.ops.pgd_step import pgd_step_
+from part_fast.report import figures as report
+from part_fast.training.engine import Engine
 
 Step = Callable[[], object]
 # Kinds of kernels, by words in their names; the first that fits.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from part_fast import report
+from part_fast.report import figures as report
 
 # What demo and study compare, by the names of `evaluate`.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20"}

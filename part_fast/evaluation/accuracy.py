@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from part_fast import checks, distributed, report, sanity
+from part_fast import checks, distributed
 from part_fast.attack_model import AttackModel
-from part_fast.attacks import clean_logits, mma, pgd
-from part_fast.autoattack import autoattack
-from part_fast.budget import CamBudget
+from part_fast.attacks.ascend import clean_logits, mma, pgd
+from part_fast.attacks.autoattack import autoattack
+from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig, find_device, read_config
-from part_fast.data import Dataset, load, to_float
-from part_fast.models import build_model, load_weights
+from part_fast.data.catalogue import load
+from part_fast.data.memory import Dataset, to_float
+from part_fast.evaluation import sanity
+from part_fast.models.checkpoints import build_model, load_weights
+from part_fast.report import figures as report
 
 KNOWN_ATTACKS = "natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa"
 MMA_STEPS = 20

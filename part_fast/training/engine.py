@@ -15,10 +15,10 @@ from torch.profiler import record_function
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
-from part_fast.budget import CamBudget
+from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig
-from part_fast.data import batch_length
-from part_fast.models import build_model, load_weights
+from part_fast.data.memory import batch_length
+from part_fast.models.checkpoints import build_model, load_weights
 
 
 class Engine:

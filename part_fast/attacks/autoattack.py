@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import checks
-from part_fast.attacks import check_images, plain
+from part_fast.attacks.ascend import check_images, plain
 from part_fast.eval_mode import eval_mode, grads_kept, input_gradient
 from part_fast.ops.project_linf import project_linf
 

@@ -16,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from part_fast import distributed, report
-from part_fast.attacks import mma, pgd
-from part_fast.budget import CamBudget
+from part_fast import distributed
+from part_fast.attacks.ascend import mma, pgd
+from part_fast.budgets.bank import MaskBank
+from part_fast.budgets.cam import CamBudget
+from part_fast.budgets.controls import control_map
 from part_fast.config import WEIGHTED, TrainConfig, find_device, read_config
-from part_fast.controls import control_map
-from part_fast.data import Augmentation, Dataset, draw_augmentation, load, to_float
-from part_fast.engine import Engine
-from part_fast.evaluate import AttackSettings, correct, evaluation_data
+from part_fast.data.catalogue import load
+from part_fast.data.memory import Augmentation, Dataset, draw_augmentation, to_float
+from part_fast.evaluation.accuracy import AttackSettings, correct, evaluation_data
+from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
 from part_fast.losses import mart_loss, mart_objective, trades_loss, trades_objective
-from part_fast.mask_bank import MaskBank
 from part_fast.precision import algorithms, full_float32
-from part_fast.sanity import agreement_warning, gradient_agreement
+from part_fast.report import figures as report
+from part_fast.training.engine import Engine
 
 STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.safetensors"
 RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, "environment.json", "curves.png")

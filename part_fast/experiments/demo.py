@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from part_fast import report
-from part_fast.compare import MEASURES, accuracy_table, difference, mean_and_spread, right
 from part_fast.config import PRESETS, TrainConfig
-from part_fast.evaluate import evaluate, masks
-from part_fast.train import WEIGHTS, train
+from part_fast.evaluation.accuracy import evaluate, masks
+from part_fast.experiments.compare import MEASURES, accuracy_table, difference, mean_and_spread, right
+from part_fast.report import figures as report
+from part_fast.training.loop import WEIGHTS, train
 
 METHODS = {"AT": "at", "PART": "part"}
 FILES = ("results.json", "results.csv", "curves.png", "masks.png", "masks.json")

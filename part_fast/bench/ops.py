@@ -52,8 +52,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from part_fast import backends, report
-from part_fast.bench_baselines import published_epsilon_map
+from part_fast import backends
+from part_fast.bench.published import published_epsilon_map
 from part_fast.config import find_device
 from part_fast.ops import (
     PackedEpsilon,
@@ -68,6 +68,7 @@ from part_fast.ops import (
 )
 from part_fast.ops.cam_mask import jet
 from part_fast.ops.upsample_cam import keys_taps
+from part_fast.report import figures as report
 
 EPS, EPS_LOW, ALPHA = 8 / 255, 7 / 255, 2 / 255
 OWN = ("cpp", "triton", "cuda")

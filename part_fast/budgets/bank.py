@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from part_fast import checks, distributed
-from part_fast.budget import CamBudget
-from part_fast.data import Augmentation, to_float
+from part_fast.budgets.cam import CamBudget
+from part_fast.data.memory import Augmentation, to_float
 from part_fast.ops.epsilon_map import packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, bytes_per_mask
 

@@ -65,17 +65,19 @@ from torch.profiler import record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from part_fast import attacks, bench_baselines, report
 from part_fast.attack_model import PRECISIONS, AttackModel
 from part_fast.attack_model.cpu import onednn
 from part_fast.attack_model.graph import GraphedSteps
-from part_fast.bench import Clock, MismatchError, clock_for, environment_line, interleave, traced
+from part_fast.attacks import ascend as attacks
+from part_fast.bench import published as bench_baselines
+from part_fast.bench.ops import Clock, MismatchError, clock_for, environment_line, interleave, traced
+from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, find_device
-from part_fast.data import draw_augmentation
-from part_fast.engine import Engine
-from part_fast.mask_bank import MaskBank
-from part_fast.models import build_model
-from part_fast.train import batch_epsilon, train_step
+from part_fast.data.memory import draw_augmentation
+from part_fast.models.checkpoints import build_model
+from part_fast.report import figures as report
+from part_fast.training.engine import Engine
+from part_fast.training.loop import batch_epsilon, train_step
 
 MODELS = ("resnet18", "wrn-34-10")
 BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128

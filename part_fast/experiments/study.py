@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from part_fast import checks, report
-from part_fast.compare import MEASURES, accuracy_table, interval, mean_and_spread, right
+from part_fast import checks
 from part_fast.config import PRESETS, TrainConfig
-from part_fast.evaluate import evaluate
-from part_fast.train import STATE, WEIGHTS, train
+from part_fast.evaluation.accuracy import evaluate
+from part_fast.experiments.compare import MEASURES, accuracy_table, interval, mean_and_spread, right
+from part_fast.report import figures as report
+from part_fast.training.loop import STATE, WEIGHTS, train
 
 # What is trained after the warm-up; the first is what the others are compared with.
 ARMS: dict[str, dict[str, Any]] = {

@@ -11,10 +11,10 @@ from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
+from part_fast.budgets.controls import check_control, control_map
+from part_fast.budgets.external import Explain, check_method, external_cam
 from part_fast.checks import Clip
-from part_fast.controls import check_control, control_map
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast, unwrapped
-from part_fast.external_cam import Explain, check_method, external_cam
 from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from part_fast import checks, report
+from part_fast import checks
 from part_fast.config import TrainConfig, preset
-from part_fast.engine import Engine
-from part_fast.evaluate import check_attacks, evaluate
-from part_fast.train import STATE, batch_epsilon, train, train_step
+from part_fast.evaluation.accuracy import check_attacks, evaluate
+from part_fast.report import figures as report
+from part_fast.training.engine import Engine
+from part_fast.training.loop import STATE, batch_epsilon, train, train_step
 
 # Zhang et al., ICML 2024, the poster: natural, PGD-20, MMA, AutoAttack, in %.
 MEASURES = ("natural", "pgd20", "mma", "aa")

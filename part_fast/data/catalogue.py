@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data_files import (
+from part_fast.data.files import (
     IMAGE_SUFFIXES,
     first_line,
     image_size,
@@ -34,7 +34,7 @@ from part_fast.data_files import (
     read_lines,
     read_mat,
 )
-from part_fast.data_memory import (
+from part_fast.data.memory import (
     Augmentation,
     Batch,
     Dataset,
@@ -84,7 +84,7 @@ CIFAR100_CLASSES = tuple(_FINE_CLASSES.split())
 SVHN_CLASSES = tuple("0123456789")
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-DEMO_FILE = Path(__file__).parent / "assets" / "fashion-mnist-demo.npz.xz"
+DEMO_FILE = Path(__file__).parents[1] / "assets" / "fashion-mnist-demo.npz.xz"
 DEMO_SHA256 = "e4fdb7f30402130a263384057821a6b51670d184434067a217b37f6c0856fb22"
 
 
