@@ -6,7 +6,8 @@ step is a function that other code can use alone; see `part_fast.ops`, `part_fas
 
 from part_fast import losses, ops
 from part_fast.attack_model import AttackModel
-from part_fast.attacks.ascend import PGD, mma, pgd
+from part_fast.attacks.mma import mma
+from part_fast.attacks.pgd import PGD, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
 from part_fast.budgets.cam import CamBudget
 from part_fast.losses import mart_loss, trades_loss

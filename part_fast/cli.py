@@ -88,7 +88,7 @@ class Evaluate:
 
     def run(self) -> None:
         from part_fast.evaluation.accuracy import evaluate
-        from part_fast.report.figures import table
+        from part_fast.report.files import table
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["attacks"] = _names(self.attacks)
@@ -130,7 +130,7 @@ class Masks:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
     def run(self) -> None:
-        from part_fast.evaluation.accuracy import masks
+        from part_fast.evaluation.masks import masks
 
         masks(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         print(f"grid: {self.out}")
@@ -156,7 +156,7 @@ class Export:
     """The only folder to look for the data set in."""
 
     def run(self) -> None:
-        from part_fast.evaluation.accuracy import load_trained
+        from part_fast.evaluation.trained import load_trained
         from part_fast.models.checkpoints import export_weights
 
         net = load_trained(self.where, 1, dataset=self.dataset, model=self.model, root=self.root, device="cpu").model
@@ -197,9 +197,9 @@ class Bench:
     def run(self) -> None:
         from part_fast.bench.ops import ops
         from part_fast.bench.steps import steps
-        from part_fast.report import figures as report
+        from part_fast.report import figures
 
-        report.load_matplotlib()  # the published baselines import it themselves
+        figures.load_matplotlib()  # the published baselines import it themselves
 
         common: dict[str, Any] = {
             "device": self.device,
@@ -304,7 +304,7 @@ class Info:
     """As JSON."""
 
     def run(self) -> None:
-        from part_fast.report.figures import environment, environment_text
+        from part_fast.report.environment import environment, environment_text
 
         record = environment()
         print(json.dumps(record, indent=2) if self.json else environment_text(record))

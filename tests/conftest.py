@@ -484,14 +484,13 @@ TINY_RUN = TrainConfig(
 @pytest.fixture
 def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a tiny run's time is unpacking the demo set and drawing curves: once is enough, and none."""
-    import part_fast.evaluation.accuracy
+    import part_fast.evaluation.trained
     import part_fast.training.loop
+    from part_fast.report import figures
 
-    from part_fast.report import figures as report
-
-    for module in (part_fast.training.loop, part_fast.evaluation.accuracy):
+    for module in (part_fast.training.loop, part_fast.evaluation.trained):
         monkeypatch.setattr(module, "load", load_once)
-    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(figures, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
 
 
 @functools.lru_cache

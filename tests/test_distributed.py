@@ -20,11 +20,11 @@ from part_fast.training.loop import epoch_order
 WORK = """
     import sys
     import torch
-    import part_fast.attacks as attacks, part_fast.engine as engine, part_fast.losses as losses
-    from part_fast import distributed
     from part_fast.config import TrainConfig
-    from part_fast.evaluate import evaluate
-    from part_fast.train import train
+    from part_fast.evaluation import trained
+    from part_fast.evaluation.accuracy import evaluate
+    from part_fast.training import engine
+    from part_fast.training.loop import train
     from pathlib import Path
 
     class Plain(torch.nn.Module):
@@ -37,11 +37,10 @@ WORK = """
         def forward(self, x):
             return self.linear(self.layer4(x).mean((2, 3)))
 
-    import part_fast.evaluate as evaluating
-    engine.build_model = evaluating.build_model = lambda name, classes: Plain(classes)
+    engine.build_model = trained.build_model = lambda name, classes: Plain(classes)
     draw = torch.randn_like
     torch.randn_like = lambda x, **k: torch.zeros_like(x)
-    attacks._start = lambda x, *rest: x.clone()
+    sys.modules["part_fast.attacks.pgd"].starting_point = lambda x, *rest: x.clone()
     torch.randperm = lambda n, **k: torch.arange(n)
     out, config = Path(sys.argv[1]), TrainConfig(**eval(sys.argv[2]))
     rows = train(config, out, log=print)

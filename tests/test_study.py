@@ -1,4 +1,4 @@
-"""Tests of part_fast.study: arms, pairing, tables, figure, going on."""
+"""Tests of part_fast.experiments.study: arms, pairing, tables, figure, going on."""
 
 import csv
 import dataclasses

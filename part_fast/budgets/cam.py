@@ -40,7 +40,7 @@ class CamBudget:
         default: the module called `layer4`, else `block3`, under any prefix. docs/target_layers.md lists those of
         other networks. An output (N,h,w,K), such as Swin's, is known by its shape and the model's LayerNorms.
     control: "none", "permuted", "random", "inverted" or "uniform": what is done to the map afterwards, to tell
-        whether the CAM matters; see `part_fast.controls`. "permuted" and "random" draw from torch's generators.
+        whether the CAM matters; see `part_fast.budgets.controls`. "permuted" and "random" draw from torch's generators.
     clip: (low, high), what a pixel may be, as in `pgd`.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from part_fast.attacks.ascend import clean_logits, cross_entropy, margin, pgd
+from part_fast.attacks.ascend import clean_logits
+from part_fast.attacks.objectives import cross_entropy, margin
+from part_fast.attacks.pgd import pgd
 from part_fast.eval_mode import eval_mode
 from part_fast.precision import full_float32
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from part_fast.report import figures as report
+from part_fast.report import files
 
 # What demo and study compare, by the names of `evaluate`.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
@@ -73,7 +73,7 @@ def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, floa
         for name, by in found.items()
     ]
     header = (what, *(f"{measure} %" for measure in MEASURES.values()))
-    return f"{report.table(header, rows)}\nmean ± standard deviation of {seeds} seeds"
+    return f"{files.table(header, rows)}\nmean ± standard deviation of {seeds} seeds"
 
 
 def right(folder: Path, attack: str) -> Tensor:

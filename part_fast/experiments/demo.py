@@ -12,10 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from part_fast.config import PRESETS, TrainConfig
-from part_fast.evaluation.accuracy import evaluate, masks
+from part_fast.evaluation.accuracy import evaluate
+from part_fast.evaluation.masks import masks
 from part_fast.experiments.compare import MEASURES, accuracy_table, difference, mean_and_spread, right
-from part_fast.report import figures as report
-from part_fast.training.loop import WEIGHTS, train
+from part_fast.report import figures, files
+from part_fast.report.environment import environment
+from part_fast.training.loop import train
+from part_fast.training.run_folder import WEIGHTS
 
 METHODS = {"AT": "at", "PART": "part"}
 FILES = ("results.json", "results.csv", "curves.png", "masks.png", "masks.json")
@@ -77,7 +80,7 @@ def demo(
     results = {name: {key: [float(r.float().mean()) for r in hits[name][key]] for key in MEASURES} for name in METHODS}
     summary = {name: {key: mean_and_spread(values) for key, values in by.items()} for name, by in results.items()}
     differences = {key: difference(hits["AT"][key], hits["PART"][key]) for key in MEASURES}
-    report.draw_comparison(out / "curves.png", curves, results)
+    figures.draw_comparison(out / "curves.png", curves, results)
     masks(out / f"part-seed{seeds[0]}", out / "masks.png")
     verdicts = [_verdict(MEASURES[key], d) for key, d in differences.items()]
     text = "\n".join(["", f"{accuracy_table('method', summary, len(seeds))}, one warm-up", "", *verdicts])
@@ -88,10 +91,10 @@ def demo(
         "runs": runs,
         "config": config.to_json(),
         "seconds": time.perf_counter() - begin,
-        "environment": report.environment(),
+        "environment": environment(),
     }
-    report.write_csv(out / "results.csv", runs)
-    report.write_json(out / "results.json", record)
+    files.write_csv(out / "results.csv", runs)
+    files.write_json(out / "results.json", record)
     log(text)
     log(f"\n{record['seconds']:.0f} s; results.json, results.csv, curves.png and masks.png are in {out}")
     return record

@@ -15,9 +15,11 @@ import torch
 from part_fast import checks
 from part_fast.config import TrainConfig, preset
 from part_fast.evaluation.accuracy import check_attacks, evaluate
-from part_fast.report import figures as report
+from part_fast.report import files
 from part_fast.training.engine import Engine
-from part_fast.training.loop import STATE, batch_epsilon, train, train_step
+from part_fast.training.loop import train
+from part_fast.training.run_folder import STATE
+from part_fast.training.step import batch_epsilon, train_step
 
 # Zhang et al., ICML 2024, the poster: natural, PGD-20, MMA, AutoAttack, in %.
 MEASURES = ("natural", "pgd20", "mma", "aa")
@@ -157,8 +159,8 @@ def reproduce(
         found.setdefault(row.name, []).append({key: 100 * results[key]["accuracy"] for key in attacks})
     records = list(_records(POSTER[table], found, attacks))
     text = comparison(records, attacks, seeds, scale)
-    report.write_csv(out / "reproduce.csv", records)
-    report.write_json(
+    files.write_csv(out / "reproduce.csv", records)
+    files.write_json(
         out / "reproduce.json",
         {"table": table, "scale": scale, "seeds": seeds, "rows": records, "text": text, "runs": found},
     )
@@ -204,7 +206,7 @@ def comparison(records: Sequence[dict[str, Any]], attacks: Sequence[str], seeds:
     below = f"ours: mean{' ± standard deviation' if seeds > 1 else ''} of {seeds} seed{'s' if seeds > 1 else ''}"
     if scale == "small":
         below += "; small scale, on other images and a smaller network: not comparable with the poster's"
-    return f"{report.table(header, lines)}\n{below}"
+    return f"{files.table(header, lines)}\n{below}"
 
 
 def _estimate(rows: Sequence[Row]) -> str:

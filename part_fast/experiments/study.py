@@ -14,8 +14,10 @@ from part_fast import checks
 from part_fast.config import PRESETS, TrainConfig
 from part_fast.evaluation.accuracy import evaluate
 from part_fast.experiments.compare import MEASURES, accuracy_table, interval, mean_and_spread, right
-from part_fast.report import figures as report
-from part_fast.training.loop import STATE, WEIGHTS, train
+from part_fast.report import figures, files
+from part_fast.report.environment import environment
+from part_fast.training.loop import train
+from part_fast.training.run_folder import STATE, WEIGHTS
 
 # What is trained after the warm-up; the first is what the others are compared with.
 ARMS: dict[str, dict[str, Any]] = {
@@ -99,12 +101,12 @@ def study(
         "config": config.to_json(),
         "seeds": seeds,
         "seconds": time.perf_counter() - begin,
-        "environment": report.environment(),
+        "environment": environment(),
     }
-    report.write_csv(out / "runs.csv", runs)
-    report.write_csv(out / "differences.csv", [{**row, "per_seed": _cells(row["per_seed"])} for row in differences])
-    report.write_json(out / "study.json", record)
-    report.draw_intervals(
+    files.write_csv(out / "runs.csv", runs)
+    files.write_csv(out / "differences.csv", [{**row, "per_seed": _cells(row["per_seed"])} for row in differences])
+    files.write_json(out / "study.json", record)
+    figures.draw_intervals(
         out / "study.png",
         {MEASURES[key]: [d for d in differences if d["measure"] == key] for key in MEASURES},
     )
@@ -129,7 +131,7 @@ def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
         for row in differences
     ]
     header = ("difference", "measure", "points", "95 %", f"95 % for all {len(rows)}", "exceeds chance")
-    return report.table(header, rows)
+    return files.table(header, rows)
 
 
 def _cells(values: Sequence[float]) -> str:

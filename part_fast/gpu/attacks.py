@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import part_fast
 from part_fast import AttackModel, CamBudget, PackedEpsilon, mma, pgd
 from part_fast.attacks.ascend import clean_logits
-from part_fast.bench.steps import settle
+from part_fast.bench.step_cases import settle
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import METHODS, TrainConfig
 from part_fast.data.catalogue import load
@@ -42,7 +42,7 @@ from part_fast.gpu.record import (
     synchronize,
 )
 from part_fast.training.engine import Engine
-from part_fast.training.loop import batch_epsilon, train_step
+from part_fast.training.step import batch_epsilon, train_step
 
 KINDS = ("signs", "single", "agree", "follow", "waits", "train", "compile")
 # Of an attack whose arithmetic is another: the same algorithm may be chosen otherwise by cuDNN for another memory.

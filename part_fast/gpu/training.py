@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from part_fast.config import TrainConfig, preset
-from part_fast.evaluation.accuracy import evaluate, masks
+from part_fast.evaluation.accuracy import evaluate
+from part_fast.evaluation.masks import masks
 from part_fast.gpu.record import MissingError, Recorder, parser, require
 from part_fast.training.loop import train
 

@@ -1,309 +1,24 @@
-"""CIFAR-style networks on [0,1] images, under the parameter names of the published checkpoints."""
+"""Weights from and for others: any checkpoint into a model, and a model into a file."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast.attack_model.cpu.packed_conv import PackedConv2d, residual
-
-__all__ = [
-    "KNOWN_MODELS",
-    "ResNet",
-    "WideResNet",
-    "build_model",
-    "export_weights",
-    "load_weights",
-    "resnet18",
-    "resnet_small",
-    "wideresnet",
-]
+from part_fast.models.layers import Normalize
+from part_fast.models.resnet import ResNet
+from part_fast.models.wideresnet import WideResNet
 
 # The file formats of `export_weights`, and the endings that say which.
 FORMATS = {"safetensors": (".safetensors",), "robustbench": (".pt", ".pth")}
-
-KNOWN_MODELS = ("resnet18", "resnet-small", "wrn-DEPTH-WIDTH (wrn-34-10, wrn-28-10, ...)")
-
-
-def _conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
-
-
-class _Normalize(nn.Module):
-    """(x - mean) / std per channel; its buffers stay out of `state_dict`, which then fits any checkpoint."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3 or not all(math.isfinite(v) for v in values):
-                raise ValueError(f"{name} takes three finite numbers, one per channel, got {values!r}")
-        if min(std) <= 0:
-            raise ValueError(f"std takes three numbers > 0, got {std!r}")
-        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
-
-
-def _fused(
-    conv: nn.Conv2d, bn: nn.Module | None, x: Tensor, other: Tensor | None = None, *, relu: bool = True
-) -> Tensor:
-    """relu(bn(conv(x)) + other); one pass in an AttackModel that has folded the BatchNorm and packed the weights."""
-    if _packed(conv, bn):
-        return conv.with_relu(x, other, relu=relu)
-    out: Tensor = conv(x) if bn is None else bn(conv(x))
-    out = out if other is None else out + other
-    return F.relu(out) if relu else out
-
-
-def _cast(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """x as a packed convolution takes it: cast once for all branches, whose gradients are summed before the cast."""
-    return conv.cast(x) if isinstance(conv, PackedConv2d) else x
-
-
-def _packed(conv: nn.Conv2d, bn: nn.Module | None) -> TypeGuard[PackedConv2d]:
-    """Whether the convolution is packed, the BatchNorm folded, and nobody else is to see what is between them."""
-    return isinstance(conv, PackedConv2d) and isinstance(bn, nn.Identity | None) and not (_hooked(conv) or _hooked(bn))
-
-
-def _hooked(module: nn.Module | None) -> bool:
-    """Whether somebody must see the module's own input, output or gradients."""
-    return module is not None and any(
-        (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    )
-
-
-def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
-    if mean is None and std is None:
-        return nn.Identity()
-    if mean is None or std is None:
-        raise ValueError(f"mean and std go together, got mean={mean!r}, std={std!r}")
-    return _Normalize(mean, std)
-
-
-def _check_num_classes(num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes takes an integer >= 1, got {num_classes!r}")
-
-
-class _ResNetBlock(nn.Module):
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv3x3(in_planes, planes, stride)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv3x3(planes, planes)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != planes:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False), nn.BatchNorm2d(planes)
-            )
-
-    # No in-place ReLU here or below: a hook on any submodule (a CAM's target layer) must see its true output.
-    def forward(self, x: Tensor) -> Tensor:
-        if len(self.shortcut) == 0 and _packed(self.conv1, self.bn1) and _packed(self.conv2, self.bn2):
-            return residual(self.conv1, self.conv2, x)
-        x = _cast(self.conv1, x)
-        out = _fused(self.conv1, self.bn1, x)
-        return _fused(self.conv2, self.bn2, out, self.shortcut(x))
-
-
-class ResNet(nn.Module):
-    """Post-activation residual network with a 3x3 stem, no max pool, four stages and a global average.
-
-    Use `resnet18` or `resnet_small`; this class is what both build. It maps images (N,3,H,W) in [0,1], any H and W,
-    to logits (N,num_classes). Stage i is the submodule `layer{i}`; CAM reads `layer4`.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[int],
-        widths: Sequence[int],
-        strides: Sequence[int],
-        num_classes: int = 10,
-        *,
-        stem_stride: int = 1,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        _check_num_classes(num_classes)
-        self.num_classes = num_classes
-        self.normalize = _normalize(mean, std)
-        self.conv1 = _conv3x3(3, widths[0], stem_stride)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        inputs = (widths[0], *widths)
-        stages = [_resnet_stage(*shape) for shape in zip(blocks, inputs, widths, strides, strict=False)]
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.linear = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = _fused(self.conv1, self.bn1, self.normalize(x))
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
-        return logits
-
-
-def _resnet_stage(blocks: int, in_planes: int, planes: int, stride: int) -> nn.Sequential:
-    first = _ResNetBlock(in_planes, planes, stride)
-    return nn.Sequential(first, *(_ResNetBlock(planes, planes, 1) for _ in range(blocks - 1)))
-
-
-class _WideBlock(nn.Module):
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = _conv3x3(in_planes, planes, stride)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = _conv3x3(planes, planes)
-        self.convShortcut = None if in_planes == planes else nn.Conv2d(in_planes, planes, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
-        # Where the shape changes, the shortcut too starts after the activation.
-        out = _cast(self.conv1, out)
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = _fused(self.conv1, self.bn2, out)
-        return _fused(self.conv2, None, out, shortcut, relu=False)
-
-
-class _WideStage(nn.Module):
-    def __init__(self, blocks: int, in_planes: int, planes: int, stride: int) -> None:
-        super().__init__()
-        first = _WideBlock(in_planes, planes, stride)
-        self.layer = nn.Sequential(first, *(_WideBlock(planes, planes, 1) for _ in range(blocks - 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
-        return out
-
-
-class WideResNet(nn.Module):
-    """Pre-activation wide residual network, without dropout; `wideresnet` builds it and documents it."""
-
-    def __init__(
-        self,
-        depth: int = 34,
-        widen_factor: int = 10,
-        num_classes: int = 10,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-    ) -> None:
-        super().__init__()
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got {depth!r}")
-        if isinstance(widen_factor, bool) or not isinstance(widen_factor, int) or widen_factor < 1:
-            raise ValueError(f"widen_factor takes an integer >= 1, got {widen_factor!r}")
-        _check_num_classes(num_classes)
-        self.num_classes = num_classes
-        self.normalize = _normalize(mean, std)
-        blocks = (depth - 4) // 6
-        widths = [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.conv1 = _conv3x3(3, 16)
-        self.block1 = _WideStage(blocks, 16, widths[0], 1)
-        self.block2 = _WideStage(blocks, widths[0], widths[1], 2)
-        self.block3 = _WideStage(blocks, widths[1], widths[2], 2)
-        self.bn1 = nn.BatchNorm2d(widths[2])
-        self.fc = nn.Linear(widths[2], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
-        nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.block3(self.block2(self.block1(self.conv1(self.normalize(x)))))
-        out = F.relu(self.bn1(out))
-        logits: Tensor = self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
-        return logits
-
-
-def resnet18(
-    num_classes: int = 10, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> ResNet:
-    """ResNet-18 as used for CIFAR: 3x3 stem, no max pool; 11,173,962 parameters for 10 classes.
-
-    Images (N,3,H,W) in [0,1] -> logits (N,num_classes); the map at `layer4` is H/8 x W/8. `mean` and `std`, three
-    numbers each, normalise inside the model and add no `state_dict` key. Keys are those of the usual CIFAR
-    checkpoints: `conv1.weight`, `layer2.0.shortcut.0.weight`, `linear.weight`. Weights start at PyTorch's defaults.
-
-    Raises:
-        ValueError: num_classes < 1, or mean and std not both given as three numbers with std > 0.
-
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
-    """
-    return ResNet((2, 2, 2, 2), (64, 128, 256, 512), (1, 2, 2, 2), num_classes, mean=mean, std=std)
-
-
-def resnet_small(
-    num_classes: int = 10, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> ResNet:
-    """The demo's ResNet: four one-block stages, a stem of stride 2; made to be trained on two CPU cores.
-
-    Images (N,3,H,W) in [0,1] -> logits (N,num_classes); the map at `layer4` is H/4 x W/4, so 8x8 for 32x32 images.
-    Arguments, key names and errors are those of `resnet18`.
-    """
-    return ResNet((1, 1, 1, 1), (16, 32, 32, 64), (1, 2, 1, 1), num_classes, stem_stride=2, mean=mean, std=std)
-
-
-def wideresnet(
-    depth: int = 34,
-    widen_factor: int = 10,
-    num_classes: int = 10,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> WideResNet:
-    """WRN-depth-widen_factor as used in adversarial training; WRN-34-10 has 46,160,474 parameters for 10 classes.
-
-    Images (N,3,H,W) in [0,1] -> logits (N,num_classes); the map at `block3` is H/4 x W/4. `mean` and `std`, three
-    numbers each, normalise inside the model and add no `state_dict` key. Keys are those of the usual checkpoints:
-    `block1.layer.0.bn1.weight`, `block1.layer.0.convShortcut.weight`, `bn1.weight`, `fc.weight`. Convolutions start
-    at N(0, 2 / (k*k*out_channels)), the bias of `fc` at zero.
-
-    Raises:
-        ValueError: depth is not 6n + 4, widen_factor or num_classes < 1, or mean and std as in `resnet18`.
-
-    Source: Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016; no dropout, as in TRADES.
-    """
-    return WideResNet(depth, widen_factor, num_classes, mean=mean, std=std)
-
-
-def build_model(
-    name: str,
-    num_classes: int = 10,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> ResNet | WideResNet:
-    """The model called `name` in a training configuration: resnet18, resnet-small, or wrn-DEPTH-WIDTH.
-
-    Raises:
-        ValueError: an unknown name (the known ones are listed), or what the model itself refuses.
-    """
-    if name == "resnet18":
-        return resnet18(num_classes, mean=mean, std=std)
-    if name == "resnet-small":
-        return resnet_small(num_classes, mean=mean, std=std)
-    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
-    if wide is None:
-        raise ValueError(f"model takes one of {', '.join(KNOWN_MODELS)}, got {name!r}")
-    return wideresnet(int(wide[1]), int(wide[2]), num_classes, mean=mean, std=std)
 
 
 def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mapping[str, object]) -> nn.Module:
@@ -562,7 +277,7 @@ def _normalises(key: str, value: Tensor) -> bool:
 
 def _check_normalisation(model: nn.Module, others: Mapping[str, Tensor], source: str) -> None:
     """Errors: ValueError where the checkpoint's network normalises its images otherwise than the model."""
-    inside = next((module for module in model.modules() if isinstance(module, _Normalize)), None)
+    inside = next((module for module in model.modules() if isinstance(module, Normalize)), None)
     for key, value in others.items():
         is_mean = key.rpartition(".")[2] in _MEANS
         own = torch.tensor(0.0 if is_mean else 1.0) if inside is None else inside.mean if is_mean else inside.std

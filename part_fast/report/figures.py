@@ -1,127 +1,20 @@
-"""What runs leave behind: the environment they ran in, JSON and CSV files, tables, curves and grids of masks."""
+"""Figures of runs: curves, comparisons, intervals, grids of masks."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-import part_fast
-from part_fast import backends, precision
+from part_fast.report.files import replacing
 
 # Okabe and Ito's palette: tells apart for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write that then takes the place of `path` at once: no reader ever meets half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """`values`, indented."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A row per mapping, columns in the first one's order; None is an empty cell."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware, backends (and why the others are not live), and part_fast's git commit, if it has one."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return {
-        "part_fast": part_fast.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "system": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "tf32": precision.tf32(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "backends": {device: backends.available_backends(device) for device in devices},
-        "not_available": {
-            device: {name: reason for name in backends.BACKENDS if (reason := backends.why_not(name, device))}
-            for device in devices
-        },
-    }
-
-
-def environment_text(record: Mapping[str, Any]) -> str:
-    """The lines that `part-fast info` prints of `environment()`."""
-    tf32 = [name.replace("_", " ") for name, used in record["tf32"].items() if used]
-    lines = [
-        f"part_fast {record['part_fast']}" + (f" (commit {record['commit']})" if record["commit"] else ""),
-        f"torch     {record['torch']}, CUDA {record['cuda'] or 'none'}, Python {record['python']}",
-        f"system    {record['system']}",
-        f"CPU       {record['cpu']}, {record['cpu_capability']}, {record['threads']} threads",
-        f"GPU       {', '.join(record['gpus']) or 'none'}",
-        f"TF32      on CUDA float32 is multiplied in it by {' and '.join(tf32) or 'nothing'}",
-        "",
-    ]
-    for device, names in record["backends"].items():
-        lines.append(f"backends for {device} tensors, the first one is used: {', '.join(names)}")
-        lines += [f"  not {name}: {reason}" for name, reason in record["not_available"][device].items()]
-    return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package lies in, "+changes" where tracked files differ; None outside one."""
-    package = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(package), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        # An installed package may lie inside somebody else's checkout, which does not track it.
-        git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text columns, the first one left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)]
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
 def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -193,7 +86,7 @@ def draw_comparison(
 def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """A panel per measure, a line per difference: each seed's, the mean, and its two confidence intervals.
 
-    panels: title -> rows of `part_fast.compare.interval` with the name under "difference".
+    panels: title -> rows of `part_fast.experiments.compare.interval` with the name under "difference".
     """
     most = max(len(rows) for rows in panels.values())
     with drawing(path, (10, 1.3 + 0.3 * most), "constrained") as figure:

@@ -18,7 +18,8 @@ from part_fast.attack_model import PRECISIONS, AttackModel
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig
 from part_fast.data.memory import batch_length
-from part_fast.models.checkpoints import build_model, load_weights
+from part_fast.models.catalogue import build_model
+from part_fast.models.checkpoints import load_weights
 
 
 class Engine:

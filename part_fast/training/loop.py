@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,38 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from part_fast import distributed
-from part_fast.attacks.ascend import mma, pgd
 from part_fast.budgets.bank import MaskBank
-from part_fast.budgets.cam import CamBudget
-from part_fast.budgets.controls import control_map
 from part_fast.config import WEIGHTED, TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load
-from part_fast.data.memory import Augmentation, Dataset, draw_augmentation, to_float
-from part_fast.evaluation.accuracy import AttackSettings, correct, evaluation_data
+from part_fast.data.memory import Dataset, draw_augmentation, to_float
+from part_fast.evaluation.accuracy import AttackSettings, correct
 from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
-from part_fast.losses import mart_loss, mart_objective, trades_loss, trades_objective
-from part_fast.precision import algorithms, full_float32
-from part_fast.report import figures as report
+from part_fast.evaluation.trained import evaluation_data
+from part_fast.precision import algorithms
+from part_fast.report import figures
 from part_fast.training.engine import Engine
-
-STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.safetensors"
-RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, "environment.json", "curves.png")
-# What others make of a run, stale once it is overwritten.
-DERIVED = (
-    AVERAGED,
-    "evaluation.json",
-    "evaluation.csv",
-    "evaluation_images.safetensors",
-    "evaluation_aa_*",
-    "events.out.tfevents.*",
-)
-# A resumed run may be longer, and may go on elsewhere.
-MAY_CHANGE = ("epochs", "device", "root", "download")
+from part_fast.training.run_folder import STATE, check_folder, export, load_state, prepare_folder, save_state
+from part_fast.training.step import batch_epsilon, train_step
 
 
 def train(
@@ -163,7 +146,7 @@ def train(
             distributed.barrier()
     if main:
         title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
-        report.draw_curves(out / "curves.png", rows, title)
+        figures.draw_curves(out / "curves.png", rows, title)
     return rows
 
 
@@ -192,74 +175,6 @@ def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
     order = distributed.same_(torch.randperm(n))
     every = -(-n // distributed.size()) * distributed.size()
     return order[torch.arange(every) % n][distributed.shares(every)]
-
-
-def batch_epsilon(
-    method: str,
-    budget: CamBudget,
-    bank: MaskBank | None,
-    indices: Tensor,
-    drawn: Augmentation | None,
-    config: TrainConfig,
-) -> float | Tensor | CamBudget:
-    """How far the pixels of a batch may move: one eps, the maps kept in the bank, or a budget yet to be asked."""
-    if method not in WEIGHTED:
-        return config.eps
-    if bank is None:
-        return budget
-    return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
-
-
-def train_step(
-    engine: Engine,
-    method: str,
-    x: Tensor,
-    y: Tensor,
-    epsilon: float | Tensor | CamBudget,
-    where: tuple[int, int, int] | None = None,
-) -> Tensor:
-    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y (N,).
-
-    where: this process's images of the epoch done before, all of them, and the epoch, from 0; default: a whole epoch.
-    """
-    engine.begin(*(where or (0, len(x), 0)))
-    with engine.collecting():
-        loss = batch_loss(method, engine.trained, x, y, epsilon, engine.config, attack_model=engine.attack_model)
-        engine.backward(loss, len(x))
-    engine.end()
-    return loss.detach()
-
-
-def batch_loss(
-    method: str,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    epsilon: float | Tensor | CamBudget,
-    config: TrainConfig,
-    *,
-    attack_model: nn.Module | None = None,
-) -> Tensor:
-    """The training loss, a scalar, of images x (N,C,H,W) in [0,1], labels y (N,); the model is left in train mode.
-
-    attack_model: what is attacked in the model's place; default: the model.
-    """
-    attacked = model if attack_model is None else attack_model
-    trades, mart = method in ("trades", "part-t"), method in ("mart", "part-m")
-    if config.attack == "pgd" and (trades or mart):
-        robust_loss = trades_loss if trades else mart_loss
-        return robust_loss(
-            model, x, y, None, config.alpha, epsilon, config.steps, config.beta, attack_model=attack_model
-        )
-    eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
-    # The published start: every pixel within the whole eps, not clipped to [0,1].
-    start = x + (2 * torch.rand_like(x) - 1) * config.eps if config.released else "uniform"
-    attack = mma if config.attack == "mma" else pgd
-    x_adv = attack(attacked, x, y, eps, config.alpha, config.steps, start=start)
-    if trades or mart:
-        objective = trades_objective if trades else mart_objective
-        return objective(model(x), model(x_adv), y, config.beta)
-    return F.cross_entropy(model(x_adv), y)
 
 
 @contextlib.contextmanager
@@ -292,86 +207,6 @@ def refuse_single_images(config: TrainConfig, model: nn.Module, data: Dataset) -
         name = "batch_size" if config.batch_size == 1 else "train_size"
         size = "x".join(map(str, data.images.shape[2:]))
         raise ValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
-
-
-def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that this run must not write to, before anything is written."""
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out takes a folder, {out} is a file")
-    present = [name for name in RUN_FILES if (out / name).exists()]
-    if present and not (resume or overwrite):
-        holds = ", ".join(present)
-        raise ValueError(f"{out} already holds a run ({holds}): --resume continues it, --overwrite replaces it")
-    if resume:
-        before, now = read_config(out).to_json(), config.to_json()
-        different = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
-        if different:
-            pairs = "; ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in different)
-            raise ValueError(f"the run in {out} has another configuration: {pairs}")
-
-
-def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Make the folder, without what an overwritten run left in it, and say there what runs and on what."""
-    out.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for pattern in RUN_FILES + DERIVED:
-            for path in out.glob(pattern):
-                path.unlink()
-    with contextlib.nullcontext() if config.tf32 else full_float32():
-        environment = report.environment()
-    if resume:
-        first = json.loads((out / "environment.json").read_text())
-        environment = {**first, "resumed": [*first.get("resumed", []), environment]}
-    report.write_json(out / "environment.json", environment)
-    report.write_json(out / "config.json", config.to_json())
-
-
-def save_state(out: Path, engine: Engine, rows: list[dict[str, Any]], bank: MaskBank | None) -> None:
-    """After an epoch: everything that resuming needs, in one file, and then `export`."""
-    state = {
-        **engine.state_dict(),
-        "rows": rows,
-        "cpu_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "masks": None if bank is None else bank.bits,
-    }
-    with report.replacing(out / STATE) as temporary:
-        torch.save(state, temporary)
-    export(out, engine, rows)
-
-
-def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
-    """model.safetensors, averaged.safetensors where weights are averaged, and metrics.csv, for everybody else."""
-    from safetensors.torch import save_file
-
-    models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
-    for name, model in models.items():
-        with report.replacing(out / name) as temporary:
-            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-    report.write_csv(out / "metrics.csv", rows)
-
-
-def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[str, Any]]:
-    """Put everything where `save_state` left it; the rows so far, none without a file."""
-    if not path.is_file():
-        return []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file can raise nearly anything; the first line says what happened.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read: {reason}") from error
-    engine.load_state_dict(state)
-    torch.set_rng_state(state["cpu_rng"])
-    # Runs may go on on a machine with other devices; there the random numbers are others anyway.
-    if len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    if bank is not None:
-        bank.load_bits(state["masks"])
-    rows: list[dict[str, Any]] = state["rows"]
-    return rows
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
