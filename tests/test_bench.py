@@ -50,12 +50,12 @@ def providers(case, **changed):
 
 
 def test_cases_cover_every_op_at_its_shapes():
-    cases = cases.all_cases()
-    assert len({case.name for case in cases}) == len(cases)
-    assert tuple(dict.fromkeys(case.op for case in cases)) == cases.OPS
-    assert {case.op for case in cases if case.quick} == set(cases.OPS)
+    every = cases.all_cases()
+    assert len({case.name for case in every}) == len(every)
+    assert tuple(dict.fromkeys(case.op for case in every)) == cases.OPS
+    assert {case.op for case in every if case.quick} == set(cases.OPS)
     for op in ("pgd_step", "pgd_step_", "project_linf"):
-        names = {case.name for case in cases if case.op == op}
+        names = {case.name for case in every if case.op == op}
         assert names == {
             f"{op} {shape} {layout}, eps {form} {dtype}"
             for shape in ("128x3x32x32", "128x3x64x64", "512x3x128x128")
@@ -63,7 +63,7 @@ def test_cases_cover_every_op_at_its_shapes():
             for form in ("(N,1,H,W)", "packed")
             for dtype in ("float32", "bfloat16")
         }
-    published = {case.shape for case in cases if case.published}
+    published = {case.shape for case in every if case.published}
     assert {"128 8x8->32x32 released", "128 8x8->32x32 zscore"} <= published
 
 
@@ -204,7 +204,7 @@ def test_freed_memory_is_kept():
     """Filled again, 64 MiB that were freed take no new pages; without being told, malloc gives so much back."""
     code = """if True:
         import resource, torch
-        from part_fast import bench
+        from part_fast.bench import clocks
         torch.set_num_threads(1)
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -212,7 +212,7 @@ def test_freed_memory_is_kept():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         faults()
         print(faults())
-        bench.keep_freed_memory()
+        clocks.keep_freed_memory()
         # The first times take memory, and may leave a piece that is a few bytes too short for the next.
         print(min(faults() for _ in range(5)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,6 @@ from part_fast.attack_model import AttackModel
 from part_fast.attack_model.cpu import winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.graph import GraphedSteps
-from part_fast.attacks import ascend
 from part_fast.attacks.pgd import pgd
 from part_fast.bench import cases, clocks, flop, profile, published, step_cases, step_tables, steps
 from part_fast.models.catalogue import build_model
@@ -220,11 +219,11 @@ def test_attacks_of_the_check_meet_every_bound():
 
 def test_flop_are_in_forwards():
     """PGD-10 is 10 forwards and input gradients, training a forward and twice that; published loops do more."""
-    flop = flop.count_flop(config(), CPU)
-    forward = flop["clean logits"]
+    counted = flop.count_flop(config(), CPU)
+    forward = counted["clean logits"]
 
     def forwards(name):
-        return flop[name] / forward
+        return counted[name] / forward
 
     # The first layer of a training step has no input gradient, and the mask's backward stops at the target layer.
     assert forwards("AT") == pytest.approx(20 + 3, abs=0.1)
@@ -236,7 +235,7 @@ def test_flop_are_in_forwards():
     assert forwards("published PART") == pytest.approx(30 + 3 + 3, abs=0.2)
     assert forwards("published PART-T") == pytest.approx(30 + 9 + 3, abs=0.3)
     assert forwards("refresh") == pytest.approx(step_cases.BANK_BATCHES, abs=0.01)
-    assert flop["lookup"] == 0
+    assert counted["lookup"] == 0
 
 
 def test_flop_of_a_product_and_a_convolution():
@@ -348,7 +347,7 @@ def test_attack_replayed_from_a_graph_is_one_range():
 
     def record(run):
         def replay():
-            with mock.patch.object(ascend, "record_function", contextlib.nullcontext):
+            with mock.patch.object(sys.modules["part_fast.attacks.ascend"], "record_function", contextlib.nullcontext):
                 run()
 
         return replay
@@ -584,7 +583,7 @@ def test_legends_name_the_colours_beside_them(finished, tmp_path, monkeypatch):
         figures.append(Figure(figsize=size, layout=layout))
         yield figures[-1]
 
-    monkeypatch.setattr(step_tables, "drawing", keep)
+    monkeypatch.setattr(step_tables.figures, "drawing", keep)
     step_tables.draw(tmp_path / "step.png", rows, profiled, "caption")
     left, right = figures[0].axes
     assert not figures[0].legends

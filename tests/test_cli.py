@@ -16,7 +16,8 @@ from part_fast import cli
 from part_fast.cli import main
 from part_fast.config import PRESETS, preset, read_config
 from part_fast.data.catalogue import load
-from part_fast.evaluation import accuracy, trained
+from part_fast.evaluation import accuracy
+from part_fast.evaluation import trained as reading
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
 from part_fast.report import environment, figures, files
@@ -40,7 +41,7 @@ TINY = [part for name, value in SMALL.items() for part in (f"--{name}", str(valu
 def quick(monkeypatch):
     """Unpack the demo set once, and draw no curves."""
     monkeypatch.setattr(loop, "load", CACHED)
-    monkeypatch.setattr(trained, "load", CACHED)
+    monkeypatch.setattr(reading, "load", CACHED)
     monkeypatch.setattr(figures, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
 
 

@@ -11,6 +11,8 @@ from conftest import TINY_RUN as TINY
 from conftest import load_once
 from safetensors.torch import load_file
 
+from part_fast.budgets.bank import MaskBank
+from part_fast.budgets.cam import CamBudget
 from part_fast.config import METHODS
 from part_fast.data.memory import to_float
 from part_fast.models.catalogue import build_model

@@ -124,7 +124,8 @@ def evaluate(
         default: those of the run.
     out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks that it holds
         are kept where they were made with the same settings. resume: do not repeat an attack whose result it holds.
-    sanity_images: on so many of the images, look for signs that gradients mislead the attacks (`part_fast.evaluation.sanity`).
+    sanity_images: on so many of the images, look for signs that gradients mislead the attacks
+        (`part_fast.evaluation.sanity`).
     Accuracies in an order that no sound attack gives are always looked for. What is found is under "warnings".
 
     Whether each image was right goes into evaluation_images.safetensors: bool (N,) per attack, and the labels.
