@@ -7,6 +7,7 @@ import csv
 import inspect
 import io
 import json
+import sys
 from unittest import mock
 
 import numpy as np

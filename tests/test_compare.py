@@ -1,4 +1,4 @@
-"""Tests of part_fast.experiments.compare: differences and intervals by hand, and how often an interval holds the truth."""
+"""Tests of part_fast.experiments.compare: differences and intervals by hand, how often an interval holds the truth."""
 
 import math
 

@@ -104,8 +104,8 @@ AVERAGES = """
     import torch.distributed as dist
     from part_fast import distributed
     from part_fast.config import TrainConfig
-    from part_fast.engine import Engine
-    from part_fast.train import train_step
+    from part_fast.training.engine import Engine
+    from part_fast.training.step import train_step
 
     device = distributed.join(torch.device("cpu"))
     for average in ("ema:0.5", "swa:1"):

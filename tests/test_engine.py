@@ -1,4 +1,4 @@
-"""Tests of part_fast.training.engine and of training's options: schedules, accumulation, averages, precision, compile."""
+"""Tests of part_fast.training.engine, of schedules, accumulation, averages, precision, compile."""
 
 import dataclasses
 import math
