@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast import report
 from part_fast.attack_model import AttackModel
+from part_fast.attack_model.cpu import winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.bench_step import settle
-from part_fast.models import build_model
-from part_fast.ops import winograd
+from part_fast.bench.step_cases import settle
+from part_fast.models.catalogue import build_model
+from part_fast.report import files
 
 
 def without(what: type | ModuleType, model: nn.Module, precision: str) -> AttackModel:
@@ -105,9 +105,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     rows = [row for name in options.models for row in measure(name, options.rounds, options.compile)]
-    print(report.table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
+    print(files.table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     if options.out:
-        report.write_csv(options.out, rows)
+        files.write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from part_fast import CamBudget, bench, models
+from part_fast import CamBudget
+from part_fast.bench import clocks
+from part_fast.models.resnet import resnet18
+from part_fast.models.wideresnet import wideresnet
 
 ROUNDS = 9
 CASES = {
-    "resnet18, batch 32": (models.resnet18, 32),
-    "wrn-34-10, batch 4": (lambda: models.wideresnet(34, 10), 4),
+    "resnet18, batch 32": (resnet18, 32),
+    "wrn-34-10, batch 4": (lambda: wideresnet(34, 10), 4),
 }
 
 
@@ -49,7 +52,7 @@ def test_cost_in_forwards(benchmark: Any, name: str) -> None:
         calls["grad-cam"] = lambda: package(input_tensor=x, targets=None)
     for call in calls.values():
         call()
-    times = bench.interleave({key: seconds(call) for key, call in calls.items()}, ROUNDS)
+    times = clocks.interleave({key: seconds(call) for key, call in calls.items()}, ROUNDS)
     medians = {key: sorted(values)[len(values) // 2] for key, values in times.items()}
     for key, median in medians.items():
         print(f"\n{name}: {key} {1000 * median:.1f} ms, {median / medians['forward']:.3f} forwards", end="")

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from part_fast.attack_model.cpu import onednn
+from part_fast.attack_model.cpu import onednn, winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.ops import winograd
 
 SHAPES = [(32, 64, 32), (32, 128, 16), (32, 256, 8), (32, 512, 4), (4, 160, 32), (4, 320, 16), (4, 640, 8)]
 PROVIDERS = {"oneDNN float32": torch.float32, "oneDNN bfloat16": torch.bfloat16, "winograd": torch.float32}

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from part_fast import backends, bench
+from part_fast import backends
+from part_fast.bench import cases, ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 9
@@ -30,23 +31,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     every = metafunc.config.getoption("--full")
     parameters = [
         pytest.param(case, provider, id=f"{case.name} {provider}".replace(" ", "-"))
-        for case in bench.all_cases()
+        for case in cases.all_cases()
         if case.op in metafunc.module.OPS and (every or case.quick)
-        for provider in bench.names_of(case, DEVICE)
+        for provider in cases.names_of(case, DEVICE)
     ]
     metafunc.parametrize(("case", "provider"), parameters)
 
 
 @pytest.fixture(scope="module")
-def measured() -> Callable[[bench.Case], dict[str, tuple[bench.Provider, dict[str, Any]]]]:
+def measured() -> Callable[[cases.Case], dict[str, tuple[cases.Provider, dict[str, Any]]]]:
     """Name -> (provider, row of `bench.measure`) of a case; the last one is kept, for its tests come together."""
     kept: dict[str, Any] = {}
 
-    def of(case: bench.Case) -> dict[str, tuple[bench.Provider, dict[str, Any]]]:
+    def of(case: cases.Case) -> dict[str, tuple[cases.Provider, dict[str, Any]]]:
         if case.name not in kept:
             kept.clear()
-            providers = bench.providers_of(case, DEVICE)
-            rows = {row["provider"]: row for row in bench.measure(case, DEVICE, ROUNDS, providers)}
+            providers = cases.providers_of(case, DEVICE)
+            rows = {row["provider"]: row for row in ops.measure(case, DEVICE, ROUNDS, providers)}
             kept[case.name] = {provider.name: (provider, rows[provider.name]) for provider in providers}
         return kept[case.name]
 
@@ -54,10 +55,10 @@ def measured() -> Callable[[bench.Case], dict[str, tuple[bench.Provider, dict[st
 
 
 @pytest.fixture
-def speed(benchmark: Any, measured: Callable[..., Any]) -> Callable[[bench.Case, str], None]:
+def speed(benchmark: Any, measured: Callable[..., Any]) -> Callable[[cases.Case, str], None]:
     """Benchmarks a provider of a case."""
 
-    def run(case: bench.Case, name: str) -> None:
+    def run(case: cases.Case, name: str) -> None:
         provider, row = measured(case)[name]
         benchmark.group = case.name
         benchmark.extra_info.update(row)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from part_fast import report
-from part_fast.bench_step import FlopCount
+from part_fast.bench.flop import FlopCount
 from part_fast.config import TrainConfig
-from part_fast.engine import Engine
-from part_fast.train import train_step
+from part_fast.report import files
+from part_fast.training.engine import Engine
+from part_fast.training.step import train_step
 
 BASE = TrainConfig(model="wrn-10-2", method="part", steps=10, batch_size=8)
 CHANGES = {
@@ -73,9 +73,9 @@ def main(arguments: list[str]) -> None:
         step()
         ratios = [seconds(step) / seconds(base) for _ in range(options.rounds)]
         rows.append({"change": name, "predicted": round(predicted, 3), "measured": round(statistics.median(ratios), 3)})
-    print(report.table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
+    print(files.table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]))
     if options.out:
-        report.write_csv(options.out, rows)
+        files.write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

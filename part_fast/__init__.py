@@ -4,11 +4,12 @@ Data flows one way: images -> class activation map -> mask -> per-pixel eps map 
 step is a function that other code can use alone; see `part_fast.ops`, `part_fast.attacks`, `part_fast.losses`.
 """
 
-from part_fast import attacks, losses, models, ops
+from part_fast import losses, ops
 from part_fast.attack_model import AttackModel
-from part_fast.attacks import PGD, mma, pgd
+from part_fast.attacks.mma import mma
+from part_fast.attacks.pgd import PGD, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
-from part_fast.budget import CamBudget
+from part_fast.budgets.cam import CamBudget
 from part_fast.losses import mart_loss, trades_loss
 from part_fast.ops import (
     PackedEpsilon,

@@ -39,7 +39,7 @@ class Train:
     """Write TensorBoard event files too."""
 
     def run(self) -> None:
-        from part_fast.train import train
+        from part_fast.training.loop import train
 
         try:
             train(self.config, self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
@@ -87,8 +87,8 @@ class Evaluate:
     """Look for signs of gradient masking on so many of the images."""
 
     def run(self) -> None:
-        from part_fast.evaluate import evaluate
-        from part_fast.report import table
+        from part_fast.evaluation.accuracy import evaluate
+        from part_fast.report.files import table
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["attacks"] = _names(self.attacks)
@@ -130,7 +130,7 @@ class Masks:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
     def run(self) -> None:
-        from part_fast.evaluate import masks
+        from part_fast.evaluation.masks import masks
 
         masks(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
         print(f"grid: {self.out}")
@@ -156,8 +156,8 @@ class Export:
     """The only folder to look for the data set in."""
 
     def run(self) -> None:
-        from part_fast.evaluate import load_trained
-        from part_fast.models import export_weights
+        from part_fast.evaluation.trained import load_trained
+        from part_fast.models.checkpoints import export_weights
 
         net = load_trained(self.where, 1, dataset=self.dataset, model=self.model, root=self.root, device="cpu").model
         print(export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite))
@@ -195,11 +195,11 @@ class Bench:
     """Replace the files in the folder."""
 
     def run(self) -> None:
-        from part_fast import report
-        from part_fast.bench import ops
-        from part_fast.bench_step import steps
+        from part_fast.bench.ops import ops
+        from part_fast.bench.steps import steps
+        from part_fast.report import figures
 
-        report.load_matplotlib()  # the published baselines import it themselves
+        figures.load_matplotlib()  # the published baselines import it themselves
 
         common: dict[str, Any] = {
             "device": self.device,
@@ -252,7 +252,7 @@ class Reproduce:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
     def run(self) -> None:
-        from part_fast.reproduce import reproduce
+        from part_fast.experiments.reproduce import reproduce
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["attacks"] = _names(self.attacks)
@@ -275,7 +275,7 @@ class Study:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
     def run(self) -> None:
-        from part_fast.study import CONFIG, study
+        from part_fast.experiments.study import CONFIG, study
 
         config = dataclasses.replace(CONFIG, root=self.root, download=self.download, device=self.device)
         study(self.out, config=config, seeds=self.seeds)
@@ -291,7 +291,7 @@ class Demo:
     """Replace the demo in the folder."""
 
     def run(self) -> None:
-        from part_fast.demo import demo
+        from part_fast.experiments.demo import demo
 
         demo(self.out, overwrite=self.overwrite)
 
@@ -304,7 +304,7 @@ class Info:
     """As JSON."""
 
     def run(self) -> None:
-        from part_fast.report import environment, environment_text
+        from part_fast.report.environment import environment, environment_text
 
         record = environment()
         print(json.dumps(record, indent=2) if self.json else environment_text(record))

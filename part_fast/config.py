@@ -14,7 +14,7 @@ import torch
 
 from part_fast import checks
 from part_fast.attack_model import PRECISIONS
-from part_fast.controls import check_control
+from part_fast.budgets.controls import check_control
 from part_fast.ops.cam import METHODS as CAM_METHODS
 from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.packed_epsilon import eps_pair

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast import attacks, checks
-from part_fast.budget import CamBudget
+from part_fast import checks
+from part_fast.attacks.ascend import ascend, check_images, clean_logits
+from part_fast.attacks.objectives import Loss, as_target, objective
+from part_fast.budgets.cam import CamBudget
 from part_fast.checks import Clip
 from part_fast.ops.packed_epsilon import PackedEpsilon
 
@@ -55,8 +57,8 @@ def trades_loss(
         eps, clean = epsilon.with_logits(x_natural)
     else:
         eps = epsilon
-        clean = attacks.clean_logits(attack_model or model, x_natural.detach())
-    loss = attacks.objective("kl", clean)
+        clean = clean_logits(attack_model or model, x_natural.detach())
+    loss = objective("kl", clean)
     x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, clip, *loss)
     _begin(model, optimizer)
     logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
@@ -71,7 +73,7 @@ def trades_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float)
     """
     logits, logits_adv = logits.float(), logits_adv.float()
     divergence = F.kl_div(logits_adv.log_softmax(1), logits.softmax(1), reduction="batchmean")
-    return F.cross_entropy(logits, attacks.as_target(y)) + beta * divergence
+    return F.cross_entropy(logits, as_target(y)) + beta * divergence
 
 
 def mart_loss(
@@ -100,7 +102,7 @@ def mart_loss(
     """
     x_natural, beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance, clip)
     eps = epsilon(x_natural) if isinstance(epsilon, CamBudget) else epsilon
-    loss = attacks.objective("ce")
+    loss = objective("ce")
     x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, clip, *loss)
     _begin(model, optimizer)
     logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
@@ -127,7 +129,7 @@ def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -
     else:
         wrong = _confidence(probs_adv, probs_adv.detach().scatter(1, y[:, None], -1.0).argmax(1))
         clean_error = 1.0000001 - probs.gather(1, y[:, None])[:, 0]
-    boosted = F.cross_entropy(logits_adv, attacks.as_target(y)) + wrong.mean()
+    boosted = F.cross_entropy(logits_adv, as_target(y)) + wrong.mean()
     divergence = F.kl_div((probs_adv + 1e-12).log(), probs, reduction="none").sum(1)
     return boosted + beta * (divergence * clean_error).mean()
 
@@ -155,9 +157,7 @@ def _check(
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     if distance != "l_inf":
         raise ValueError(f"distance must be 'l_inf', got {distance!r}")
-    x = attacks.check_images(
-        x, 0.0 if isinstance(epsilon, CamBudget) else epsilon, clip, name="x_natural", stacklevel=4
-    )
+    x = check_images(x, 0.0 if isinstance(epsilon, CamBudget) else epsilon, clip, name="x_natural", stacklevel=4)
     if x.shape[0] == 0:
         raise ValueError("x_natural must hold at least one image: the loss of an empty batch is not defined")
     checks.labels("y", y, x, soft=True)
@@ -173,12 +173,12 @@ def _attack(
     step_size: float,
     steps: int,
     clip: Clip,
-    loss: attacks.Loss,
+    loss: Loss,
     extra: tuple[Tensor, ...],
 ) -> Tensor:
     x = x.detach()
     x_adv = x + (0.001 * torch.randn_like(x, dtype=checks.compute_dtype(x))).to(x.dtype)
-    x_adv = attacks.ascend(model, x_adv, x, y, eps, step_size, steps, loss, extra, clip=clip)
+    x_adv = ascend(model, x_adv, x, y, eps, step_size, steps, loss, extra, clip=clip)
     return x_adv.clamp_(*checks.clip_range(clip, x))
 
 

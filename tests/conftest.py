@@ -484,18 +484,18 @@ TINY_RUN = TrainConfig(
 @pytest.fixture
 def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a tiny run's time is unpacking the demo set and drawing curves: once is enough, and none."""
-    import part_fast.evaluate
-    import part_fast.train
-    from part_fast import report
+    import part_fast.evaluation.trained
+    import part_fast.training.loop
+    from part_fast.report import figures
 
-    for module in (part_fast.train, part_fast.evaluate):
+    for module in (part_fast.training.loop, part_fast.evaluation.trained):
         monkeypatch.setattr(module, "load", load_once)
-    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(figures, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
 
 
 @functools.lru_cache
 def load_once(*arguments: object) -> object:
     """`part_fast.data.load`, each data set of a process unpacked once."""
-    from part_fast.data import load
+    from part_fast.data.catalogue import load
 
     return load(*arguments)  # type: ignore[arg-type]

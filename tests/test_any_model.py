@@ -707,7 +707,7 @@ def fast_loss(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def fast_autoattack(model: Any, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    from part_fast.autoattack import autoattack
+    from part_fast.attacks.autoattack import autoattack
 
     return (autoattack(model, x, torch.full((N,), WRONG), eps=EPS),)
 

@@ -11,7 +11,7 @@ from part_fast import AttackModel, CamBudget, PackedEpsilon, mart_loss, mma, pgd
 from part_fast.attack_model.cpu import onednn
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.graph import GraphedSteps
-from part_fast.models import build_model
+from part_fast.models.catalogue import build_model
 
 EPS = 8 / 255
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import part_fast
 from part_fast import PGD, PackedEpsilon, mma, pgd
-from part_fast.attacks import margin
+from part_fast.attacks.objectives import margin
 
 X, Y, EPS = EXPECTED["x"], EXPECTED["y"], EXPECTED["eps"]
 START = EXPECTED["start_uniform"]

@@ -11,10 +11,10 @@ from golden_attack import EXPECTED, assert_untouched, golden_net, snapshot
 from safetensors.torch import load_file
 
 from part_fast import pgd
-from part_fast.autoattack import autoattack
+from part_fast.attacks.autoattack import autoattack
 from part_fast.config import PRESETS
-from part_fast.evaluate import evaluate
-from part_fast.train import train
+from part_fast.evaluation.accuracy import evaluate
+from part_fast.training.loop import train
 
 pytest.importorskip("pyautoattack", reason="the package pyautoattack is not installed")
 X = EXPECTED["x"]

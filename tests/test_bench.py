@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import part_fast
-from part_fast import bench
+from part_fast.bench import cases, clocks, ops
 
 CPU = torch.device("cpu")
 COMPILE = torch.compile
@@ -24,88 +24,88 @@ FLOAT, HALF = torch.float32, torch.bfloat16
 def _uncompiled(monkeypatch):
     """Compiling takes seconds a case; benchmarks/ compiles, and refuses results that differ."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(bench.CpuClock, "seconds_at_least", 1e-5)
+    monkeypatch.setattr(clocks.CpuClock, "seconds_at_least", 1e-5)
 
 
 def small_cases():
     steps = [
-        bench.step_case(op, (2, 3, 5, 5), dtype, packed, layout)
+        cases.step_case(op, (2, 3, 5, 5), dtype, packed, layout)
         for op in ("pgd_step", "pgd_step_", "project_linf")
         for dtype in (FLOAT, HALF)
         for packed in (False, True)
-        for layout in bench.LAYOUTS
+        for layout in cases.LAYOUTS
     ]
-    maps = [bench.map_case("upsample_cam", (3, 4, 4), (9, 8), "")]
+    maps = [cases.map_case("upsample_cam", (3, 4, 4), (9, 8), "")]
     for op in ("cam_mask", "epsilon_map"):
-        maps += [bench.map_case(op, (3, 4, 4), (9, 8), rule) for rule in ("zscore", "released", "quantile:0.3")]
-    maps.append(bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "soft"))
-    maps.append(bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "zscore", packed=True))
-    cams = [bench.cam_case((2, 6, 4, 4), dtype, layout) for dtype in (FLOAT, HALF) for layout in bench.LAYOUTS]
+        maps += [cases.map_case(op, (3, 4, 4), (9, 8), rule) for rule in ("zscore", "released", "quantile:0.3")]
+    maps.append(cases.map_case("epsilon_map", (3, 4, 4), (9, 8), "soft"))
+    maps.append(cases.map_case("epsilon_map", (3, 4, 4), (9, 8), "zscore", packed=True))
+    cams = [cases.cam_case((2, 6, 4, 4), dtype, layout) for dtype in (FLOAT, HALF) for layout in cases.LAYOUTS]
     return steps + cams + maps
 
 
 def providers(case, **changed):
     """Those of the case; `reference=function` and so on exchange one."""
-    return [dataclasses.replace(p, run=changed.get(p.name, p.run)) for p in bench.providers_of(case, CPU)]
+    return [dataclasses.replace(p, run=changed.get(p.name, p.run)) for p in cases.providers_of(case, CPU)]
 
 
 def test_cases_cover_every_op_at_its_shapes():
-    cases = bench.all_cases()
-    assert len({case.name for case in cases}) == len(cases)
-    assert tuple(dict.fromkeys(case.op for case in cases)) == bench.OPS
-    assert {case.op for case in cases if case.quick} == set(bench.OPS)
+    every = cases.all_cases()
+    assert len({case.name for case in every}) == len(every)
+    assert tuple(dict.fromkeys(case.op for case in every)) == cases.OPS
+    assert {case.op for case in every if case.quick} == set(cases.OPS)
     for op in ("pgd_step", "pgd_step_", "project_linf"):
-        names = {case.name for case in cases if case.op == op}
+        names = {case.name for case in every if case.op == op}
         assert names == {
             f"{op} {shape} {layout}, eps {form} {dtype}"
             for shape in ("128x3x32x32", "128x3x64x64", "512x3x128x128")
-            for layout in bench.LAYOUTS
+            for layout in cases.LAYOUTS
             for form in ("(N,1,H,W)", "packed")
             for dtype in ("float32", "bfloat16")
         }
-    published = {case.shape for case in cases if case.published}
+    published = {case.shape for case in every if case.published}
     assert {"128 8x8->32x32 released", "128 8x8->32x32 zscore"} <= published
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: case.name)
 def test_all_providers_compute_the_same(case):
-    names = [provider.name for provider in bench.providers_of(case, CPU)]
+    names = [provider.name for provider in cases.providers_of(case, CPU)]
     assert names[0] == "reference"
     assert "torch.compile" in names
     assert ("cpp" in names) == ("cpp" in part_fast.available_backends())
-    bench.check(case, bench.providers_of(case, CPU), CPU)
+    cases.check(case, cases.providers_of(case, CPU), CPU)
 
 
 @pytest.mark.parametrize(
     ("case", "count"),
     [
         # x_adv, grad, x and the result: 2*3*5*5 values each; eps: 2*5*5 float32, or 25 bits in 4 bytes, twice.
-        (bench.step_case("pgd_step", (2, 3, 5, 5), FLOAT, False), 4 * 150 * 4 + 50 * 4),
-        (bench.step_case("pgd_step_", (2, 3, 5, 5), FLOAT, True), 4 * 150 * 4 + 2 * 4),
-        (bench.step_case("pgd_step", (2, 3, 5, 5), HALF, False), 4 * 150 * 2 + 50 * 4),
-        (bench.step_case("project_linf", (2, 3, 5, 5), HALF, True), 3 * 150 * 2 + 2 * 4),
+        (cases.step_case("pgd_step", (2, 3, 5, 5), FLOAT, False), 4 * 150 * 4 + 50 * 4),
+        (cases.step_case("pgd_step_", (2, 3, 5, 5), FLOAT, True), 4 * 150 * 4 + 2 * 4),
+        (cases.step_case("pgd_step", (2, 3, 5, 5), HALF, False), 4 * 150 * 2 + 50 * 4),
+        (cases.step_case("project_linf", (2, 3, 5, 5), HALF, True), 3 * 150 * 2 + 2 * 4),
         # Two inputs of 2*6*4*4, a float32 map of 2*4*4.
-        (bench.cam_case((2, 6, 4, 4), FLOAT), 2 * 192 * 4 + 32 * 4),
-        (bench.cam_case((2, 6, 4, 4), HALF), 2 * 192 * 2 + 32 * 4),
+        (cases.cam_case((2, 6, 4, 4), FLOAT), 2 * 192 * 4 + 32 * 4),
+        (cases.cam_case((2, 6, 4, 4), HALF), 2 * 192 * 2 + 32 * 4),
         # A float32 map of 3*4*4; 3*9*8 pixels out as float32, bool, three channels of float32, 9 bytes of bits.
-        (bench.map_case("upsample_cam", (3, 4, 4), (9, 8), ""), 48 * 4 + 216 * 4),
-        (bench.map_case("cam_mask", (3, 4, 4), (9, 8), "zscore"), 48 * 4 + 216),
-        (bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "released"), 48 * 4 + 3 * 216 * 4),
-        (bench.map_case("epsilon_map", (3, 4, 4), (9, 8), "zscore", packed=True), 48 * 4 + 3 * 9),
+        (cases.map_case("upsample_cam", (3, 4, 4), (9, 8), ""), 48 * 4 + 216 * 4),
+        (cases.map_case("cam_mask", (3, 4, 4), (9, 8), "zscore"), 48 * 4 + 216),
+        (cases.map_case("epsilon_map", (3, 4, 4), (9, 8), "released"), 48 * 4 + 3 * 216 * 4),
+        (cases.map_case("epsilon_map", (3, 4, 4), (9, 8), "zscore", packed=True), 48 * 4 + 3 * 9),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
 def test_bytes(case, count):
-    assert bench.check(case, providers(case), CPU) == count
-    (copy, inputs) = bench.copy_provider(count)
+    assert cases.check(case, providers(case), CPU) == count
+    (copy, inputs) = ops.copy_provider(count)
     source, target = inputs(CPU)
     assert count - 8 < source.nbytes + target.nbytes <= count
     copy.run(source, target)
     assert torch.equal(source, target)
 
 
-STEP = bench.step_case("pgd_step", (2, 3, 5, 5), FLOAT, False)
-MASK = bench.map_case("epsilon_map", (100, 4, 4), (10, 10), "zscore")
+STEP = cases.step_case("pgd_step", (2, 3, 5, 5), FLOAT, False)
+MASK = cases.map_case("epsilon_map", (100, 4, 4), (10, 10), "zscore")
 
 
 def off_in(case, count, by):
@@ -133,31 +133,31 @@ def off_in(case, count, by):
     ],
 )
 def test_wrong_result_is_refused(case, wrong, exact):
-    planted = bench.Provider("planted", wrong, exact=exact)
-    reference = bench.providers_of(case, CPU)[0]
-    with pytest.raises(bench.MismatchError, match=r"planted .*: not timed$") as caught:
-        bench.measure(case, CPU, 1, [reference, planted])
+    planted = cases.Provider("planted", wrong, exact=exact)
+    reference = cases.providers_of(case, CPU)[0]
+    with pytest.raises(cases.MismatchError, match=r"planted .*: not timed$") as caught:
+        ops.measure(case, CPU, 1, [reference, planted])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("case", "near"), [(STEP, off_in(STEP, 9, 2.0**-24)), (MASK, off_in(MASK, 1, 1 / 255))])
 def test_rounding_is_not_refused_where_no_bits_are_promised(case, near):
-    planted = bench.Provider("planted", near)
-    bench.check(case, [bench.providers_of(case, CPU)[0], planted], CPU)
+    planted = cases.Provider("planted", near)
+    cases.check(case, [cases.providers_of(case, CPU)[0], planted], CPU)
 
 
 def test_in_place_writes_its_own_copy():
-    case = bench.step_case("pgd_step_", (2, 3, 5, 5), FLOAT, False)
+    case = cases.step_case("pgd_step_", (2, 3, 5, 5), FLOAT, False)
     given = case.inputs(CPU, 0)
     kept = given[0].clone()
-    bench.check(dataclasses.replace(case, inputs=lambda device, seed: given), providers(case), CPU)
+    cases.check(dataclasses.replace(case, inputs=lambda device, seed: given), providers(case), CPU)
     assert torch.equal(given[0], kept)
 
 
 def test_rounds_interleave():
     order = []
     samples = {name: lambda name=name: order.append(name) or float(len(order)) for name in "abc"}
-    values = bench.interleave(samples, 4)
+    values = clocks.interleave(samples, 4)
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
     assert values == {"a": [1.0, 6.0, 8.0, 10.0], "b": [2.0, 4.0, 9.0, 11.0], "c": [3.0, 5.0, 7.0, 12.0]}
 
@@ -165,7 +165,7 @@ def test_rounds_interleave():
 def test_sampler_gives_the_seconds_of_one_call():
     """On a clock by which every call takes 2 us: short calls are timed many at once, none is timed by itself."""
 
-    class Clock(bench.CpuClock):
+    class Clock(clocks.CpuClock):
         seconds_at_least = 1e-3
 
         def seconds(self, one_pass, passes):
@@ -175,8 +175,8 @@ def test_sampler_gives_the_seconds_of_one_call():
             return 2e-6 * (len(made) - before)
 
     made = []
-    provider = bench.Provider("reference", lambda which: made.append(which))
-    sample, calls = bench.sampler(provider, [(0,), (1,), (2,)], Clock())
+    provider = cases.Provider("reference", lambda which: made.append(which))
+    sample, calls = clocks.sampler(provider, [(0,), (1,), (2,)], Clock())
     assert calls >= 500
     made.clear()
     assert sample() == pytest.approx(2e-6)
@@ -185,7 +185,7 @@ def test_sampler_gives_the_seconds_of_one_call():
 
 
 def test_sampler_is_not_misled_by_slow_first_calls():
-    class Clock(bench.CpuClock):
+    class Clock(clocks.CpuClock):
         seconds_at_least = 1e-3
 
         def seconds(self, one_pass, passes):
@@ -193,7 +193,7 @@ def test_sampler_is_not_misled_by_slow_first_calls():
             return 2e-6 * passes if len(made) > 4 else 5e-3
 
     made = []
-    _, calls = bench.sampler(bench.Provider("reference", lambda: None), [()], Clock())
+    _, calls = clocks.sampler(cases.Provider("reference", lambda: None), [()], Clock())
     assert calls >= 500
 
 
@@ -204,7 +204,7 @@ def test_freed_memory_is_kept():
     """Filled again, 64 MiB that were freed take no new pages; without being told, malloc gives so much back."""
     code = """if True:
         import resource, torch
-        from part_fast import bench
+        from part_fast.bench import clocks
         torch.set_num_threads(1)
         def faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -212,7 +212,7 @@ def test_freed_memory_is_kept():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         faults()
         print(faults())
-        bench.keep_freed_memory()
+        clocks.keep_freed_memory()
         # The first times take memory, and may leave a piece that is a few bytes too short for the next.
         print(min(faults() for _ in range(5)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -221,12 +221,12 @@ def test_freed_memory_is_kept():
 
 
 def test_what_takes_no_time_is_refused():
-    class Clock(bench.CpuClock):
+    class Clock(clocks.CpuClock):
         def seconds(self, one_pass, passes):
             return 0.0
 
     with pytest.raises(RuntimeError, match=r"^copy takes no time: "):
-        bench.sampler(bench.Provider("copy", lambda: None), [()], Clock())
+        clocks.sampler(cases.Provider("copy", lambda: None), [()], Clock())
 
 
 def test_peak_memory_on_the_cpu():
@@ -237,12 +237,12 @@ def test_peak_memory_on_the_cpu():
         return second[:10].clone(), torch.ones(500)
 
     # 4,000 values before `first` goes; after that 3,510.
-    assert bench.CpuClock().peak_bytes(call) == 16000
-    assert bench.CpuClock().peak_bytes(lambda: None) == 0
+    assert clocks.CpuClock().peak_bytes(call) == 16000
+    assert clocks.CpuClock().peak_bytes(lambda: None) == 0
 
 
 def test_rows():
-    rows = bench.measure(MASK, CPU, 5)
+    rows = ops.measure(MASK, CPU, 5)
     names = [row["provider"] for row in rows]
     assert names[:5] == ["copy", "reference", "published", "vectorised", "torch.compile"]
     for row in rows:
@@ -264,16 +264,16 @@ def test_ratios():
         return {**case, "threads": threads, "provider": provider, "median_us": median}
 
     case = {"op": "cam", "shape": "s", "dtype": "float32"}
-    found = bench.ratios([row("copy", 1.0), row("reference", 8.0), row("triton", 4.0), row("cuda", 2.0)])
+    found = ops.ratios([row("copy", 1.0), row("reference", 8.0), row("triton", 4.0), row("cuda", 2.0)])
     assert found == [{**case, "threads": None, "backend": "cuda", "copy": 0.5, "reference": 4.0}]
-    assert bench.ratios([row("copy", 1.0), row("reference", 8.0)]) == []
-    both = bench.ratios([row("reference", 8.0, 1), row("cpp", 4.0, 1), row("reference", 8.0, 2), row("cpp", 2.0, 2)])
+    assert ops.ratios([row("copy", 1.0), row("reference", 8.0)]) == []
+    both = ops.ratios([row("reference", 8.0, 1), row("cpp", 4.0, 1), row("reference", 8.0, 2), row("cpp", 2.0, 2)])
     assert [(each["threads"], each["reference"]) for each in both] == [(1, 2.0), (2, 4.0)]
 
 
 def test_command_writes_table_csv_plot_and_environment(tmp_path, capsys):
     out = tmp_path / "deep" / "bench"
-    rows = bench.ops(out, device="cpu", rounds=2, cases=[STEP, MASK])
+    rows = ops.ops(out, device="cpu", rounds=2, cases=[STEP, MASK])
     printed = capsys.readouterr().out
     assert part_fast.__version__ in printed.splitlines()[0]
     assert "cpu" in printed.splitlines()[0]
@@ -301,9 +301,9 @@ def test_command_writes_table_csv_plot_and_environment(tmp_path, capsys):
         assert len(set(picture.convert("RGB").resize((64, 64)).get_flattened_data())) > 3
 
     with pytest.raises(ValueError, match=r"^out must be .*ops\.csv.*--overwrite$"):
-        bench.ops(out, device="cpu", rounds=1, cases=[STEP])
+        ops.ops(out, device="cpu", rounds=1, cases=[STEP])
     before = torch.get_num_threads()
-    bench.ops(out, device="cpu", rounds=1, threads=[1, 2], cases=[STEP], overwrite=True)
+    ops.ops(out, device="cpu", rounds=1, threads=[1, 2], cases=[STEP], overwrite=True)
     with (out / "ops.csv").open() as file:
         written = list(csv.DictReader(file))
     assert {row["op"] for row in written} == {"pgd_step"}
@@ -313,8 +313,8 @@ def test_command_writes_table_csv_plot_and_environment(tmp_path, capsys):
 
 def test_command_shows_nothing_of_an_op_with_a_mismatch(tmp_path, capsys):
     wrong = dataclasses.replace(MASK, plain=lambda device: lambda cam: MASK.plain(device)(cam) + 1e-3)
-    with pytest.raises(bench.MismatchError, match="vectorised differs from the reference in 10000 of 10000 values"):
-        bench.ops(tmp_path, device="cpu", rounds=1, cases=[MASK, wrong])
+    with pytest.raises(cases.MismatchError, match="vectorised differs from the reference in 10000 of 10000 values"):
+        ops.ops(tmp_path, device="cpu", rounds=1, cases=[MASK, wrong])
     assert "GB/s" not in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -332,45 +332,45 @@ def test_command_shows_nothing_of_an_op_with_a_mismatch(tmp_path, capsys):
 )
 def test_errors(tmp_path, given, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        bench.ops(tmp_path / "out", **given)
+        ops.ops(tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", bench.LAYOUTS)
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_inputs_have_the_layout(layout):
-    other = next(name for name in bench.LAYOUTS if name != layout)
+    other = next(name for name in cases.LAYOUTS if name != layout)
     for case in (
-        bench.step_case("pgd_step", (2, 3, 5, 5), HALF, False, layout),
-        bench.cam_case((2, 6, 4, 4), FLOAT, layout),
+        cases.step_case("pgd_step", (2, 3, 5, 5), HALF, False, layout),
+        cases.cam_case((2, 6, 4, 4), FLOAT, layout),
     ):
         assert layout in case.name
         for image in [given for given in case.inputs(CPU, 0) if given.shape[1] > 1]:
-            assert image.is_contiguous(memory_format=bench.LAYOUTS[layout])
-            assert not image.is_contiguous(memory_format=bench.LAYOUTS[other])
+            assert image.is_contiguous(memory_format=cases.LAYOUTS[layout])
+            assert not image.is_contiguous(memory_format=cases.LAYOUTS[other])
 
 
 def test_measuring_gives_providers_from_python_few_inputs(monkeypatch):
     """On a clock that asks for many sets: seeds 0 to 19 for what a graph holds, the first three for the others."""
-    monkeypatch.setattr(bench.CpuClock, "sets", lambda self, nbytes, captured: 20 if captured else 3)
+    monkeypatch.setattr(clocks.CpuClock, "sets", lambda self, nbytes, captured: 20 if captured else 3)
     seen = {"reference": set(), "captured": set()}
     case = dataclasses.replace(STEP, inputs=lambda device, seed: (torch.full((2,), float(seed)),))
 
     def run(name):
         return lambda x: seen[name].add(float(x[0])) or x
 
-    bench.measure(
+    ops.measure(
         case,
         CPU,
         1,
         [
-            bench.Provider("reference", run("reference"), captured=False),
-            bench.Provider("captured", run("captured")),
+            cases.Provider("reference", run("reference"), captured=False),
+            cases.Provider("captured", run("captured")),
         ],
     )
     assert seen == {"reference": set(range(3)), "captured": set(range(20))}
 
 
-QUICK = [case for case in bench.all_cases() if case.quick]
+QUICK = [case for case in cases.all_cases() if case.quick]
 
 
 @pytest.mark.skipif("cpp" not in part_fast.available_backends(), reason="part_fast._C is not built")
@@ -381,16 +381,16 @@ def test_ours_is_not_behind(case, monkeypatch):
     By medians of interleaved rounds with one thread, which a busy machine disturbs alike, with a quarter of room, and
     once of five times: what is really behind is so every time.
     """
-    monkeypatch.setattr(bench.CpuClock, "seconds_at_least", 1e-3)
+    monkeypatch.setattr(clocks.CpuClock, "seconds_at_least", 1e-3)
     names = ["reference", "cpp"]
     if case.op == "cam":
         monkeypatch.setattr(torch, "compile", COMPILE)
         names.append("torch.compile")
-    chosen = [provider for provider in bench.providers_of(case, CPU) if provider.name in names]
+    chosen = [provider for provider in cases.providers_of(case, CPU) if provider.name in names]
     found = []
-    with bench.threads_of(1):
+    with clocks.threads_of(1):
         for _ in range(5):
-            median = {row["provider"]: row["median_us"] for row in bench.measure(case, CPU, 7, chosen)}
+            median = {row["provider"]: row["median_us"] for row in ops.measure(case, CPU, 7, chosen)}
             found.append({name: median[name] / median["cpp"] for name in names})
             if min(found[-1].values()) > 0.8:
                 return
@@ -398,13 +398,13 @@ def test_ours_is_not_behind(case, monkeypatch):
 
 
 def test_backends_without_a_kernel_are_left_out():
-    assert "triton" in bench.why_not("_pgd_step", "triton", CPU)
-    assert "cuda" in bench.why_not("_pgd_step", "cuda", CPU)
+    assert "triton" in cases.why_not("_pgd_step", "triton", CPU)
+    assert "cuda" in cases.why_not("_pgd_step", "cuda", CPU)
     if "cpp" in part_fast.available_backends():
-        assert bench.why_not("_pgd_step", "cpp", CPU) is None
+        assert cases.why_not("_pgd_step", "cpp", CPU) is None
         with torch.library._scoped_library("part_fast", "FRAGMENT") as library:
             library.define("_none() -> ()")
-            assert bench.why_not("_none", "cpp", CPU) == "cpp has no kernel of its own for part_fast::_none"
+            assert cases.why_not("_none", "cpp", CPU) == "cpp has no kernel of its own for part_fast::_none"
 
 
 def test_gpu_clock_rotates_inputs_and_replays_a_graph(monkeypatch):
@@ -447,17 +447,17 @@ def test_gpu_clock_rotates_inputs_and_replays_a_graph(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
-    clock = bench.CudaClock(torch.device("cuda"))
+    clock = clocks.CudaClock(torch.device("cuda"))
     assert clock.sets(300, True) == 7  # 2100 bytes: more than twice the 1000 of L2
     assert clock.sets(10**6, True) == 2
     # What Python launches gets few: a hundred sets of PIL's masks would take minutes.
     assert clock.sets(10, True) == 200
-    assert clock.sets(10, False) == bench.LAUNCHED_SETS == 8
+    assert clock.sets(10, False) == cases.LAUNCHED_SETS == 8
     assert clock.sets(300, False) == 7
     for captured in (True, False):
         log.clear()
-        provider = bench.Provider("any", lambda which: log.append(which), captured=captured)
-        sample, calls = bench.sampler(provider, [(i,) for i in range(7)], clock)
+        provider = cases.Provider("any", lambda which: log.append(which), captured=captured)
+        sample, calls = clocks.sampler(provider, [(i,) for i in range(7)], clock)
         assert calls == 7  # 14 ms: long enough
         log.clear()
         assert sample() == pytest.approx(2e-3)

@@ -7,6 +7,7 @@ import csv
 import inspect
 import io
 import json
+import sys
 from unittest import mock
 
 import numpy as np
@@ -17,10 +18,14 @@ from golden_attack import EXPECTED, golden_net
 from matplotlib.figure import Figure
 from PIL import Image
 
-import part_fast.train as training
-from part_fast import bench, bench_baselines, bench_step, models
+from part_fast.attack_model import AttackModel
+from part_fast.attack_model.cpu import winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.ops import winograd
+from part_fast.attack_model.graph import GraphedSteps
+from part_fast.attacks.pgd import pgd
+from part_fast.bench import cases, clocks, flop, profile, published, step_cases, step_tables, steps
+from part_fast.models.catalogue import build_model
+from part_fast.training import loop, step
 
 CPU = torch.device("cpu")
 X, Y = EXPECTED["x"], EXPECTED["y"]
@@ -28,14 +33,14 @@ EPS, EPS_LOW, ALPHA = 8 / 255, 7 / 255, 2 / 255
 
 
 def config(**changed):
-    return bench_step.configuration("resnet-small", changed.pop("batch", 2), **changed)
+    return step_cases.configuration("resnet-small", changed.pop("batch", 2), **changed)
 
 
 # --- the published loops ----------------------------------------------------------------------------------------------
 
 
 def test_published_loops_share_nothing_with_ours():
-    tree = ast.parse((ROOT / "part_fast" / "bench_baselines.py").read_text())
+    tree = ast.parse((ROOT / "part_fast" / "bench" / "published.py").read_text())
     imported = [
         node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
         for node in ast.walk(tree)
@@ -50,7 +55,7 @@ def attacked_by(step, *args):
     seen = []
     net.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, inputs[0].detach().clone())))
     loss = step(net, torch.optim.SGD(net.parameters(), 0.1), X, Y, EXPECTED["eps"], ALPHA, 10, *args)
-    trained = [image for training, image in seen if training and not torch.equal(image, X)]
+    trained = [image for training, image in seen if loop and not torch.equal(image, X)]
     return trained[-1], loss, net, len(seen)
 
 
@@ -58,7 +63,7 @@ def test_published_masks_are_the_authors():
     net = golden_net()
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
-    found = bench_baselines.hooked_eps_map(net, net.relu2, X, EPS, EPS_LOW)
+    found = published.hooked_eps_map(net, net.relu2, X, EPS, EPS_LOW)
     assert torch.equal(found, EXPECTED["eps"])
     assert not net.relu2._forward_hooks
     # What makes them slow: gradients of all parameters, of layers before the target too.
@@ -68,12 +73,12 @@ def test_published_masks_are_the_authors():
 def test_flat_map_gives_eps_low():
     flat = torch.ones(1, 4, 4)
     for rule in ("released", "zscore"):
-        found = bench_baselines.published_epsilon_map(flat, size=(8, 8), rule=rule, eps=EPS, eps_low=EPS_LOW)
+        found = published.published_epsilon_map(flat, size=(8, 8), rule=rule, eps=EPS, eps_low=EPS_LOW)
         assert (found == torch.tensor(EPS_LOW)).all()
 
 
 def test_published_at_is_the_authors():
-    x_adv, _, net, forwards = attacked_by(bench_baselines.madry_step, EXPECTED["start_uniform"])
+    x_adv, _, net, forwards = attacked_by(published.madry_step, EXPECTED["start_uniform"])
     # As in test_attacks: a gradient of rounding size may have another sign elsewhere.
     assert (x_adv != EXPECTED["pgd_ce"]).float().mean() < 1e-3
     assert forwards == 11
@@ -81,7 +86,7 @@ def test_published_at_is_the_authors():
 
 
 def test_published_trades_is_the_authors():
-    x_adv, loss, net, forwards = attacked_by(bench_baselines.trades_step, EXPECTED["start_normal"], 6.0)
+    x_adv, loss, net, forwards = attacked_by(published.trades_step, EXPECTED["start_normal"], 6.0)
     assert (x_adv != EXPECTED["pgd_kl"]).float().mean() < 5e-3
     torch.testing.assert_close(loss[None], EXPECTED["trades.loss"], rtol=1e-3, atol=0)
     assert forwards == 10 * 2 + 3  # the clean batch again in every step, and twice in the loss
@@ -92,9 +97,9 @@ def test_published_trades_is_the_authors():
 @pytest.mark.parametrize(
     ("step", "extra", "times"),
     [
-        (bench_baselines.madry_step, (), 3 + 1),
-        (bench_baselines.input_gradient_step, (), 1),
-        (bench_baselines.trades_step, (6.0,), 1),
+        (published.madry_step, (), 3 + 1),
+        (published.input_gradient_step, (), 1),
+        (published.trades_step, (6.0,), 1),
     ],
 )
 def test_whose_attack_computes_parameter_gradients(step, extra, times):
@@ -108,7 +113,7 @@ def test_whose_attack_computes_parameter_gradients(step, extra, times):
 def test_random_start_is_the_published_one(eps):
     """In +-8/255 for every pixel, whatever its own eps, and not clipped."""
     np.random.seed(0)
-    noise = bench_baselines._uniform(X, eps) - X
+    noise = published._uniform(X, eps) - X
     assert 0.95 * EPS < noise.abs().max() <= EPS + 1e-7
     assert noise.abs().mean() == pytest.approx(EPS / 2, rel=0.05)
 
@@ -122,12 +127,12 @@ def small():
 
 
 def arena(small):
-    return bench_step.Arena(small, CPU, 16, torch.float64)
+    return step_cases.Arena(small, CPU, 16, torch.float64)
 
 
-@pytest.mark.parametrize("pair", bench_step.PAIRS, ids=" = ".join)
+@pytest.mark.parametrize("pair", step_cases.PAIRS, ids=" = ".join)
 def test_pairs_compute_the_same(small, pair):
-    row = bench_step.compare(arena(small), *pair)
+    row = step_cases.compare(arena(small), *pair)
     assert row["images_off"] == 0
     assert row["masks_off"] == (0 if "PART" in pair[0] else None)
     assert row["masked"] is None or 0.05 < row["masked"] < 0.5
@@ -136,7 +141,7 @@ def test_pairs_compute_the_same(small, pair):
 
 def changed(name, **arguments):
     """The baseline with arguments exchanged: a value, or a function of the one given."""
-    right = getattr(bench_baselines, name)
+    right = getattr(published, name)
     signature = inspect.signature(right)
 
     def wrong(*args, **kwargs):
@@ -152,13 +157,13 @@ def trained_mode(model, *args):
     """An attack that forgot eval mode."""
     kept, model.eval = model.eval, lambda: model
     try:
-        return bench_baselines_madry(model, *args)
+        return madry(model, *args)
     finally:
         model.eval = kept
 
 
-bench_baselines_madry = bench_baselines.madry_step
-AT, LIBRARY, PART, PART_T = bench_step.PAIRS
+madry = published.madry_step
+AT, LIBRARY, PART, PART_T = step_cases.PAIRS
 
 
 @pytest.mark.parametrize(
@@ -180,32 +185,30 @@ AT, LIBRARY, PART, PART_T = bench_step.PAIRS
 )
 def test_wrong_baseline_is_refused(small, monkeypatch, pair, planted, what):
     name, wrong = planted
-    monkeypatch.setattr(bench_baselines, name, wrong)
+    monkeypatch.setattr(published, name, wrong)
     with pytest.raises(
-        bench.MismatchError, match=rf"{pair[1]} computes something else than {pair[0]}: {what} .*: not timed$"
+        cases.MismatchError, match=rf"{pair[1]} computes something else than {pair[0]}: {what} .*: not timed$"
     ):
-        bench_step.compare(arena(small), *pair)
+        step_cases.compare(arena(small), *pair)
 
 
 def test_wrong_training_of_ours_is_refused(small, monkeypatch):
-    monkeypatch.setattr(
-        training, "batch_loss", lambda *args, right=training.batch_loss, **more: 1.001 * right(*args, **more)
-    )
-    with pytest.raises(bench.MismatchError, match="update_off"):
-        bench_step.compare(arena(small), *AT)
+    monkeypatch.setattr(step, "batch_loss", lambda *args, right=step.batch_loss, **more: 1.001 * right(*args, **more))
+    with pytest.raises(cases.MismatchError, match="update_off"):
+        step_cases.compare(arena(small), *AT)
 
 
 def test_attacks_of_the_check_meet_every_bound():
     """So that a pair with another eps anywhere is told apart, from TRADES's start beside the images too."""
-    checked = bench_step.Arena, []
+    checked = step_cases.Arena, []
 
     def keep(*args):
         checked[1].append(checked[0](*args))
         return checked[1][-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_step, "Arena", keep)
-        bench_step.check(config(), CPU)
+        patch.setattr(step_cases, "Arena", keep)
+        step_cases.check(config(), CPU)
     (small,) = {(made.config.steps, made.config.alpha, made.config.precision) for made in checked[1]}
     assert small[0] * small[1] > EPS + 0.004  # TRADES starts some 0.001 N(0,1) away
     assert small[2] == "fp32"
@@ -217,11 +220,11 @@ def test_attacks_of_the_check_meet_every_bound():
 
 def test_flop_are_in_forwards():
     """PGD-10 is 10 forwards and input gradients, training a forward and twice that; published loops do more."""
-    flop = bench_step.count_flop(config(), CPU)
-    forward = flop["clean logits"]
+    counted = flop.count_flop(config(), CPU)
+    forward = counted["clean logits"]
 
     def forwards(name):
-        return flop[name] / forward
+        return counted[name] / forward
 
     # The first layer of a training step has no input gradient, and the mask's backward stops at the target layer.
     assert forwards("AT") == pytest.approx(20 + 3, abs=0.1)
@@ -232,20 +235,20 @@ def test_flop_are_in_forwards():
     assert forwards("input-gradient AT") == pytest.approx(20 + 3, abs=0.1)
     assert forwards("published PART") == pytest.approx(30 + 3 + 3, abs=0.2)
     assert forwards("published PART-T") == pytest.approx(30 + 9 + 3, abs=0.3)
-    assert forwards("refresh") == pytest.approx(bench_step.BANK_BATCHES, abs=0.01)
-    assert flop["lookup"] == 0
+    assert forwards("refresh") == pytest.approx(step_cases.BANK_BATCHES, abs=0.01)
+    assert counted["lookup"] == 0
 
 
 def test_flop_of_a_product_and_a_convolution():
-    with bench_step.FlopCount() as count:
+    with flop.FlopCount() as count:
         torch.ones(3, 4) @ torch.ones(4, 5)
     assert count.total == 2 * 3 * 4 * 5
-    with bench_step.FlopCount() as count:
+    with flop.FlopCount() as count:
         torch.nn.functional.conv2d(torch.ones(2, 3, 8, 8), torch.ones(5, 3, 3, 3), padding=1)
     assert count.total == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
     conv = torch.nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False)
     for by_winograd in (False, True):
-        with mock.patch.object(winograd, "pays", return_value=by_winograd), bench_step.FlopCount() as count:
+        with mock.patch.object(winograd, "pays", return_value=by_winograd), flop.FlopCount() as count:
             x = torch.ones(2, 16, 8, 8, requires_grad=True)
             PackedConv2d(conv)(x).sum().backward()
         assert count.total == 2 * 2 * (2 * 32 * 8 * 8) * (16 * 3 * 3)
@@ -273,8 +276,8 @@ def test_parts_of_nested_ranges():
     ]
     expected = {"CAM": 14.0, "refresh of AttackModel": 1.0, "attack forward": 2.0, "other": 14.0}
     for order in (events, events[::-1]):
-        found = bench_step.part_seconds(order)
-        assert tuple(found) == bench_step.PARTS
+        found = profile.part_seconds(order)
+        assert tuple(found) == profile.PARTS
         assert {name: value for name, value in found.items() if value} == pytest.approx(expected)
 
 
@@ -307,32 +310,32 @@ def test_parts_of_a_gpu_are_what_was_launched_in_them():
         ran(5, 2000, 2040, "gpu_memcpy"),
         ran(99, 2040, 2050, "gpu_memset"),  # whose launch is not in the trace
     ]
-    found = bench_step.part_seconds(events)
+    found = profile.part_seconds(events)
     # The device did nothing from 1300 to 1400 and from 1800 to 2000.
     expected = {"attack forward": 300, "attack backward": 250, "CUDA graph": 200, "other": 50, "waiting": 300}
     assert {name: 1e6 * value for name, value in found.items() if value} == pytest.approx(expected)
 
 
 def test_profile_covers_every_part():
-    rows = bench_step.profile(config(), CPU, 1)
+    rows = profile.profile(config(), CPU, 1)
     of = {(row["method"], row["part"]): row for row in rows}
-    assert len(rows) == len(bench_step.METHODS) * (len(bench_step.PARTS) + 1)
-    for method in bench_step.METHODS:
-        parts = {part: of[method, part]["median_s"] for part in bench_step.PARTS}
+    assert len(rows) == len(step_cases.METHODS) * (len(profile.PARTS) + 1)
+    for method in step_cases.METHODS:
+        parts = {part: of[method, part]["median_s"] for part in profile.PARTS}
         assert sum(parts.values()) == pytest.approx(of[method, "total"]["median_s"])
         assert (parts["CAM"] > 0) == method.startswith("part")
         assert parts["CUDA graph"] == parts["waiting"] == 0
         for part in set(parts) - {"CAM", "CUDA graph", "waiting"}:
             assert parts[part] > 0, part
         assert max(parts, key=parts.get) in ("attack forward", "attack backward")
-    shown, _ = zip(*[(cells[0], cells[1:]) for cells in bench_step._profile_cells(rows)[1]], strict=True)
-    assert shown == (*(part for part in bench_step.PARTS if part not in ("CUDA graph", "waiting")), "total")
+    shown, _ = zip(*[(cells[0], cells[1:]) for cells in step_tables._profile_cells(rows)[1]], strict=True)
+    assert shown == (*(part for part in profile.PARTS if part not in ("CUDA graph", "waiting")), "total")
 
 
 def test_forward_hooks_of_a_profile_go_away():
     model = torch.nn.Linear(2, 2)
-    with bench_step.named_forward(model, "training forward"):
-        events = bench.traced(lambda: model(torch.ones(1, 2)))
+    with profile.named_forward(model, "training forward"):
+        events = clocks.traced(lambda: model(torch.ones(1, 2)))
     assert [event["name"] for event in events if event.get("cat") == "user_annotation"] == [
         "part_fast: training forward"
     ]
@@ -345,22 +348,22 @@ def test_attack_replayed_from_a_graph_is_one_range():
 
     def record(run):
         def replay():
-            with mock.patch.object(bench_step.attacks, "record_function", contextlib.nullcontext):
+            with mock.patch.object(sys.modules["part_fast.attacks.ascend"], "record_function", contextlib.nullcontext):
                 run()
 
         return replay
 
-    model = bench_step.AttackModel(models.build_model("resnet-small"))
-    model.graphs = bench_step.GraphedSteps(record)
+    model = AttackModel(build_model("resnet-small"))
+    model.graphs = GraphedSteps(record)
     x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
-    bench_step.attacks.pgd(model, x, y, EPS, steps=2)
-    events = bench.traced(lambda: bench_step.attacks.pgd(model, x, y, EPS, steps=2))
+    pgd(model, x, y, EPS, steps=2)
+    events = clocks.traced(lambda: pgd(model, x, y, EPS, steps=2))
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert names.count("part_fast: CUDA graph") == 1
     assert not {"part_fast: attack forward", "part_fast: pgd_step"} & set(names)
 
 
-class Clock(bench.CpuClock):
+class Clock(clocks.CpuClock):
     """By which every call takes `each` seconds, and a row of calls a second more."""
 
     def __init__(self, each, at_least):
@@ -376,25 +379,25 @@ def test_steps_on_a_gpu_are_timed_several_to_a_pair_of_events():
     def never():
         raise AssertionError
 
-    assert bench_step.together(bench.CpuClock(), never) == 1
-    assert bench.CudaClock.step_seconds_at_least > 0
-    assert bench_step.together(Clock(0.5, 6.0), lambda: None) == 4  # one alone takes 1.5 s
-    assert bench_step.together(Clock(0.5, 1.0), lambda: None) == 1
-    assert bench_step.together(Clock(0.0, 1e9), lambda: None) == 100
+    assert steps.together(clocks.CpuClock(), never) == 1
+    assert clocks.CudaClock.step_seconds_at_least > 0
+    assert steps.together(Clock(0.5, 6.0), lambda: None) == 4  # one alone takes 1.5 s
+    assert steps.together(Clock(0.5, 1.0), lambda: None) == 1
+    assert steps.together(Clock(0.0, 1e9), lambda: None) == 100
 
 
 def test_seconds_are_of_one_of_several_steps(monkeypatch):
-    monkeypatch.setattr(bench_step, "MATMUL_SIZE", {"cpu": 8})
-    monkeypatch.setattr(bench_step, "count_flop", lambda config, device, progress: collections.defaultdict(float))
-    monkeypatch.setattr(bench_step, "clock_for", lambda device: Clock(0.25, 5.0))
-    monkeypatch.setattr(bench_step.Arena, "steps", lambda self: dict.fromkeys(names, lambda: None))
-    monkeypatch.setattr(bench_step.Arena, "pieces", lambda self: dict.fromkeys(pieces, lambda: None))
+    monkeypatch.setattr(flop, "MATMUL_SIZE", {"cpu": 8})
+    monkeypatch.setattr(steps, "count_flop", lambda config, device, progress: collections.defaultdict(float))
+    monkeypatch.setattr(steps, "clock_for", lambda device: Clock(0.25, 5.0))
+    monkeypatch.setattr(step_cases.Arena, "steps", lambda self: dict.fromkeys(names, lambda: None))
+    monkeypatch.setattr(step_cases.Arena, "pieces", lambda self: dict.fromkeys(pieces, lambda: None))
     names, pieces = ("AT", "PART", "PART, bank"), ("clean logits", "lookup", "refresh")
-    rows = {each["name"]: each for each in bench_step.measure(config(), CPU, 2)}
+    rows = {each["name"]: each for each in steps.measure(config(), CPU, 2)}
     for name in (*names, *pieces, "AT fp32"):
         assert rows[name]["calls"] == 4  # 5 s by steps of 1.25
         assert rows[name]["seconds"] == pytest.approx([(1.0 + 4 * 0.25) / 4] * 2)
-    assert rows["matmul fp32"]["calls"] == bench_step.MATMULS
+    assert rows["matmul fp32"]["calls"] == flop.MATMULS
 
 
 def test_peak_memory_counts_what_graphs_hold(monkeypatch):
@@ -406,15 +409,15 @@ def test_peak_memory_counts_what_graphs_hold(monkeypatch):
     ]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert bench_step.graph_pool_bytes(torch.device("cuda")) == 320
-    assert bench_step.graph_pool_bytes(torch.device("cuda", 1)) == 4000
-    assert bench_step.graph_pool_bytes(CPU) == 0
+    assert steps.graph_pool_bytes(torch.device("cuda")) == 320
+    assert steps.graph_pool_bytes(torch.device("cuda", 1)) == 4000
+    assert steps.graph_pool_bytes(CPU) == 0
 
 
 def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
     """Before a step's peak is read the graphs of the others are gone, and it has captured its own."""
-    made = bench_step.Arena(config(), CPU)
-    held = made.engine.attack_model.graphs = bench_step.GraphedSteps()
+    made = step_cases.Arena(config(), CPU)
+    held = made.engine.attack_model.graphs = GraphedSteps()
     made.forget_graphs()
     assert made.engine.attack_model.graphs is not held
     assert len(made.engine.attack_model.graphs) == 0
@@ -424,9 +427,9 @@ def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
 
 
 def test_goals_of_a_gpu_are_at_batch_128():
-    goals = {goal.title: goal for goal in bench_step.GOALS}
-    assert [bench_step.default_batch(model, "cuda") for model in bench_step.MODELS] == [128, 128]
-    assert [bench_step.default_batch(model, "cpu") for model in bench_step.MODELS] == [32, 4]
+    goals = {goal.title: goal for goal in steps.GOALS}
+    assert [steps.default_batch(model, "cuda") for model in steps.MODELS] == [128, 128]
+    assert [steps.default_batch(model, "cpu") for model in steps.MODELS] == [32, 4]
     for goal in goals.values():
         assert goal.due("wrn-34-10", 128, "cuda") is not None
         assert goal.due("wrn-34-10", 4, "cuda") is None
@@ -448,8 +451,8 @@ def test_ratios_from_medians_with_their_goals():
     names |= {"mask": 0.4, "clean logits": 0.3, "lookup": 0.01, "refresh": 3.2}
     rows = [row(name, [seconds] * 3) for name, seconds in names.items()]
     rows += [row("AT", [10.0, 9.0, 20.0], peak=100), row("PART", [10.3, 9.9, 20.0], peak=106)]
-    found = {each["what"]: each for each in bench_step.ratios(rows)}
-    assert list(found) == [goal.title for goal in bench_step.GOALS if goal.kind != "rate"]
+    found = {each["what"]: each for each in steps.ratios(rows)}
+    assert list(found) == [goal.title for goal in steps.GOALS if goal.kind != "rate"]
     assert found["AT step"]["value"] == pytest.approx(3.5)
     assert found["AT step"]["goal"] == 3.3
     assert found["AT step"]["met"] is True
@@ -466,31 +469,31 @@ def test_ratios_from_medians_with_their_goals():
     assert found["PART-T over TRADES"]["by_parts"] == pytest.approx(0.1 / 12)
     assert found["peak memory, PART over AT"]["value"] == pytest.approx(1.06)
     assert found["peak memory, PART over AT"]["met"] is False
-    others = bench_step.ratios([{**each, "batch": 16} for each in rows])
+    others = steps.ratios([{**each, "batch": 16} for each in rows])
     assert {(each["goal"], each["met"]) for each in others} == {(None, None)}
 
     fast = [row(each["name"], [s / 1e3 for s in each["seconds"]], each["peak_bytes"], 128, "cuda") for each in rows]
-    on_gpu = {each["what"]: each for each in bench_step.ratios(fast)}
-    assert list(on_gpu) == [goal.title for goal in bench_step.GOALS]
+    on_gpu = {each["what"]: each for each in steps.ratios(fast)}
+    assert list(on_gpu) == [goal.title for goal in steps.GOALS]
     at = on_gpu["AT, images/s"]
     assert at["value"] == pytest.approx(12800)
     assert [at["p20"], at["p80"]] == pytest.approx(
         [128e3 / 20 + 0.4 * (128e3 / 10 - 128e3 / 20), 12800 + 0.6 * 128e3 / 90]
     )
     assert (at["goal"], at["met"]) == (7100, True)
-    (cells,) = bench_step._ratio_table([at])[2]
+    (cells,) = step_tables.ratio_table([at])[2]
     assert cells[3] == "12800"
     assert on_gpu["AT step"]["goal"] == 3.3
     slow = [{**each, "images_per_s": 7000.0} for each in fast]
-    assert {each["what"]: each["met"] for each in bench_step.ratios(slow)}["AT, images/s"] is False
+    assert {each["what"]: each["met"] for each in steps.ratios(slow)}["AT, images/s"] is False
 
 
 def test_bf16_where_the_hardware_has_it(monkeypatch):
     for amx, avx, expected in ((False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        assert bench_step.auto_precision(CPU)[0] == expected
-    assert bench_step.auto_precision(torch.device("cuda"))[0] == "bf16"
+        assert steps.auto_precision(CPU)[0] == expected
+    assert steps.auto_precision(torch.device("cuda"))[0] == "bf16"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -502,8 +505,8 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "deep"
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(bench_step, "MATMUL_SIZE", {"cpu": 64})
-        rows = bench_step.steps(out, batch_size=2, quick=True, rounds=2, precision="bf16", device="cpu")
+        patch.setattr(flop, "MATMUL_SIZE", {"cpu": 64})
+        rows = steps.steps(out, batch_size=2, quick=True, rounds=2, precision="bf16", device="cpu")
     return out, rows, printed.getvalue()
 
 
@@ -514,13 +517,13 @@ def read(path):
 
 def test_command_writes_what_it_prints(finished):
     out, rows, printed = finished
-    assert sorted(path.name for path in out.iterdir()) == sorted(bench_step.FILES)
+    assert sorted(path.name for path in out.iterdir()) == sorted(steps.FILES)
     assert "precision bf16 (as asked); medians of 2 interleaved rounds" in printed
     markdown = (out / "step.md").read_text()
     written = read(out / "step.csv")
     assert [each["name"] for each in written] == [each["name"] for each in rows]
     names = {each["name"] for each in written}
-    assert names >= {name for goal in bench_step.GOALS for name in (goal.step, goal.other or goal.step)}
+    assert names >= {name for goal in steps.GOALS for name in (goal.step, goal.other or goal.step)}
     precision = {each["name"]: each["precision"] for each in written}
     assert precision["PART-T"] == precision["PART, refresh 10"] == precision["mask"] == "bf16"
     assert precision["AT fp32"] == precision["published PART"] == precision["matmul fp32"] == "fp32"
@@ -564,7 +567,7 @@ def test_rows_are_consistent(finished):
     share = 100 * of["AT fp32"]["gflop_per_s"] / of["matmul fp32"]["gflop_per_s"]
     assert of["AT fp32"]["percent_of_matmul"] == pytest.approx(share)
     # At the least all gradients, which a step ends with.
-    weights = 4 * sum(p.numel() for p in models.build_model("resnet-small").parameters())
+    weights = 4 * sum(p.numel() for p in build_model("resnet-small").parameters())
     assert all(each["peak_bytes"] > weights for each in rows if each["peak_bytes"] is not None)
     # A mask's own memory is less than a training step's, which stands for the peak of both.
     assert of["PART"]["peak_bytes"] == pytest.approx(of["AT"]["peak_bytes"], rel=0.05)
@@ -581,8 +584,8 @@ def test_legends_name_the_colours_beside_them(finished, tmp_path, monkeypatch):
         figures.append(Figure(figsize=size, layout=layout))
         yield figures[-1]
 
-    monkeypatch.setattr(bench_step.report, "drawing", keep)
-    bench_step.draw(tmp_path / "step.png", rows, profiled, "caption")
+    monkeypatch.setattr(step_tables.figures, "drawing", keep)
+    step_tables.draw(tmp_path / "step.png", rows, profiled, "caption")
     left, right = figures[0].axes
     assert not figures[0].legends
 
@@ -598,7 +601,7 @@ def test_legends_name_the_colours_beside_them(finished, tmp_path, monkeypatch):
         published = name.startswith(("published", "input-gradient"))
         assert bar.get_facecolor() == legend(left)["published loops" if published else "part_fast"], name
     parts = legend(right)
-    assert list(parts) == bench_step._parts_there(profiled)
+    assert list(parts) == profile.parts_there(profiled)
     assert {bar.get_facecolor() for bar in right.patches} == set(parts.values())
     assert len({*parts.values(), *legend(left).values()}) == len(parts) + 2
 
@@ -621,7 +624,7 @@ def test_record(finished):
         "attack_steps": 10,
     }
     assert record["steps"] == rows
-    assert [row["published"] for row in record["checked"]] == [published for _, published in bench_step.PAIRS]
+    assert [row["published"] for row in record["checked"]] == [published for _, published in step_cases.PAIRS]
     assert all(row["images_off"] == 0 for row in record["checked"])
     with Image.open(out / "step.png") as picture:
         assert min(picture.size) > 300
@@ -632,14 +635,14 @@ def test_command_refuses_to_overwrite(finished):
     out, _, _ = finished
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(ValueError, match=r"^out must be .*step\.csv.*--overwrite$"):
-        bench_step.steps(out, device="cpu", quick=True)
+        steps.steps(out, device="cpu", quick=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_command_shows_nothing_after_a_mismatch(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(*([bench_baselines, *changed("madry_step", steps=2)]))
-    with pytest.raises(bench.MismatchError, match="published AT"):
-        bench_step.steps(tmp_path, device="cpu", quick=True, rounds=1)
+    monkeypatch.setattr(*([published, *changed("madry_step", steps=2)]))
+    with pytest.raises(cases.MismatchError, match="published AT"):
+        steps.steps(tmp_path, device="cpu", quick=True, rounds=1)
     assert "median" not in capsys.readouterr().out.replace("medians of", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -649,15 +652,15 @@ def test_finished_models_are_kept_when_a_later_one_fails(finished, tmp_path, mon
 
     def check(config, device, progress):
         if config.model != "resnet-small":
-            raise bench.MismatchError("planted")
+            raise cases.MismatchError("planted")
         return record["checked"]
 
-    monkeypatch.setattr(bench_step, "check", check)
-    monkeypatch.setattr(bench_step, "measure", lambda *_: record["steps"])
-    monkeypatch.setattr(bench_step, "profile", lambda *_: record["profile"])
-    with pytest.raises(bench.MismatchError, match="planted"):
-        bench_step.steps(tmp_path, models=["resnet-small", "wrn-10-1"], device="cpu")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(bench_step.FILES)
+    monkeypatch.setattr(steps, "check", check)
+    monkeypatch.setattr(steps, "measure", lambda *_: record["steps"])
+    monkeypatch.setattr(steps, "profile", lambda *_: record["profile"])
+    with pytest.raises(cases.MismatchError, match="planted"):
+        steps.steps(tmp_path, models=["resnet-small", "wrn-10-1"], device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(steps.FILES)
     assert json.loads((tmp_path / "step.json").read_text())["steps"] == record["steps"]
 
 
@@ -673,5 +676,5 @@ def test_finished_models_are_kept_when_a_later_one_fails(finished, tmp_path, mon
 )
 def test_errors(tmp_path, given, message):
     with pytest.raises(ValueError, match=f"^{message}"):
-        bench_step.steps(tmp_path / "out", **given)
+        steps.steps(tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()

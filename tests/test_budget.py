@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import part_fast
-from part_fast import AttackModel, CamBudget, models
-from part_fast.controls import CONTROLS
+from part_fast import AttackModel, CamBudget
+from part_fast.budgets.controls import CONTROLS
+from part_fast.models.resnet import resnet18, resnet_small
+from part_fast.models.wideresnet import wideresnet
 
 X, Y = EXPECTED["x"], EXPECTED["y"]
 
@@ -59,7 +61,7 @@ def test_equals_one_image_at_a_time(rule, target):
 @pytest.mark.parametrize("method", ["gradcam", "xgradcam", "layercam", "hirescam"])
 def test_methods_on_resnet_match_the_formula(method):
     torch.manual_seed(0)
-    model = models.resnet18().eval()
+    model = resnet18().eval()
     x = torch.rand(2, 3, 32, 32)
     kept = {}
     hook = model.layer4.register_forward_hook(lambda m, a, out: kept.update(out=out))
@@ -215,7 +217,7 @@ def test_channels_last_and_bfloat16():
         assert budget(X).dtype == torch.float32
 
 
-@pytest.mark.parametrize("make", [models.resnet18, lambda: models.wideresnet(10, 1)])
+@pytest.mark.parametrize("make", [resnet18, lambda: wideresnet(10, 1)])
 def test_default_target_layer_under_any_prefix(make):
     model = make()
     layer = model.layer4 if hasattr(model, "layer4") else model.block3
@@ -372,7 +374,7 @@ def test_packed_is_what_a_call_gives(control, rule):
 
 def attacked_and_plain():
     torch.manual_seed(0)
-    model = models.resnet_small().eval()
+    model = resnet_small().eval()
     return AttackModel(model), model
 
 
@@ -553,7 +555,7 @@ def test_layer_that_is_not_run():
 def test_a_copy_that_is_made_anew_is_explained_too(named):
     """After model.double() the AttackModel has other modules, and the layer is found among them."""
     torch.manual_seed(0)
-    model = models.resnet_small().eval()
+    model = resnet_small().eval()
     budget = CamBudget(AttackModel(model), target_layer="layer3" if named else None)
     x = torch.rand(2, 3, 16, 16)
     budget(x)

@@ -12,12 +12,17 @@ import torch
 from safetensors.torch import load_file
 
 import part_fast
-import part_fast.evaluate as evaluating
-import part_fast.train as training
-from part_fast import cli, models, report
+from part_fast import cli
 from part_fast.cli import main
 from part_fast.config import PRESETS, preset, read_config
-from part_fast.data import load
+from part_fast.data.catalogue import load
+from part_fast.evaluation import accuracy
+from part_fast.evaluation import trained as reading
+from part_fast.models.catalogue import build_model
+from part_fast.models.checkpoints import load_weights
+from part_fast.report import environment, figures, files
+from part_fast.report.environment import environment_text
+from part_fast.training import loop, step
 
 CACHED = functools.lru_cache(load)
 SMALL = {
@@ -35,16 +40,16 @@ TINY = [part for name, value in SMALL.items() for part in (f"--{name}", str(valu
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Unpack the demo set once, and draw no curves."""
-    monkeypatch.setattr(training, "load", CACHED)
-    monkeypatch.setattr(evaluating, "load", CACHED)
-    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
+    monkeypatch.setattr(loop, "load", CACHED)
+    monkeypatch.setattr(reading, "load", CACHED)
+    monkeypatch.setattr(figures, "draw_curves", lambda path, rows, title: path.write_bytes(b"drawn"))
 
 
 @pytest.fixture
 def trained(monkeypatch):
     """What train() would have been called with."""
     calls = []
-    monkeypatch.setattr(training, "train", lambda config, out, **how: calls.append((config, out, how)))
+    monkeypatch.setattr(loop, "train", lambda config, out, **how: calls.append((config, out, how)))
     return calls
 
 
@@ -136,16 +141,14 @@ def test_every_number_takes_a_fraction(trained, tmp_path):
 
 def test_evaluate_takes_fractions(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(
-        evaluating, "evaluate", lambda **values: calls.append(values) or {"results": {}, "warnings": []}
-    )
+    monkeypatch.setattr(accuracy, "evaluate", lambda **values: calls.append(values) or {"results": {}, "warnings": []})
     assert main(["evaluate", str(tmp_path), "--eps", "12/255", "--alpha", "3e-3"]) == 0
     assert (calls[0]["eps"], calls[0]["alpha"], calls[0]["n"]) == (12 / 255, 3e-3, None)
 
 
 def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
     config = dataclasses.replace(preset("cifar10-resnet18"), lr=0.3, seed=5)
-    report.write_json(tmp_path / "config.json", config.to_json())
+    files.write_json(tmp_path / "config.json", config.to_json())
     assert main(["train", "--out", str(tmp_path), "--resume", "--epochs", "90"]) == 0
     assert trained[0][0] == dataclasses.replace(config, epochs=90)
     assert trained[0][2]["resume"]
@@ -230,7 +233,7 @@ def test_interruption_says_how_to_go_on(capsys, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "batch_loss", stop)
+        patch.setattr(step, "batch_loss", stop)
         assert main(["train", "--out", str(tmp_path / "run"), *TINY]) == 130
     assert capsys.readouterr().err == f"stopped; go on with: part-fast train --out {tmp_path / 'run'} --resume\n"
     assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
@@ -240,11 +243,11 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
     def broken(*arguments, **how):
         return torch.zeros(2) + torch.zeros(3)
 
-    monkeypatch.setattr(training, "train", broken)
+    monkeypatch.setattr(loop, "train", broken)
     with pytest.raises(RuntimeError, match="must match the size"):
         main(["train", "--out", str(tmp_path / "run")])
     # Raised inside the package, but by no `raise` of ours.
-    monkeypatch.setattr(report, "environment", lambda: report.environment_text(None))
+    monkeypatch.setattr(environment, "environment", lambda: environment_text(None))
     with pytest.raises(TypeError, match="subscriptable"):
         main(["info"])
 
@@ -322,8 +325,8 @@ def test_export_end_to_end(tmp_path, capsys):
     for name in ("weights.safetensors", "weights.pt"):
         assert main(["export", str(run), "--out", str(tmp_path / name)]) == 0
         assert str(tmp_path / name) in capsys.readouterr().out
-    model = models.build_model("resnet-small", 10)
-    models.load_weights(model, tmp_path / "weights.pt")
+    model = build_model("resnet-small", 10)
+    load_weights(model, tmp_path / "weights.pt")
     expected = load_file(run / "model.safetensors")
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
     before = (tmp_path / "weights.pt").read_bytes()
@@ -333,7 +336,7 @@ def test_export_end_to_end(tmp_path, capsys):
 
 def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("part_fast.bench.ops", lambda out, **flags: calls.append((out, flags)))
+    monkeypatch.setattr("part_fast.bench.ops.ops", lambda out, **flags: calls.append((out, flags)))
     assert main(["bench", "ops", "--out", str(tmp_path), "--only", "cam", "pgd_step", "--quick"]) == 0
     ((out, flags),) = calls
     assert out == tmp_path
@@ -345,7 +348,7 @@ def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
 
 def test_bench_step_takes_its_flags(tmp_path, capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr("part_fast.bench_step.steps", lambda out, **flags: calls.append((out, flags)))
+    monkeypatch.setattr("part_fast.bench.steps.steps", lambda out, **flags: calls.append((out, flags)))
     assert main(["bench", "step", "--out", str(tmp_path), "--models", "resnet18", "wrn-34-10", "--rounds", "9"]) == 0
     assert calls.pop() == (
         tmp_path,

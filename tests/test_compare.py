@@ -1,11 +1,11 @@
-"""Tests of part_fast.compare: differences and intervals by hand, and how often an interval holds the truth."""
+"""Tests of part_fast.experiments.compare: differences and intervals by hand, how often an interval holds the truth."""
 
 import math
 
 import pytest
 import torch
 
-from part_fast.compare import difference, interval, mean_and_spread
+from part_fast.experiments.compare import difference, interval, mean_and_spread
 
 
 def bools(*rows):

@@ -5,7 +5,7 @@ import torch
 from golden_attack import EXPECTED, golden_net
 
 from part_fast import CamBudget
-from part_fast.controls import CONTROLS, control_map
+from part_fast.budgets.controls import CONTROLS, control_map
 
 
 @pytest.fixture(params=[1, 3], ids=["M=1", "M=3"])

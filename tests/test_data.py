@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from part_fast import data
-from part_fast.data import (
+from part_fast.data import fashion_mnist
+from part_fast.data.catalogue import load
+from part_fast.data.fashion_mnist import DEBIAN_FASHION_MNIST, DEMO_FILE
+from part_fast.data.memory import (
     Augmentation,
     Dataset,
     augment,
     balanced_indices,
     batch_length,
     draw_augmentation,
-    load,
     to_float,
 )
 
@@ -264,16 +265,16 @@ def test_demo_file_is_small_and_says_where_it_is_from():
     import io
     import lzma
 
-    assert data.DEMO_FILE.stat().st_size < 3_000_000
-    with np.load(io.BytesIO(lzma.decompress(data.DEMO_FILE.read_bytes())), allow_pickle=False) as arrays:
+    assert DEMO_FILE.stat().st_size < 3_000_000
+    with np.load(io.BytesIO(lzma.decompress(DEMO_FILE.read_bytes())), allow_pickle=False) as arrays:
         assert "zalandoresearch/fashion-mnist" in str(arrays["about"])
         assert "MIT" in str(arrays["about"])
         assert len(np.unique(arrays["train_indices"])) == 6000
-    assert "Zalando SE" in (data.DEMO_FILE.parent / "README.md").read_text(encoding="utf-8")
+    assert "Zalando SE" in (DEMO_FILE.parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(
-    not (data.DEBIAN_FASHION_MNIST / "train-images-idx3-ubyte.gz").is_file(),
+    not (DEBIAN_FASHION_MNIST / "train-images-idx3-ubyte.gz").is_file(),
     reason="the full Fashion-MNIST (Debian's dataset-fashion-mnist) is not installed",
 )
 def test_demo_is_what_its_script_takes_from_the_full_set(monkeypatch):
@@ -281,10 +282,10 @@ def test_demo_is_what_its_script_takes_from_the_full_set(monkeypatch):
     import lzma
 
     monkeypatch.delenv("PART_FAST_DATA", raising=False)
-    with np.load(io.BytesIO(lzma.decompress(data.DEMO_FILE.read_bytes())), allow_pickle=False) as arrays:
+    with np.load(io.BytesIO(lzma.decompress(DEMO_FILE.read_bytes())), allow_pickle=False) as arrays:
         indices = {split: torch.from_numpy(arrays[f"{split}_indices"]).long() for split in ("train", "test")}
     for split, count in (("train", 60_000), ("test", 10_000)):
-        full, demo = load("fashion-mnist", split, data.DEBIAN_FASHION_MNIST), load("demo", split)
+        full, demo = load("fashion-mnist", split, DEBIAN_FASHION_MNIST), load("demo", split)
         assert len(full) == count
         assert torch.bincount(full.labels).tolist() == [count // 10] * 10
         assert torch.equal(full.images[indices[split]], demo.images)
@@ -293,11 +294,11 @@ def test_demo_is_what_its_script_takes_from_the_full_set(monkeypatch):
 
 
 def test_a_damaged_demo_file_is_refused(tmp_path, monkeypatch):
-    content = bytearray(data.DEMO_FILE.read_bytes())
+    content = bytearray(DEMO_FILE.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = tmp_path / "demo.npz.xz"
     damaged.write_bytes(content)
-    monkeypatch.setattr(data, "DEMO_FILE", damaged)
+    monkeypatch.setattr(fashion_mnist, "DEMO_FILE", damaged)
     with pytest.raises(ValueError, match=r"^.*demo.npz.xz is damaged: sha256 .* reinstall part_fast$"):
         load("demo", "train")
     damaged.unlink()
@@ -533,7 +534,7 @@ def nowhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PART_FAST_DATA", str(tmp_path / "named"))
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     return tmp_path
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from part_fast.data import load
-from part_fast.data_files import image_size, read_images, read_mat
+from part_fast.data.catalogue import load
+from part_fast.data.files import image_size, read_images, read_mat
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8)

@@ -13,18 +13,18 @@ from safetensors.torch import load_file
 
 from part_fast import distributed
 from part_fast.config import TrainConfig
-from part_fast.data import load
-from part_fast.train import epoch_order
+from part_fast.data.catalogue import load
+from part_fast.training.loop import epoch_order
 
 # BatchNorm would normalise a batch by the share that each process sees, and starts are drawn by each for its own.
 WORK = """
     import sys
     import torch
-    import part_fast.attacks as attacks, part_fast.engine as engine, part_fast.losses as losses
-    from part_fast import distributed
     from part_fast.config import TrainConfig
-    from part_fast.evaluate import evaluate
-    from part_fast.train import train
+    from part_fast.evaluation import trained
+    from part_fast.evaluation.accuracy import evaluate
+    from part_fast.training import engine
+    from part_fast.training.loop import train
     from pathlib import Path
 
     class Plain(torch.nn.Module):
@@ -37,11 +37,10 @@ WORK = """
         def forward(self, x):
             return self.linear(self.layer4(x).mean((2, 3)))
 
-    import part_fast.evaluate as evaluating
-    engine.build_model = evaluating.build_model = lambda name, classes: Plain(classes)
+    engine.build_model = trained.build_model = lambda name, classes: Plain(classes)
     draw = torch.randn_like
     torch.randn_like = lambda x, **k: torch.zeros_like(x)
-    attacks._start = lambda x, *rest: x.clone()
+    sys.modules["part_fast.attacks.pgd"].starting_point = lambda x, *rest: x.clone()
     torch.randperm = lambda n, **k: torch.arange(n)
     out, config = Path(sys.argv[1]), TrainConfig(**eval(sys.argv[2]))
     rows = train(config, out, log=print)
@@ -105,8 +104,8 @@ AVERAGES = """
     import torch.distributed as dist
     from part_fast import distributed
     from part_fast.config import TrainConfig
-    from part_fast.engine import Engine
-    from part_fast.train import train_step
+    from part_fast.training.engine import Engine
+    from part_fast.training.step import train_step
 
     device = distributed.join(torch.device("cpu"))
     for average in ("ema:0.5", "swa:1"):
@@ -150,7 +149,7 @@ def test_the_averaged_model_is_one_in_every_process(tmp_path):
 
 def test_an_epoch_is_shared_evenly_and_wholly(monkeypatch):
     import part_fast.distributed as distributed
-    from part_fast.train import epoch_order
+    from part_fast.training.loop import epoch_order
 
     monkeypatch.setattr(distributed, "same_", lambda value: value.copy_(torch.arange(len(value)).flip(0)))
     monkeypatch.setattr(distributed, "size", lambda: 3)

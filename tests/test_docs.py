@@ -14,12 +14,14 @@ from conftest import ROOT, TINY_RUN, load_once
 from golden_attack import golden_net
 
 import part_fast
-from part_fast import AttackModel, CamBudget, cli, models
-from part_fast.attacks import mma, pgd
-from part_fast.data import augment, draw_augmentation, to_float
-from part_fast.evaluate import check_attacks
+from part_fast import AttackModel, CamBudget, cli
+from part_fast.attacks.mma import mma
+from part_fast.attacks.pgd import pgd
+from part_fast.data.memory import augment, draw_augmentation, to_float
+from part_fast.evaluation.accuracy import check_attacks
 from part_fast.gpu.__main__ import parser as gpu_parser
 from part_fast.losses import mart_objective, trades_objective
+from part_fast.models.resnet import resnet_small
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -59,7 +61,7 @@ class Vgg(torch.nn.Module):
 def usual_names():
     """What a reader of the pages has already: as many images as channels, so that a lost dimension would broadcast."""
     torch.manual_seed(0)
-    model = models.resnet_small()
+    model = resnet_small()
     x, y = torch.rand(3, 3, 16, 16), torch.tensor([3, 0, 7])
     budget = CamBudget(model, 0.1, 0.02)
     evidence, _ = budget.evidence(x)
@@ -418,7 +420,7 @@ def test_docstrings_of_the_data():
 
 
 def test_docstring_of_attack_model():
-    model = models.resnet_small()
+    model = resnet_small()
     x = torch.rand(2, 3, 16, 16)
     fast = AttackModel(model)
     (plain,) = [code for code in quoted(AttackModel) if code.endswith("eval()")]

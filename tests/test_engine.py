@@ -1,4 +1,4 @@
-"""Tests of part_fast.engine and of training's options: schedules, accumulation, averages, precision, compile."""
+"""Tests of part_fast.training.engine, of schedules, accumulation, averages, precision, compile."""
 
 import dataclasses
 import math
@@ -8,12 +8,13 @@ import torch
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
-import part_fast.evaluate as evaluating
-import part_fast.train as training
-from part_fast.data import to_float
-from part_fast.engine import Engine
-from part_fast.sanity import agreement_warning, gradient_agreement
-from part_fast.train import STATE, train
+from part_fast.data.memory import to_float
+from part_fast.evaluation import trained
+from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
+from part_fast.training import loop
+from part_fast.training.engine import Engine
+from part_fast.training.loop import train
+from part_fast.training.run_folder import STATE
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 CPU = torch.device("cpu")
@@ -139,7 +140,7 @@ def test_averages_resume(tmp_path, average):
     train(config, tmp_path / "parts", resume=True, log=silent)
     whole, parts = (weights(tmp_path / name, "averaged.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-    averaged = evaluating.load_trained(tmp_path / "whole" / "averaged.safetensors").model.state_dict()
+    averaged = trained.load_trained(tmp_path / "whole" / "averaged.safetensors").model.state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in averaged.items())
 
 
@@ -187,7 +188,7 @@ def test_gradient_agreement_counts():
 
 def test_a_weak_attack_is_said(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(training, "gradient_agreement", lambda *_: {"zero_gradients": 0.3, "sign_agreement": 0.6})
+    monkeypatch.setattr(loop, "gradient_agreement", lambda *_: {"zero_gradients": 0.3, "sign_agreement": 0.6})
     train(tiny(precision="bf16", epochs=1), tmp_path / "run", log=said.append)
     assert "warning: epoch 1, bf16: 30.0% of the input gradients have become zero" in said[0]
 
@@ -207,9 +208,9 @@ def test_compiled_run_trains_as_the_other(tmp_path):
 def test_attacks_of_a_trained_model_agree_in_every_precision(tmp_path):
     """Signs above 99 % and robust accuracy within a point."""
     train(tiny(epochs=6, train_size=600, batch_size=64, augment=False), tmp_path / "run", log=silent)
-    model, _, data, _ = evaluating.load_trained(tmp_path / "run", 100)
+    model, _, data, _ = trained.load_trained(tmp_path / "run", 100)
     from part_fast import AttackModel, pgd
-    from part_fast.attacks import clean_logits
+    from part_fast.attacks.ascend import clean_logits
 
     x, y = to_float(data.images), data.labels
     assert gradient_agreement(model, AttackModel(model), x, y)["sign_agreement"] > 0.99

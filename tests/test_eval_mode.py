@@ -154,7 +154,7 @@ def test_grads_are_put_back_and_not_added_to():
 
 def test_autoattack_leaves_gradients_alone(monkeypatch):
     pyautoattack = pytest.importorskip("pyautoattack", reason="the package pyautoattack is not installed")
-    from part_fast.autoattack import autoattack
+    from part_fast.attacks.autoattack import autoattack
 
     def run(self, x, y, batch_size):
         self.model(x).sum().backward()  # as FAB does

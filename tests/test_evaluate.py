@@ -12,13 +12,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import part_fast.evaluate as evaluating
-from part_fast import report
-from part_fast.attacks import pgd
+from part_fast.attacks.pgd import pgd
 from part_fast.config import TrainConfig
-from part_fast.data import load, to_float
-from part_fast.evaluate import AttackSettings, accuracy, correct, evaluate, load_trained, masks
-from part_fast.models import build_model
+from part_fast.data.catalogue import load
+from part_fast.data.memory import to_float
+from part_fast.evaluation import accuracy as evaluating
+from part_fast.evaluation import trained
+from part_fast.evaluation.accuracy import AttackSettings, accuracy, correct, evaluate
+from part_fast.evaluation.masks import masks
+from part_fast.evaluation.trained import load_trained
+from part_fast.models.catalogue import build_model
+from part_fast.report import figures, files
 
 CACHED = functools.lru_cache(load)
 CONFIG = TrainConfig(method="part", test_size=30, steps=3)
@@ -27,7 +31,7 @@ CONFIG = TrainConfig(method="part", test_size=30, steps=3)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Unpack the demo set once."""
-    monkeypatch.setattr(evaluating, "load", CACHED)
+    monkeypatch.setattr(trained, "load", CACHED)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def run(model, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
-    report.write_json(folder / "config.json", CONFIG.to_json())
+    files.write_json(folder / "config.json", CONFIG.to_json())
     return folder
 
 
@@ -254,7 +258,7 @@ def test_mask_grid_repeats_and_follows_the_rule(run, tmp_path):
 
 def test_masks_of_a_plain_method_whose_eps_is_below_eps_low(run, tmp_path):
     config = dataclasses.replace(CONFIG, method="at", eps=4 / 255)
-    report.write_json(run / "config.json", config.to_json())
+    files.write_json(run / "config.json", config.to_json())
     record = masks(run, tmp_path / "grid.png", n=1)
     assert (record["eps"], record["eps_low"]) == (4 / 255, 4 / 255)
 
@@ -262,7 +266,7 @@ def test_masks_of_a_plain_method_whose_eps_is_below_eps_low(run, tmp_path):
 def test_grid_shows_the_attack_within_the_eps_map(run, tmp_path, monkeypatch):
     drawn = {}
     monkeypatch.setattr(
-        report, "draw_masks", lambda path, x, cams, maps, x_adv, titles, caption: drawn.update(locals())
+        figures, "draw_masks", lambda path, x, cams, maps, x_adv, titles, caption: drawn.update(locals())
     )
     record = masks(run, tmp_path / "grid.png", n=4, rule="zscore, released")
     drawn["eps"] = drawn["maps"]["zscore"]
@@ -299,7 +303,7 @@ def test_mask_grid_refusals(run, tmp_path):
 
 
 def test_a_class_of_the_run_is_read_from_its_configuration(run):
-    report.write_json(run / "config.json", dataclasses.replace(CONFIG, model="resnet18").to_json())
+    files.write_json(run / "config.json", dataclasses.replace(CONFIG, model="resnet18").to_json())
     with pytest.raises(ValueError, match="does not fit ResNet"):
         load_trained(run)
 

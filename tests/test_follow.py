@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from part_fast import AttackModel, CamBudget, pgd
 from part_fast.attack_model.follow import Change, Watch
-from part_fast.models import build_model
+from part_fast.models.catalogue import build_model
 
 EPS = 8 / 255
 CLASSES = 4

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from conftest import TINY_RUN
 
 import part_fast
-from part_fast import AttackModel, PackedEpsilon, bench, pgd
-from part_fast.bench_step import settle
+from part_fast import AttackModel, PackedEpsilon, pgd
+from part_fast.bench import cases, clocks
+from part_fast.bench import ops as bench_ops
+from part_fast.bench.step_cases import settle
 from part_fast.config import METHODS
-from part_fast.engine import Engine
 from part_fast.gpu import attacks, ops, record, training
-from part_fast.models import resnet18, resnet_small
-from part_fast.train import batch_epsilon, train_step
+from part_fast.models.resnet import resnet18, resnet_small
+from part_fast.training.engine import Engine
+from part_fast.training.step import batch_epsilon, train_step
 
 EPS = 8 / 255
 CALLS = tuple(ops.Checks(torch.device("cpu")).calls(1))
@@ -200,16 +202,16 @@ def test_engine_takes_a_step_of_every_method(device, method):
 def test_the_clock_of_the_benchmarks(device, case):
     """Every provider but compiled ones is timed; bytes and peak memory are those of the tensors."""
     made = {
-        "pgd_step": bench.step_case("pgd_step", (16, 3, 32, 32), torch.float32, False),
-        "epsilon_map": bench.map_case("epsilon_map", (16, 8, 8), (32, 32), "zscore"),
+        "pgd_step": cases.step_case("pgd_step", (16, 3, 32, 32), torch.float32, False),
+        "epsilon_map": cases.map_case("epsilon_map", (16, 8, 8), (32, 32), "zscore"),
     }[case]
-    providers = [p for p in bench.providers_of(made, device) if p.name != "torch.compile"]
-    rows = bench.measure(made, device, 2, providers)
+    providers = [p for p in cases.providers_of(made, device) if p.name != "torch.compile"]
+    rows = bench_ops.measure(made, device, 2, providers)
     assert [row["provider"] for row in rows] == ["copy", *(p.name for p in providers)]
-    result = bench.tensor_bytes(made.run(*made.inputs(device, 0)))
+    result = cases.tensor_bytes(made.run(*made.inputs(device, 0)))
     for row in rows:
         assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
-        if row["provider"] in bench.OWN:
+        if row["provider"] in cases.OWN:
             assert result <= row["peak_bytes"] <= result + 2**16  # the allocator rounds up
             assert row["timing"] == ("graph" if device.type == "cuda" else "wall")
 
@@ -217,7 +219,7 @@ def test_the_clock_of_the_benchmarks(device, case):
 @gpu
 def test_the_clock_times_the_device_and_not_the_launch():
     """Ten times the cycles take about ten times as long, and the host is back before."""
-    clock = bench.clock_for(torch.device("cuda"))
+    clock = clocks.clock_for(torch.device("cuda"))
     clock.seconds(lambda: torch.cuda._sleep(10**6), 1)
     one, ten = (clock.seconds(lambda n=n: torch.cuda._sleep(n), 3) for n in (10**7, 10**8))
     assert 5 < ten / one < 20

@@ -8,14 +8,14 @@ import torch
 from conftest import TINY_RUN
 from fake_gpu import GpuTensor, HostWaitError, net
 
-import part_fast.engine as engines
 from part_fast import PackedEpsilon
+from part_fast.budgets.bank import MaskBank
 from part_fast.config import METHODS
-from part_fast.data import draw_augmentation
-from part_fast.engine import Engine
-from part_fast.mask_bank import MaskBank
-from part_fast.models import build_model
-from part_fast.train import batch_epsilon, train_step
+from part_fast.data.memory import draw_augmentation
+from part_fast.models.catalogue import build_model
+from part_fast.training import engine as engines
+from part_fast.training.engine import Engine
+from part_fast.training.step import batch_epsilon, train_step
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 N = 6

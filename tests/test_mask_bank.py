@@ -5,8 +5,8 @@ import torch
 from golden_attack import golden_net
 
 from part_fast import CamBudget
-from part_fast.data import Augmentation, draw_augmentation, to_float
-from part_fast.mask_bank import MaskBank
+from part_fast.budgets.bank import MaskBank
+from part_fast.data.memory import Augmentation, draw_augmentation, to_float
 
 IMAGES = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -10,7 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from part_fast.models import build_model, export_weights, load_weights, resnet18, resnet_small, wideresnet
+from part_fast.models.catalogue import build_model
+from part_fast.models.checkpoints import export_weights, load_weights
+from part_fast.models.resnet import resnet18, resnet_small
+from part_fast.models.wideresnet import wideresnet
 
 
 @pytest.fixture(autouse=True)
@@ -412,7 +415,7 @@ def with_objects(kind, weights):
         return {"state_dict": weights, "best": np.float64(0.5)}, "numpy"
     if kind == "path":
         return {"state_dict": weights, "out": pathlib.PurePosixPath("runs")}, "PurePosixPath"
-    return wideresnet(10, 1), "part_fast.models.WideResNet"
+    return wideresnet(10, 1), "part_fast.models.wideresnet.WideResNet"
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "before torch 1.6"])

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from part_fast import AttackModel, CamBudget, backends, models
-from part_fast.attack_model.cpu import onednn
+from part_fast import AttackModel, CamBudget, backends
+from part_fast.attack_model.cpu import onednn, winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d, residual
-from part_fast.ops import winograd
+from part_fast.models.catalogue import build_model
+from part_fast.models.resnet import resnet18, resnet_small
 
 ONEDNN = torch.backends.mkldnn.is_available()
 pytestmark = pytest.mark.skipif(not ONEDNN, reason="this torch is built without oneDNN, so no convolution is packed")
@@ -127,7 +128,7 @@ def test_a_backward_through_other_weights_is_an_error_as_in_torch(way):
 
 
 def test_an_attack_model_refreshed_before_its_backward_raises_and_asking_does_not():
-    model, x = models.resnet_small(), torch.rand(2, 3, 16, 16, requires_grad=True)
+    model, x = resnet_small(), torch.rand(2, 3, 16, 16, requires_grad=True)
     fast = AttackModel(model)
     out = fast(x)
     fast(x)  # asks, and finds nothing
@@ -249,7 +250,7 @@ def test_residual(few):
 @pytest.mark.parametrize("name", ["resnet18", "wrn-10-2"])
 def test_attack_model_packs_all_and_gives_the_models_gradients(name):
     torch.manual_seed(0)
-    model = models.build_model(name)
+    model = build_model(name)
     fast, x = AttackModel(model), torch.rand(2, 3, 32, 32)
     convolutions = [m for m in fast.modules() if isinstance(m, nn.Conv2d)]
     assert all(isinstance(m, PackedConv2d) for m in convolutions)
@@ -265,7 +266,7 @@ def test_attack_model_packs_all_and_gives_the_models_gradients(name):
 @pytest.mark.parametrize("layer", ["layer4.1.bn1", "layer4.1.bn2"])
 def test_a_hook_inside_a_block_sees_what_it_sees_in_the_model(layer):
     torch.manual_seed(0)
-    model, x = models.resnet18().eval(), torch.rand(2, 3, 32, 32)
+    model, x = resnet18().eval(), torch.rand(2, 3, 32, 32)
     theirs = CamBudget(model, rule="soft", target_layer=layer)(x)
     ours = CamBudget(AttackModel(model), rule="soft", target_layer=f"module.{layer}")(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
@@ -279,7 +280,7 @@ def test_a_hook_inside_a_block_sees_what_it_sees_in_the_model(layer):
 )
 @pytest.mark.parametrize("layer", ["module.conv1", "module.bn1"])
 def test_every_kind_of_hook_is_called(register, layer):
-    fast, x = AttackModel(models.resnet_small()), torch.rand(2, 3, 16, 16)
+    fast, x = AttackModel(resnet_small()), torch.rand(2, 3, 16, 16)
     called = []
     getattr(fast.get_submodule(layer), register)(lambda module, *rest: called.append(module))
     gradient(lambda leaf: fast(leaf).sum(), x, torch.ones_like)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-import part_fast.train as training
-from part_fast import report
 from part_fast.cli import _parse
 from part_fast.config import PRESETS, TrainConfig, read_config
+from part_fast.evaluation.sanity import gradient_agreement
 from part_fast.precision import algorithms, full_float32, tf32
-from part_fast.sanity import gradient_agreement
-from part_fast.train import train
+from part_fast.report.environment import environment, environment_text
+from part_fast.training import step
+from part_fast.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("quick_runs", "torchs_own_settings")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
@@ -84,8 +84,8 @@ def test_determinism_of_the_caller_is_kept():
 
 
 def test_a_training_sets_them_and_puts_them_back(tmp_path, monkeypatch):
-    seen, real = [], training.batch_loss
-    monkeypatch.setattr(training, "batch_loss", lambda *a, **k: seen.append(settings()) or real(*a, **k))
+    seen, real = [], step.batch_loss
+    monkeypatch.setattr(step, "batch_loss", lambda *a, **k: seen.append(settings()) or real(*a, **k))
     before = settings()
     train(TINY, tmp_path / "plain", log=str)
     assert all(one == before for one in seen)
@@ -111,13 +111,9 @@ def test_gradient_agreement_compares_with_true_float32():
 
 
 def test_info_names_it():
-    assert "TF32      on CUDA float32 is multiplied in it by convolutions\n" in report.environment_text(
-        report.environment()
-    )
+    assert "TF32      on CUDA float32 is multiplied in it by convolutions\n" in environment_text(environment())
     with full_float32():
-        assert "TF32      on CUDA float32 is multiplied in it by nothing\n" in report.environment_text(
-            report.environment()
-        )
+        assert "TF32      on CUDA float32 is multiplied in it by nothing\n" in environment_text(environment())
 
 
 @pytest.mark.parametrize("bf16", [True, False])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +15,14 @@ import torch
 from PIL import Image
 
 import part_fast
-import part_fast.evaluate as evaluating
-import part_fast.train as training
-from part_fast import demo as demonstrating
-from part_fast import report
 from part_fast.config import PRESETS
-from part_fast.data import load
-from part_fast.demo import demo
+from part_fast.data.catalogue import load
+from part_fast.evaluation import trained
+from part_fast.experiments import demo as demonstrating
+from part_fast.experiments.demo import demo
+from part_fast.report import figures, files
+from part_fast.report.environment import environment, environment_text
+from part_fast.training import loop
 
 
 def picture(path):
@@ -42,15 +44,15 @@ ROWS = [
 
 def test_csv_and_json(tmp_path):
     rows = [{"a": 1, "b": None}, {"a": 0.1, "b": "x,y"}]
-    report.write_csv(tmp_path / "t.csv", rows)
+    files.write_csv(tmp_path / "t.csv", rows)
     with (tmp_path / "t.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == [{"a": "1", "b": ""}, {"a": "0.1", "b": "x,y"}]
-    report.write_json(tmp_path / "t.json", {"a": [1, None]})
+    files.write_json(tmp_path / "t.json", {"a": [1, None]})
     assert json.loads((tmp_path / "t.json").read_text()) == {"a": [1, None]}
 
 
 def test_environment_is_complete_and_plain(tmp_path):
-    record = report.environment()
+    record = environment()
     assert json.loads(json.dumps(record)) == record
     assert record["part_fast"] == part_fast.__version__
     assert record["torch"] == torch.__version__
@@ -59,14 +61,14 @@ def test_environment_is_complete_and_plain(tmp_path):
     assert set(record["backends"]["cpu"]) | set(record["not_available"]["cpu"]) == set(part_fast.backends.BACKENDS)
     assert not set(record["backends"]["cpu"]) & set(record["not_available"]["cpu"])
     assert record["cpu"]
-    text = report.environment_text(record)
+    text = environment_text(record)
     for name, reason in record["not_available"]["cpu"].items():
         assert f"not {name}: {reason}" in text
 
 
 def test_commit_is_that_of_the_checkout_or_none():
-    commit = report.environment()["commit"]
-    command = ["git", "-C", str(report.Path(report.__file__).parent), "rev-parse", "HEAD"]
+    commit = environment()["commit"]
+    command = ["git", "-C", str(Path(figures.__file__).parent), "rev-parse", "HEAD"]
     head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if commit is None:
         pytest.skip("part_fast does not lie in a git checkout")
@@ -85,8 +87,8 @@ def test_pictures_are_drawn_whatever_backend_is_wished(tmp_path, backend):
     code = f"""
 import os
 from pathlib import Path
-from part_fast import report
-with report.drawing(Path({str(tmp_path / "a.png")!r}), (2, 2)) as figure:
+from part_fast.report import figures
+with figures.drawing(Path({str(tmp_path / "a.png")!r}), (2, 2)) as figure:
     figure.subplots().plot([1, 2])
 import matplotlib
 assert os.environ["MPLBACKEND"] == {backend!r}
@@ -102,39 +104,39 @@ def test_a_backend_that_is_chosen_stays(tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib")
     before = matplotlib.rcParams["backend"]
     monkeypatch.setenv("MPLBACKEND", "svg")
-    with report.drawing(tmp_path / "a.png", (2, 2)) as figure:
+    with figures.drawing(tmp_path / "a.png", (2, 2)) as figure:
         figure.subplots().plot([1, 2])
     assert matplotlib.rcParams["backend"] == before != "svg"
 
 
 def test_table():
-    text = report.table(("attack", "%"), [("natural", "81.20"), ("pgd20", "5.00")])
+    text = files.table(("attack", "%"), [("natural", "81.20"), ("pgd20", "5.00")])
     assert text == "attack       %\n-------  -----\nnatural  81.20\npgd20     5.00"
 
 
 def test_curves_show_each_series_that_there_is(tmp_path):
-    report.draw_curves(tmp_path / "a.png", ROWS, "title")
+    figures.draw_curves(tmp_path / "a.png", ROWS, "title")
     pixels = picture(tmp_path / "a.png")
-    assert near(pixels, report.GREEN) > 300
-    assert near(pixels, report.BLUE) > 300
-    assert near(pixels, report.ORANGE) > 200
-    assert near(pixels, report.VERMILION) == 0
-    report.draw_curves(tmp_path / "b.png", [{**row, "test_pgd20": 0.3} for row in ROWS], "title")
-    assert near(picture(tmp_path / "b.png"), report.VERMILION) > 300
+    assert near(pixels, figures.GREEN) > 300
+    assert near(pixels, figures.BLUE) > 300
+    assert near(pixels, figures.ORANGE) > 200
+    assert near(pixels, figures.VERMILION) == 0
+    figures.draw_curves(tmp_path / "b.png", [{**row, "test_pgd20": 0.3} for row in ROWS], "title")
+    assert near(picture(tmp_path / "b.png"), figures.VERMILION) > 300
 
 
 def test_comparison_shows_both_methods(tmp_path):
     curves = {"warm-up (AT)": {1: [0.5], 2: [0.6]}, "AT": {2: [0.6], 3: [0.6, 0.7]}, "PART": {2: [0.6], 3: [0.7, 0.8]}}
     results = {"AT": {"natural": [0.6, 0.7], "pgd20": [0.4, 0.5]}, "PART": {"natural": [0.7, 0.8], "pgd20": [0.4, 0.5]}}
-    report.draw_comparison(tmp_path / "c.png", curves, results)
+    figures.draw_comparison(tmp_path / "c.png", curves, results)
     pixels = picture(tmp_path / "c.png")
-    for color in (report.BLUE, report.VERMILION, report.GRAY):
+    for color in (figures.BLUE, figures.VERMILION, figures.GRAY):
         assert near(pixels, color) > 200
 
 
 def test_masks_with_one_channel_and_a_flat_eps_map(tmp_path):
     x = torch.rand(1, 1, 8, 8)
-    report.draw_masks(
+    figures.draw_masks(
         tmp_path / "m.png", x, torch.zeros(1, 8, 8), {"soft": torch.full((1, 1, 8, 8), 0.03)}, x, [("a", "b")], "c"
     )
     pixels = picture(tmp_path / "m.png")
@@ -148,10 +150,10 @@ def test_demo_in_miniature(tmp_path, monkeypatch):
         PRESETS["demo"], train_size=64, test_size=20, epochs=2, warmup_epochs=1, steps=1, batch_size=32
     )
     cached = functools.lru_cache(load)
-    for module in (training, evaluating):
+    for module in (loop, trained):
         monkeypatch.setattr(module, "load", cached)
     drawn = []
-    monkeypatch.setattr(report, "draw_curves", lambda path, rows, title: drawn.append(path))  # tested above, and slow
+    monkeypatch.setattr(figures, "draw_curves", lambda path, rows, title: drawn.append(path))  # tested above, and slow
     said = []
     record = demo(tmp_path / "demo", config=config, seeds=(0, 1), log=said.append)
     out = tmp_path / "demo"

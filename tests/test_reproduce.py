@@ -5,10 +5,10 @@ import shlex
 
 import pytest
 
-import part_fast.reproduce as module
 from part_fast import cli
 from part_fast.config import preset
-from part_fast.reproduce import POSTER, plan, reproduce
+from part_fast.experiments import reproduce as module
+from part_fast.experiments.reproduce import POSTER, plan, reproduce
 
 
 @pytest.mark.parametrize("table", POSTER)
@@ -47,7 +47,7 @@ def test_poster_sums():
 @pytest.mark.parametrize("scale", ["full", "small"])
 def test_command_is_the_configuration(scale, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("part_fast.train.train", lambda config, out, **flags: seen.append((config, out)))
+    monkeypatch.setattr("part_fast.training.loop.train", lambda config, out, **flags: seen.append((config, out)))
     for row in plan("svhn", 2, scale):
         words = shlex.split(row.command(tmp_path))
         assert words[0] == "part-fast"

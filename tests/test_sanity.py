@@ -5,7 +5,7 @@ import torch
 from golden_attack import EXPECTED, golden_net
 from torch import nn
 
-from part_fast.sanity import gradient_flags, order_flags
+from part_fast.evaluation.sanity import gradient_flags, order_flags
 
 X = EXPECTED["x"]
 

@@ -1,4 +1,4 @@
-"""Tests of part_fast.study: arms, pairing, tables, figure, going on."""
+"""Tests of part_fast.experiments.study: arms, pairing, tables, figure, going on."""
 
 import csv
 import dataclasses
@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-import part_fast.study as studying
-from part_fast.compare import right
 from part_fast.config import PRESETS
-from part_fast.study import ARMS, CONFIG, study
+from part_fast.experiments import study as studying
+from part_fast.experiments.compare import right
+from part_fast.experiments.study import ARMS, CONFIG, study
 
 TINY = dataclasses.replace(
     PRESETS["demo"], epochs=2, warmup_epochs=1, lr_drops=(1,), steps=1, train_size=20, test_size=20
@@ -53,7 +53,7 @@ def test_study(tmp_path, monkeypatch):
 
     # Nothing is trained or attacked twice.
     before = {path: path.read_bytes() for path in tmp_path.rglob("model.safetensors")}
-    monkeypatch.setattr("part_fast.evaluate.correct", None)
+    monkeypatch.setattr("part_fast.evaluation.accuracy.correct", None)
     again = studying.study(tmp_path, config=TINY, arms=FEW, seeds=2, log=said.append)
     assert again["runs"] == record["runs"]
     assert {path: path.read_bytes() for path in before} == before

@@ -11,12 +11,16 @@ from conftest import TINY_RUN as TINY
 from conftest import load_once
 from safetensors.torch import load_file
 
-import part_fast.train as training
-from part_fast import report
+from part_fast.budgets.bank import MaskBank
+from part_fast.budgets.cam import CamBudget
 from part_fast.config import METHODS
-from part_fast.data import to_float
-from part_fast.models import build_model
-from part_fast.train import RUN_FILES, STATE, adversarial_logits, batch_epsilon, batch_loss, train
+from part_fast.data.memory import to_float
+from part_fast.models.catalogue import build_model
+from part_fast.report import files
+from part_fast.training import loop, step
+from part_fast.training.loop import adversarial_logits, train
+from part_fast.training.run_folder import RUN_FILES, STATE
+from part_fast.training.step import batch_epsilon, batch_loss
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -123,7 +127,7 @@ def test_interrupted_in_the_second_epoch_resumes_exactly(tmp_path, monkeypatch):
         return real(*arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "batch_loss", stop_at_the_fourth)
+        patch.setattr(step, "batch_loss", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, tmp_path / "cut", log=lambda line: None)
     rows = train(TINY, tmp_path / "cut", resume=True, log=lambda line: None)
@@ -136,7 +140,7 @@ def test_interrupted_before_the_first_checkpoint_starts_again(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "batch_loss", stop)
+        patch.setattr(step, "batch_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             train(TINY, tmp_path / "run", log=lambda line: None)
     assert len(train(TINY, tmp_path / "run", resume=True, log=lambda line: None)) == 2
@@ -151,7 +155,7 @@ def test_stopped_in_its_first_epoch_a_run_starts_again_from_its_checkpoint(finis
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "batch_loss", stop)
+        patch.setattr(step, "batch_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "cut", log=lambda line: None)
     train(config, tmp_path / "cut", resume=True, log=lambda line: None)
@@ -191,7 +195,7 @@ def test_single_images_train_where_their_maps_are_larger(tmp_path):
 @pytest.fixture
 def one_pixel_maps(monkeypatch):
     """Networks whose last BatchNorm sees one pixel; gives the lengths of the batches that are trained on."""
-    from part_fast import engine
+    from part_fast.training import engine
 
     def build(name, classes):
         model = build_model(name, classes)
@@ -199,14 +203,14 @@ def one_pixel_maps(monkeypatch):
         return model
 
     lengths = []
-    real = training.train_step
+    real = loop.train_step
 
-    def step(engine, method, x, *rest):
+    def counted(engine, method, x, *rest):
         lengths.append(len(x))
         return real(engine, method, x, *rest)
 
     monkeypatch.setattr(engine, "build_model", build)
-    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(loop, "train_step", counted)
     return lengths
 
 
@@ -227,7 +231,7 @@ def test_write_that_fails_leaves_the_old_file(tmp_path):
     path.write_text("old")
 
     def fill_the_disk():
-        with report.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             temporary.write_text("half of the n")
             raise OSError("disk full")
 
@@ -323,7 +327,7 @@ def test_perturbation_obeys_its_map(method, monkeypatch):
     model = build_model("resnet-small", 10).train()
     config = tiny(steps=10)
     maps, inputs = [], []
-    real = training.CamBudget.with_logits
+    real = CamBudget.with_logits
 
     def keep_map(budget, *arguments):
         maps.append(real(budget, *arguments))
@@ -333,9 +337,9 @@ def test_perturbation_obeys_its_map(method, monkeypatch):
         if module.training:
             inputs.append(arguments[0].detach().clone())
 
-    monkeypatch.setattr(training.CamBudget, "with_logits", keep_map)
+    monkeypatch.setattr(CamBudget, "with_logits", keep_map)
     model.register_forward_pre_hook(keep_input)
-    budget = training.CamBudget(model, config.eps, config.eps_low)
+    budget = CamBudget(model, config.eps, config.eps_low)
     epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, config)
     batch_loss(method, model, x, y, epsilon, config)
     assert model.training
@@ -359,7 +363,7 @@ def test_robust_accuracy_is_that_of_the_adversarial_forward(method):
     inputs = []
     model.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0].detach().clone()))
     with adversarial_logits(model) as seen:
-        budget = training.CamBudget(model)
+        budget = CamBudget(model)
         epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, tiny(steps=2))
         batch_loss(method, model, x, y, epsilon, tiny(steps=2))
         logits = seen[-1].clone()
@@ -376,7 +380,7 @@ def test_every_method_with_every_attack_gives_gradients(method, attack):
     x, y = to_float(data.images), data.labels
     config = tiny(steps=1, attack=attack, method=method)
     model = build_model("resnet-small", 10)
-    epsilon = batch_epsilon(method, training.CamBudget(model), None, torch.arange(10), None, config)
+    epsilon = batch_epsilon(method, CamBudget(model), None, torch.arange(10), None, config)
     loss = batch_loss(method, model, x, y, epsilon, config)
     loss.backward()
     assert math.isfinite(loss.item())
@@ -386,7 +390,7 @@ def test_every_method_with_every_attack_gives_gradients(method, attack):
 def test_kept_masks_follow_their_images_and_the_refresh(tmp_path, monkeypatch):
     """--refresh 2 fills the bank in every second epoch after the warm-up; each batch gets its own masks."""
     fills, maps = [], []
-    fill, lookup = training.MaskBank.fill, training.MaskBank.lookup
+    fill, lookup = MaskBank.fill, MaskBank.lookup
 
     def count(bank, budget, images, *arguments):
         fills.append(len(maps))
@@ -396,8 +400,8 @@ def test_kept_masks_follow_their_images_and_the_refresh(tmp_path, monkeypatch):
         maps.append((indices, drawn, lookup(bank, indices, drawn), bank.bits.clone()))
         return maps[-1][2]
 
-    monkeypatch.setattr(training.MaskBank, "fill", count)
-    monkeypatch.setattr(training.MaskBank, "lookup", keep)
+    monkeypatch.setattr(MaskBank, "fill", count)
+    monkeypatch.setattr(MaskBank, "lookup", keep)
     config = tiny(method="part", epochs=4, warmup_epochs=1, steps=1, refresh="2", augment=True, train_size=40)
     train(config, tmp_path / "run")
     per_epoch = len(maps) // 3
@@ -422,8 +426,8 @@ def test_control_of_kept_masks(control):
     model = build_model("resnet-small", 10)
     data = load_once("demo", "train").subset(10)
     config = tiny(method="part", refresh="1", control=control)
-    budget = training.CamBudget(model, config.eps, config.eps_low)
-    bank = training.MaskBank(10, (32, 32), 1, config.eps, config.eps_low)
+    budget = CamBudget(model, config.eps, config.eps_low)
+    bank = MaskBank(10, (32, 32), 1, config.eps, config.eps_low)
     bank.fill(budget, data.images)
     eps = batch_epsilon("part", budget, bank, torch.arange(10), None, config)
     kept = bank.lookup(torch.arange(10))
@@ -433,7 +437,7 @@ def test_control_of_kept_masks(control):
 
 def test_released_start_is_neither_within_the_map_nor_clipped(monkeypatch):
     starts = []
-    monkeypatch.setattr(training, "pgd", lambda *arguments, start: starts.append(start) or arguments[1])
+    monkeypatch.setattr(step, "pgd", lambda *arguments, start: starts.append(start) or arguments[1])
     x = torch.ones(4, 3, 32, 32)
     model = build_model("resnet-small", 10)
     config = tiny(method="part", released=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 import part_fast
 from part_fast import backends
-from part_fast.ops import winograd
+from part_fast.attack_model.cpu import winograd
 
 BUILT = backends.why_not("cpp", "cpu")
 cpp = pytest.mark.skipif(BUILT is not None, reason=str(BUILT))

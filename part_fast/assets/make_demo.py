@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from part_fast.data import DEMO_FILE, balanced_indices, load
+from part_fast.data.catalogue import load
+from part_fast.data.fashion_mnist import DEMO_FILE
+from part_fast.data.memory import balanced_indices
 
 SIZES = {"train": 6_000, "test": 1_000}
 SEED = 0

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 import part_fast
 from part_fast import AttackModel, CamBudget, PackedEpsilon, mma, pgd
-from part_fast.attacks import clean_logits
-from part_fast.bench_step import settle
+from part_fast.attacks.ascend import clean_logits
+from part_fast.bench.step_cases import settle
+from part_fast.budgets.bank import MaskBank
 from part_fast.config import METHODS, TrainConfig
-from part_fast.data import draw_augmentation, load, to_float
-from part_fast.engine import Engine
+from part_fast.data.catalogue import load
+from part_fast.data.memory import draw_augmentation, to_float
 from part_fast.gpu import oracle
 from part_fast.gpu.record import (
     ALPHA,
@@ -40,8 +41,8 @@ from part_fast.gpu.record import (
     share_differing,
     synchronize,
 )
-from part_fast.mask_bank import MaskBank
-from part_fast.train import batch_epsilon, train_step
+from part_fast.training.engine import Engine
+from part_fast.training.step import batch_epsilon, train_step
 
 KINDS = ("signs", "single", "agree", "follow", "waits", "train", "compile")
 # Of an attack whose arithmetic is another: the same algorithm may be chosen otherwise by cuDNN for another memory.

@@ -30,7 +30,7 @@ from typing import Any
 from part_fast.gpu import page
 from part_fast.gpu.checkout import ROOT
 from part_fast.gpu.record import CASES_FAILED, RESULTS, append
-from part_fast.report import replacing
+from part_fast.report.files import replacing
 
 LOG, LOG_CHARACTERS = "log.txt", 200_000  # of each process
 SANITIZERS = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer")

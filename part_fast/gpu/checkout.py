@@ -72,7 +72,7 @@ def build(recorder: Recorder) -> None:
 
 def environment(recorder: Recorder) -> None:
     """Card, driver, versions, backends, which packages are missing; a call by every backend that says it is live."""
-    from part_fast.report import environment as of_this_process
+    from part_fast.report.environment import environment as of_this_process
 
     found = of_this_process()
     recorder.value(

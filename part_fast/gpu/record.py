@@ -169,7 +169,7 @@ def timed(
 
     Between two CUDA events; on a CPU by the wall clock.
     """
-    from part_fast.bench import clock_for
+    from part_fast.bench.clocks import clock_for
 
     clock = clock_for(device)
     for _ in range(warm):

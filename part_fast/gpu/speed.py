@@ -3,7 +3,7 @@ in every setting, beside the published loops.
 
 Rows of `settings`, in settings.csv: a step begins with stored uint8 images, as in training, and is timed in blocks
 between two CUDA events; the median, the least and the most of the blocks' means. FLOP are counted as in
-`part_fast.bench_step`, and percent_of_matmul is of a large bf16 matrix product, timed here first: what the step would
+`part_fast.bench.steps`, and percent_of_matmul is of a large bf16 matrix product, timed here first: what the step would
 take if it were nothing else.
 """
 
@@ -25,14 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from part_fast import bench, bench_baselines, bench_step, report
-from part_fast.attacks import cross_entropy
-from part_fast.bench_step import Arena
-from part_fast.data import draw_augmentation
-from part_fast.engine import Engine
+from part_fast.attacks.objectives import cross_entropy
+from part_fast.bench import cases, flop, published, step_cases, steps
+from part_fast.bench import ops as bench_ops
+from part_fast.bench.step_cases import Arena
+from part_fast.data.memory import draw_augmentation
 from part_fast.gpu.page import PROFILED
 from part_fast.gpu.record import ALPHA, EPS, Recorder, parser, synchronize, timed
 from part_fast.ops.pgd_step import pgd_step_
+from part_fast.report import files
+from part_fast.training.engine import Engine
 
 Step = Callable[[], object]
 # Kinds of kernels, by words in their names; the first that fits.
@@ -64,23 +66,23 @@ KERNELS = {
 
 def ops(recorder: Recorder, rounds: int) -> None:
     """`bench.measure` of one case after another, the quick ones first, those with published code last; ops.csv."""
-    every = bench.all_cases()
+    every = cases.all_cases()
     bare = [dataclasses.replace(case, published=None) for case in every]
     chosen = [case for case in bare if case.quick] + [case for case in bare if not case.quick]
     chosen += [case for case in every if case.published is not None]
     if recorder.dry:
-        chosen = [bench.step_case("pgd_step", (2, 3, 8, 8), torch.float32, False, quick=True)]
+        chosen = [cases.step_case("pgd_step", (2, 3, 8, 8), torch.float32, False, quick=True)]
     rows: list[dict[str, Any]] = []
     for case in chosen:
         name = f"{case.name}{' beside published code' if case.published is not None else ''}"
         providers = None
         if recorder.dry:  # compiling takes seconds
-            providers = [p for p in bench.providers_of(case, recorder.device) if p.name != "torch.compile"]
-        found = recorder.case(name, bench.measure, case, recorder.device, rounds, providers)
+            providers = [p for p in cases.providers_of(case, recorder.device) if p.name != "torch.compile"]
+        found = recorder.case(name, bench_ops.measure, case, recorder.device, rounds, providers)
         if found is not None:
             rows += found
-            report.write_csv(recorder.out / "ops.csv", rows)
-    for row in bench.ratios(rows):
+            files.write_csv(recorder.out / "ops.csv", rows)
+    for row in bench_ops.ratios(rows):
         recorder.line("value", "times faster", **row)
 
 
@@ -95,14 +97,14 @@ def step(recorder: Recorder, models: list[str], batch: int | None, rounds: int) 
     found: dict[str, list[str]] = {}
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
-            recorder.case(model, partial(bench_step.steps, Path(folder), models=(model,), **given))
+            recorder.case(model, partial(steps.steps, Path(folder), models=(model,), **given))
             # One table for all networks: the header once.
             for name in ("step.csv", "step_ratios.csv", "step_profile.csv"):
                 path = Path(folder) / name
                 if path.exists():
                     lines = path.read_text().splitlines()
                     found[name] = found.get(name, lines[:1]) + lines[1:]
-                    with report.replacing(recorder.out / name) as temporary:
+                    with files.replacing(recorder.out / name) as temporary:
                         temporary.write_text("\n".join(found[name]) + "\n")
 
 
@@ -124,7 +126,7 @@ def ceilings(recorder: Recorder) -> float:
             seconds, _, _ = timed(partial(torch.mm, a, b), device, calls=3, warm=3)
         rates[name] = 2 * n**3 / seconds
         recorder.value(f"matrix product {n}, {name}", tflops=rates[name] / 1e12)
-    copy, inputs = bench.copy_provider(2**16 if dry else 2**31)
+    copy, inputs = bench_ops.copy_provider(2**16 if dry else 2**31)
     seconds, _, _ = timed(partial(copy.run, *inputs(device)), device, calls=5, warm=2)
     recorder.value("copy", tb_per_s=(2**16 if dry else 2**31) / seconds / 1e12)
     shapes = (
@@ -206,7 +208,7 @@ class Network:
 
     def config(self, **changed: Any) -> Any:
         given = {"precision": "bf16", "cuda_graph": self.device.type == "cuda", "compile": False, **changed}
-        return bench_step.configuration(self.model, self.batch, steps=self.steps, **given)
+        return step_cases.configuration(self.model, self.batch, steps=self.steps, **given)
 
     def of(self, **changed: Any) -> Arena:
         """The arena in bf16 with CUDA graphs, or as changed; only the last one is kept."""
@@ -233,7 +235,7 @@ class Network:
         if name != "published TRADES":
             return partial(arena.published_step, name)
         given = (arena.published, arena.optimizer, arena.x, arena.y, EPS, ALPHA, self.steps, None, arena.config.beta)
-        return partial(bench_baselines.trades_step, *given)
+        return partial(published.trades_step, *given)
 
     def measure(self, setting: str, make: Callable[[], Step], counted: str | None = None, choose: bool = False) -> None:
         """A row: time a step in that setting. counted: the step of `count_flop` whose FLOP it takes. choose: with
@@ -273,7 +275,7 @@ class Network:
             "first_s": first,
         }
         self.rows.append(row)
-        report.write_csv(self.recorder.out / "settings.csv", self.rows)
+        files.write_csv(self.recorder.out / "settings.csv", self.rows)
         shown = f"{row['images_per_s']:.1f} images/s, {row['ms']:.2f} ms (host {row['host_ms']:.2f})"
         print(f"  {self.model} batch {self.batch}, {setting}: {shown}", flush=True)
 
@@ -345,7 +347,7 @@ class Network:
     def main_settings(self) -> None:
         """What needs no compiler, the main numbers first."""
         counted = self.recorder.case(
-            f"{self.model}: FLOP", bench_step.count_flop, self.config(cuda_graph=False), self.device, quiet=True
+            f"{self.model}: FLOP", flop.count_flop, self.config(cuda_graph=False), self.device, quiet=True
         )
         self.flop = counted or {}
         measure, graph = self.measure, "" if self.device.type != "cuda" else ", graph"

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from part_fast.config import TrainConfig, preset
-from part_fast.evaluate import evaluate, masks
+from part_fast.evaluation.accuracy import evaluate
+from part_fast.evaluation.masks import masks
 from part_fast.gpu.record import MissingError, Recorder, parser, require
-from part_fast.train import train
+from part_fast.training.loop import train
 
 SHOWN = ("train_loss", "test_natural", "test_pgd20", "zero_gradients", "sign_agreement", "images_per_second")
 

@@ -8,15 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from part_fast.kernels import Launch, clamp, narrow, widen
-from part_fast.kernels.project_linf import (
-    WARPS,
-    Gradients,
-    bound_of,
-    gradients_like,
-    split_gradient,
-    tile_of,
-    walk,
-)
+from part_fast.kernels.images import WARPS, Gradients, bound_of, gradients_like, split_gradient, tile_of, walk
 
 
 @triton.jit

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast import checks
-from part_fast.attack_model.cpu import onednn
-from part_fast.ops import winograd
+from part_fast.attack_model.cpu import onednn, winograd
 
 # Of one tensor of the images that a residual block works on at once: 2 MB, of which each of two threads reads half.
 CACHED_VALUES = 1 << 19

@@ -1,0 +1,176 @@
+"""`ascend`, the loop of steps that every attack here runs, its start and its checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from part_fast import checks
+from part_fast.attack_model import AttackModel
+from part_fast.attack_model.graph import surroundings
+from part_fast.attacks.objectives import Loss
+from part_fast.checks import Bound, Clip
+from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast
+from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
+from part_fast.ops.pgd_step import pgd_step_
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+
+STARTS = ("uniform", "zero")
+
+
+def clean_logits(model: Model, x: Tensor) -> Tensor:
+    """Eval-mode logits (N,classes) of the images, without a graph."""
+    with record_function("part_fast: attack forward"), eval_mode(model), torch.no_grad(), uncached_autocast():
+        return checks.logits(model(x.clone()), x)  # some normalise in place
+
+
+def ascend(
+    model: Model,
+    x_adv: Tensor,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    steps: int,
+    loss: Loss,
+    extra: tuple[Tensor, ...] = (),
+    *,
+    clip: Clip = (0.0, 1.0),
+) -> Tensor:
+    """`steps` PGD steps from x_adv, which is overwritten and returned; what every attack here runs.
+
+    loss: callable(logits, y, *extra), increased; its result is summed, so that no image's step depends on the batch.
+    With an AttackModel that captures CUDA graphs the steps are one launch; `loss` is then hashable, stays the same
+    object, and reads no tensor that changes place but its arguments.
+    """
+
+    low, high = checks.clip_range(clip, x)
+
+    def run(x_adv: Tensor, x: Tensor, y: Tensor, *rest: Tensor) -> None:
+        held, others = _held_eps(eps, rest)
+        bounds, others = _held_clip(low, high, others)
+        with eval_mode(model), torch.enable_grad():
+            for step in range(steps):
+                leaf = x_adv.detach().requires_grad_()
+                with record_function("part_fast: attack forward"):
+                    logits = checks.logits(forward(leaf), x)
+                if step == 0 and not _capturing(x):
+                    checks.labels("y", y, x, logits.shape[1], soft=True)
+                with record_function("part_fast: attack backward"):
+                    grad = input_gradient(loss(logits, y, *others).sum(), leaf)
+                if grad is None:
+                    raise ValueError(
+                        "model must lead from its input to the loss, got a loss that does not depend on x_adv"
+                    )
+                del logits, leaf  # the graph is done; x_adv may be overwritten
+                with record_function("part_fast: pgd_step"), torch.no_grad():
+                    pgd_step_(x_adv, grad, x, held, alpha, bounds)
+
+    forward = model
+    if isinstance(model, AttackModel):
+        model.refresh_if_changed()  # once an attack
+        forward = functools.partial(model, follow=False, kind=loss)
+    rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
+    if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
+        key = _graph_key(model, x, eps, alpha, steps, loss, _clip_numbers(low, high))
+        with record_function("part_fast: CUDA graph"):
+            model.graphs(key, run, x_adv, x, y, *rest)
+    else:
+        run(x_adv, x, y, *rest)
+    return x_adv
+
+
+def _graph_key(
+    model: AttackModel,
+    x: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    steps: int,
+    loss: Loss,
+    clip: Hashable,
+) -> Hashable:
+    """All that decides what the steps of an attack do, but its tensors."""
+    if not isinstance(loss, Hashable):
+        raise TypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
+    numbers = (steps, checks.number("alpha", alpha), clip, _eps_numbers(eps))
+    return (loss, numbers, surroundings(model.module, x.device))
+
+
+def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
+    """What of an eps argument is a tensor; `_held_eps` puts it together again from others in their place."""
+    return (eps.bits,) if isinstance(eps, PackedEpsilon) else (eps,) if isinstance(eps, Tensor) else ()
+
+
+def _eps_numbers(eps: float | Tensor | PackedEpsilon) -> Hashable:
+    return (eps.eps, eps.eps_low) if isinstance(eps, PackedEpsilon) else None if isinstance(eps, Tensor) else eps
+
+
+def _held_eps(
+    eps: float | Tensor | PackedEpsilon, tensors: tuple[Tensor, ...]
+) -> tuple[float | Tensor | PackedEpsilon, tuple[Tensor, ...]]:
+    """An eps argument like `eps` of the first of `tensors`, if it has one, and the other tensors."""
+    if isinstance(eps, PackedEpsilon):
+        return dataclasses.replace(eps, bits=tensors[0]), tensors[1:]
+    return (tensors[0], tensors[1:]) if isinstance(eps, Tensor) else (eps, tensors)
+
+
+def _clip_tensors(low: Bound, high: Bound) -> tuple[Tensor, ...]:
+    return (low, high) if isinstance(low, Tensor) and isinstance(high, Tensor) else ()
+
+
+def _clip_numbers(low: Bound, high: Bound) -> Hashable:
+    return None if isinstance(low, Tensor) else (low, high)
+
+
+def _held_clip(low: Bound, high: Bound, tensors: tuple[Tensor, ...]) -> tuple[Clip, tuple[Tensor, ...]]:
+    """As `_held_eps`."""
+    return ((tensors[0], tensors[1]), tensors[2:]) if isinstance(low, Tensor) else ((low, high), tensors)
+
+
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_images(
+    x: Tensor, eps: float | Tensor | PackedEpsilon, clip: Clip, name: str = "x", stacklevel: int = 4
+) -> Tensor:
+    """Images within clip and an eps for them, values included: once, where an attack or loss is entered.
+
+    Returns the images contiguous or channels_last.
+    """
+    if checks.transformed():
+        raise ValueError(f"{name} must be a tensor outside torch.func transforms: an attack runs its own backward")
+    x = checks.pixels(name, x, clip)
+    eps_arguments(eps, x)
+    if isinstance(eps, Tensor):
+        checks.values("eps", eps, 0)
+    checks.image_units("eps", eps.eps if isinstance(eps, PackedEpsilon) else eps, clip, stacklevel)
+    return x
+
+
+def starting_point(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | Tensor, clip: Clip) -> Tensor:
+    """A new tensor like x to begin at."""
+    if isinstance(start, Tensor):
+        start = checks.images("start", start)
+        checks.alike("start", start, "x", x)
+        return checks.same_format(plain(start), x).clone()
+    bounds = checks.clip_range(clip, x)
+    if start == "zero":
+        return torch.clamp(x, *bounds)  # x may lie outside by rounding
+    if start != "uniform":
+        raise ValueError(f"start must be one of {', '.join(STARTS)} or a tensor, got {start!r}")
+    bound = eps.dense() if isinstance(eps, PackedEpsilon) else eps
+    noise = torch.rand_like(x, dtype=checks.compute_dtype(x)).mul_(2).sub_(1)
+    bound = bound.detach() if isinstance(bound, Tensor) else bound
+    return torch.clamp(x + noise * bound, *bounds).to(x.dtype)
+
+
+def plain(value: Tensor) -> Tensor:
+    """`value` outside any graph, and no inference tensor, which autograd could not save."""
+    return value.clone() if value.is_inference() else value.detach()

@@ -1,0 +1,1 @@
+"""Budgets: how far each pixel may move, and why."""

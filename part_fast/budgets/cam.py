@@ -1,0 +1,319 @@
+"""CamBudget: from images to each pixel's eps, by what the model itself looks at."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from part_fast import checks
+from part_fast.attack_model import AttackModel
+from part_fast.budgets.controls import check_control, control_map
+from part_fast.budgets.external import Explain, check_method, external_cam
+from part_fast.checks import Clip
+from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast, unwrapped
+from part_fast.ops.cam import METHODS, cam
+from part_fast.ops.cam_mask import parse_rule
+from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map
+from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
+
+# Where ResNets and WideResNets have their last feature map.
+DEFAULT_LAYERS = ("layer4", "block3")
+
+# A call changes its model's mode and hooks, so one model serves one call at a time, whatever budgets it has.
+_turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+class CamBudget:
+    """Per-pixel eps from class activation maps of `model`: `budget(x) -> (N,M,H,W)`, float32.
+
+    model: images (N,C,H,W) in [0,1] -> logits (N,classes). An AttackModel takes the names and modules of the model that
+        it copies; of DataParallel, DistributedDataParallel and compiled models what they wrap runs, uncompiled.
+    eps, eps_low: image units, 0 <= eps_low <= eps: for the pixels that matter, and for the rest.
+    method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; or, at whatever they cost, a class
+        of the `grad-cam` package, or callable(model, x, target) -> (N,h,w), run in eval mode, which needs no layer.
+    rule: "zscore", "released" (for images of three channels), "quantile:q" or "soft", see `part_fast.epsilon_map`.
+    target_layer: the module, or its name in `model.named_modules()`, whose output (N,K,h,w) is explained;
+        default: the module called `layer4`, else `block3`, under any prefix. docs/target_layers.md lists those of
+        other networks. An output (N,h,w,K), such as Swin's, is known by its shape and the model's LayerNorms.
+    control: "none", "permuted", "random", "inverted" or "uniform": what is done to the map afterwards, to tell
+        whether the CAM matters; see `part_fast.budgets.controls`. "permuted" and "random" draw from torch's generators.
+    clip: (low, high), what a pixel may be, as in `pgd`.
+
+    A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
+    before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
+    random generators are as before, also after an exception. Threads that ask budgets of one model take turns.
+
+    Equivalent to: `epsilon_map(cam(A, dA, method), x.shape[2:], eps, eps_low, rule)`, where A is the target
+    layer's output and dA the gradient of each image's target logit for it.
+    Source: Zhang et al., "Improving Accuracy-robustness Trade-off via Pixel Reweighted Adversarial Training",
+    ICML 2024, arXiv 2406.00685, algorithm 1.
+    Errors: TypeError or ValueError that names the argument; without a target layer, it lists candidates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        eps_low: float = 7 / 255,
+        *,
+        method: str | type | Explain = "gradcam",
+        rule: str = "zscore",
+        target_layer: nn.Module | str | None = None,
+        control: str = "none",
+        clip: Clip = (0.0, 1.0),
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if method not in METHODS:
+            check_method(method, METHODS)
+        self.eps, self.eps_low = eps_pair(eps, eps_low)
+        self.channels = parse_rule(rule, 1, 1, soft=True)[2]
+        self.clip = clip
+        checks.image_units("eps", self.eps, clip, stacklevel=2)
+        self.model = model
+        self.method = method
+        self.rule = rule
+        self.control = check_control(control)
+        needs_none = callable(method) and not isinstance(method, type) and target_layer is None
+        self._asked, self._ran = target_layer, _run(model)
+        self.target_layer = None if needs_none else _find_layer(model, target_layer)
+
+    def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        """Eps map (N,M,H,W) of the images x (N,C,H,W) within clip.
+
+        target: class indices (N,) to explain; default: the model's prediction.
+        """
+        return self.with_logits(x, target)[0]
+
+    def with_logits(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The eps map, and the eval-mode logits (N,classes) of the forward that it came from, detached.
+
+        For losses that need the clean logits anyway, such as TRADES.
+        """
+        with record_function("part_fast: CAM"):
+            evidence, logits = self.evidence(x, target)
+            eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
+            return control_map(eps, self.control, self.eps, self.eps_low), logits
+
+    def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
+        """The eps map as one bit per value: what a call gives, by every rule but "soft" and control but "uniform"."""
+        if self.control == "uniform":
+            raise ValueError(
+                "control must not be uniform in a packed map, which has two values: call the budget itself"
+            )
+        with record_function("part_fast: CAM"):
+            evidence, _ = self.evidence(x, target)
+            packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
+            if self.control == "none":
+                return packed
+            mask = control_map(packed.mask().float(), self.control, 1.0, 0.0) > 0.5
+            return PackedEpsilon.pack(mask, self.eps, self.eps_low)
+
+    def evidence(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""
+        x = checks.pixels("x", x, self.clip)
+        if self.channels == 3 and x.shape[1] != 3:
+            raise ValueError(f"rule released must have images of 3 channels, whose colours it masks, got {x.shape[1]}")
+        if target is not None:
+            checks.labels("target", target, x)
+        if x.shape[0] == 0:  # layers disagree on empty batches
+            return x.new_empty(0, 1, 1, dtype=torch.float32), x.new_empty(0, 0)
+        devices = [x.device] if x.device.type == "cuda" else []
+        model = unwrapped(self.model)
+        turn = _turns.setdefault(model, threading.RLock())
+        with turn, torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(model):
+            x = x.clone().detach()  # some models normalise in place
+            if not isinstance(self.method, str):
+                return self._external(self.method, model, x, target)
+            if isinstance(model, AttackModel):
+                # Here and not in its forward, where our hook would hang on a copy that is made anew.
+                model.refresh_if_changed()
+                if _run(model) is not self._ran:
+                    self.target_layer, self._ran = _find_layer(model, self._asked), _run(model)
+            activation, logits = self._forward(model, x)
+            target = _target(target, logits, x)
+            with torch.enable_grad():
+                score = logits.gather(1, target[:, None].clone()).sum()
+            gradient = input_gradient(score, activation)
+        if gradient is None:
+            raise ValueError(
+                "target_layer must lead to the logits, got a layer whose output they do not depend on, or only through "
+                "what the model detaches or runs under its own no_grad: name a later layer"
+            )
+        # Pooling gives gradients that share elements (expanded), which ops refuse.
+        gradient = checks.same_format(gradient.to(activation.dtype), activation)
+        return cam(activation, gradient, self.method), logits.detach()
+
+    def _external(
+        self, method: type | Explain, model: nn.Module, x: Tensor, target: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The maps of a method of others, and the logits."""
+        with torch.no_grad(), uncached_autocast():
+            logits = checks.logits(model(x), x)
+        target = _target(target, logits, x).clone()
+        layer = self.target_layer
+        if isinstance(method, type) and isinstance(model, AttackModel):
+            # A copy that is packed and asks for no gradients has none of the hooks that grad-cam needs.
+            layer, model = _theirs(model, layer)
+        with eval_mode(model):
+            return external_cam(method, model, layer, x, target), logits
+
+    def _forward(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Target layer's output, a leaf of the graph that leads from it to the logits, and the logits."""
+        found: list[Tensor] = []
+        thread = threading.get_ident()
+
+        def cut(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+            if threading.get_ident() != thread:  # somebody else's forward
+                return None
+            if not isinstance(output, Tensor) or output.ndim != 4:
+                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise ValueError(f"target_layer must give a tensor (N,K,h,w), got {got}")
+            torch.set_grad_enabled(True)  # until the no_grad block below ends
+            last = _channels_are_last(output, x, model)
+            activation = (output.permute(0, 3, 1, 2) if last else output).detach()
+            if not (activation.is_contiguous() or activation.is_contiguous(memory_format=torch.channels_last)):
+                activation = activation.contiguous()
+            found.append(activation.requires_grad_())
+            again = activation.clone()  # a leaf must not be overwritten, and an in-place ReLU may come next
+            return again.permute(0, 2, 3, 1) if last else again
+
+        assert self.target_layer is not None
+        handle = self.target_layer.register_forward_hook(cut)
+        try:
+            with torch.no_grad(), uncached_autocast():
+                logits = model(x)
+        finally:
+            handle.remove()
+        if not found:
+            raise ValueError("target_layer must be run by the model's forward, got a layer that was not")
+        return found[-1], checks.logits(logits, x)
+
+
+def _target(target: Tensor | None, logits: Tensor, x: Tensor) -> Tensor:
+    """Class indices (N,): those given, checked, or the prediction."""
+    return logits.detach().argmax(1) if target is None else checks.labels("target", target, x, logits.shape[1])
+
+
+def _channels_are_last(output: Tensor, x: Tensor, model: nn.Module) -> bool:
+    """Whether a layer's output is (N,h,w,K) rather than (N,K,h,w): maps have the images' proportions.
+
+    Networks that keep channels last normalise or multiply them as the last dimension, which tells them from
+    convolutional ones whose strides differ along height and width.
+    Errors: ValueError where the output can be both.
+    """
+    height, width = x.shape[2:]
+    a, b, c = output.shape[1:]
+
+    def proportional(h: int, w: int) -> bool:
+        return abs(h * width - w * height) <= max(height, width)  # to within one pixel
+
+    if not (proportional(a, b) and a <= height and b <= width):
+        return False
+    normalised = any(getattr(module, "normalized_shape", None) == (c,) for module in model.modules())
+    if not proportional(b, c):
+        multiplied = any(isinstance(m, nn.Linear) and c in (m.in_features, m.out_features) for m in model.modules())
+        return normalised or multiplied
+    if normalised:
+        raise ValueError(
+            f"target_layer must give a map that is plainly (N,K,h,w), got (N,{a},{b},{c}), which a model with a "
+            f"LayerNorm of {c} can mean as (N,h,w,K): name another layer"
+        )
+    return False
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """The user's own network: an AttackModel's source, without wrappers."""
+    model = unwrapped(model)
+    return _copied(model.source) if isinstance(model, AttackModel) else model
+
+
+def _run(model: nn.Module) -> nn.Module:
+    """What a forward of `model` runs, under the same names: an AttackModel's copy, without wrappers."""
+    model = unwrapped(model)
+    return _run(model.module) if isinstance(model, AttackModel) else model
+
+
+def _theirs(fast: AttackModel, layer: nn.Module | None) -> tuple[nn.Module, nn.Module]:
+    """The layer of the model that `fast` copies whose counterpart `layer` is, and the model."""
+    model, runs = _copied(fast), _run(fast)
+    name = next(name for name, module in runs.named_modules() if module is layer)
+    return model.get_submodule(name), model
+
+
+def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Module:
+    """The module that is hooked, by the names and modules that the user knows; of an AttackModel, in its copy."""
+    if isinstance(_copied(model), torch.jit.ScriptModule):
+        raise TypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
+    names = {name: module for name, module in _copied(model).named_modules() if name}
+    name = _layer_name(model, names, target_layer)
+    if name is None:
+        assert isinstance(target_layer, nn.Module)
+        return target_layer
+    fast, folded = unwrapped(model), dict[str, str]()
+    while isinstance(fast, AttackModel):
+        folded |= dict(fast._pairs)
+        fast = unwrapped(fast.source)
+    if name in folded:
+        raise ValueError(
+            f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "
+            f"BatchNorm: name that, {folded[name]!r}, or a later layer"
+        )
+    layer = dict(_run(model).named_modules())[name]
+    if isinstance(layer, torch.jit.ScriptModule):
+        raise ValueError(
+            "target_layer must be a module that takes hooks, got one of TorchScript: give the model as it was before "
+            "torch.jit, or method=callable(model, x, target) -> maps (N,h,w)"
+        )
+    return layer
+
+
+def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.Module | str | None) -> str | None:
+    """The target layer's name among `names`; None for a module that is the copy's own."""
+    if isinstance(target_layer, nn.Module):
+        found = next((name for name, module in names.items() if module is target_layer), None)
+        if found is None and not any(module is target_layer for module in model.modules()):
+            raise ValueError(f"target_layer must be a module of the model, got another {type(target_layer).__name__}")
+        return found
+    if isinstance(target_layer, str):
+        plain = target_layer
+        while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # a wrapper's name for it
+            plain = plain.partition(".")[2]
+        if plain not in names:
+            raise ValueError(f"target_layer must be one of {_candidates(names)}, got {target_layer!r}")
+        return plain
+    if target_layer is not None:
+        raise TypeError(f"target_layer must be a module or its name, got {type(target_layer).__name__}")
+    for layer in DEFAULT_LAYERS:
+        matches = [name for name in names if name.rpartition(".")[2] == layer]
+        if len(matches) == 1:
+            return matches[0]
+    none = f"the model has no {' or '.join(DEFAULT_LAYERS)}"
+    raise ValueError(f"target_layer must be given, {none}; candidates: {_candidates(names)}")
+
+
+def _candidates(names: dict[str, nn.Module]) -> str:
+    """Names of the parts that hold convolutions, the deepest last, at most a line of them; else what to do."""
+    convolutions = [name for name, module in names.items() if isinstance(module, nn.Conv2d)]
+    tokens = any(isinstance(module, nn.LayerNorm | nn.MultiheadAttention) for module in names.values())
+    patches = [name for name in convolutions if _cuts_patches(names[name])]
+    if not convolutions or (tokens and patches == convolutions):
+        embedding = f" beyond its patch embedding {patches[0]!r}, whose map says nothing" if patches else ""
+        return (
+            f"none, there is no convolution{embedding}; give method=callable(model, x, target) -> maps (N,h,w), or "
+            f"name a layer whose output is (N,h,w,K), as the stages of Swin are"
+        )
+    prefix = ""
+    while True:  # down to where the convolutions part
+        parts = list(dict.fromkeys(name[len(prefix) :].partition(".")[0] for name in convolutions))
+        if len(parts) > 1 or prefix + parts[0] in convolutions:
+            return ", ".join(prefix + part for part in parts[-12:])
+        prefix += f"{parts[0]}."
+
+
+def _cuts_patches(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == module.stride != (1, 1)

@@ -1,0 +1,65 @@
+"""The data sets by name: `load` reads one whole into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from part_fast.data.cifar import CIFAR10, CIFAR100, load_cifar
+from part_fast.data.fashion_mnist import load_demo, load_fashion_mnist
+from part_fast.data.folders import load_folder, load_tinyimagenet
+from part_fast.data.memory import (
+    Dataset,
+)
+from part_fast.data.svhn import load_svhn
+
+
+def load(name: str, split: str, root: str | os.PathLike[str] | None = None, download: bool = False) -> Dataset:
+    """Read a whole data set into memory.
+
+    demo: 6,000 training and 1,000 test images of Fashion-MNIST that come with the package; needs no root.
+    fashion-mnist: idx files, packed or not, in root/FashionMNIST/raw, root, or Debian's dataset-fashion-mnist.
+    cifar10, cifar100: root/cifar-10-batches-py, root/cifar-100-python, read without running what is pickled in them, or
+        root/cifar-10-batches-bin, root/cifar-100-binary, or any of these as root; cifar100 has its 100 fine classes.
+    svhn: train_32x32.mat and test_32x32.mat in root/svhn or root; class i is the digit i.
+    tinyimagenet: root/tiny-imagenet-200 or root, as unzipped: wnids.txt, train/WNID/images, and for the test split
+        val/images with val/val_annotations.txt (the published test images have no labels), or val sorted into folders
+        WNID. Classes are the sorted wnids, named by words.txt.
+    folder:PATH: PATH/train and PATH/test (or PATH/val) with a folder of images per class, at any depth; a relative PATH
+        starts at root. Classes are the sorted folders of train, or of the split itself where there is no train. All
+        images share one size; folder:PATH@64 scales them (bicubic) to cover 64x64 and crops them at the centre.
+
+    Gray images become three equal channels, Fashion-MNIST's 28x28 is padded with zeros to 32x32. A folder in the right
+    layout with fewer images than the published set loads too, with a warning that says how many there are.
+
+    Args:
+        name: one of `DATASETS`, or folder:PATH.
+        split: "train" or "test".
+        root: the only folder to look in; without it $PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's path.
+        download: fetch with torchvision, into root (or $PART_FAST_DATA, or ~/.cache/part_fast), what is nowhere.
+            There is no such download of tinyimagenet.
+
+    Raises:
+        FileNotFoundError: the data set is nowhere; names every place looked and how to get it.
+        ValueError: unknown name or split, or a damaged file.
+        OSError: the download failed.
+    """
+    folder = name.removeprefix("folder:")
+    if name not in DATASETS and (folder == name or not folder):
+        raise ValueError(f"data set takes one of {', '.join(DATASETS)}, folder:PATH, got {name!r}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split takes 'train' or 'test', got {split!r}")
+    read = DATASETS[name] if name in DATASETS else partial(load_folder, folder)
+    return read(split, None if root is None else Path(root).expanduser(), download)
+
+
+DATASETS: dict[str, Callable[[str, Path | None, bool], Dataset]] = {
+    "demo": load_demo,
+    "fashion-mnist": load_fashion_mnist,
+    "cifar10": partial(load_cifar, CIFAR10),
+    "cifar100": partial(load_cifar, CIFAR100),
+    "svhn": load_svhn,
+    "tinyimagenet": load_tinyimagenet,
+}

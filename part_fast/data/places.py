@@ -1,0 +1,82 @@
+"""Where data sets may lie, and how to get what lies nowhere."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from part_fast.data.files import (
+    first_line,
+)
+from part_fast.data.memory import (
+    Dataset,
+)
+
+
+def dataset_of(
+    name: str, split: str, images: Tensor, labels: npt.NDArray[Any], classes: Sequence[str], source: Path
+) -> Dataset:
+    if not len(labels):
+        raise ValueError(f"{source} holds no {split} images")
+    return Dataset(
+        images, torch.from_numpy(labels.astype(np.int64)), len(classes), tuple(classes), name, split, str(source)
+    )
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("PART_FAST_DATA") or "~/.cache/part_fast").expanduser()
+
+
+def roots(root: Path | None) -> list[Path]:
+    if root is not None:
+        return [root]
+    named = [_cache()] if os.environ.get("PART_FAST_DATA") else []
+    return list(dict.fromkeys([*named, Path("data"), Path("~/.cache/part_fast").expanduser()]))
+
+
+def first_found(places: Sequence[Path], find: Callable[[Path], list[Path] | None]) -> list[Path] | None:
+    return next((files for place in places if (files := find(place)) is not None), None)
+
+
+def not_found(name: str, wanted: str, places: Sequence[Path], install: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{name} not found: looked for {wanted} in {listed(places)}; "
+        f"{install}set PART_FAST_DATA or root to the folder that holds it, or fetch it with download=True (--download)"
+    )
+
+
+def say_if_partial(name: str, split: str, count: int, published: int, source: Path) -> None:
+    if count != published:
+        warnings.warn(f"{name} {split} in {source} has {count} images, the published set {published}", stacklevel=4)
+
+
+def listed(places: Sequence[Path]) -> str:
+    return ", ".join(str(place) for place in places)
+
+
+def download_class(torchvision_name: str, root: Path | None) -> Path:
+    # Both splits lie in the files that one call fetches.
+    return download_by(
+        torchvision_name, root, lambda datasets, target: getattr(datasets, torchvision_name)(str(target), download=True)
+    )
+
+
+def download_by(title: str, root: Path | None, fetch: Callable[[Any, Path], object]) -> Path:
+    target = root if root is not None else _cache()
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(f"download=True needs torchvision (pip install torchvision): {error}") from error
+    try:
+        fetch(datasets, target)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"download of {title} to {target} failed: {first_line(error)}") from error
+    return target

@@ -1,0 +1,101 @@
+"""A grid of test images with their CAMs, eps maps and adversarial images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from part_fast import checks
+from part_fast.attacks.ascend import clean_logits
+from part_fast.attacks.pgd import pgd
+from part_fast.budgets.cam import CamBudget
+from part_fast.data.memory import to_float
+from part_fast.evaluation.trained import load_trained
+from part_fast.report import figures, files
+
+
+def masks(
+    where: Path,
+    out: Path,
+    n: int = 8,
+    *,
+    rule: str | None = None,
+    overwrite: bool = False,
+    dataset: str | None = None,
+    model: str | None = None,
+    root: str | None = None,
+    download: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """A PNG grid, a row per image: n test images, their CAM, eps map, adversarial image and difference x8.
+
+    where, dataset, model: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps map each,
+    and the first one is the attack's. The attack is the training's, within the eps map. What the titles say goes
+    into a JSON file beside `out` too: labels, predictions, the share of pixels that keep the full eps.
+
+    Returns: what the JSON file holds.
+
+    Raises:
+        FileNotFoundError: no such run, checkpoint or data set.
+        ValueError, TypeError: an argument is wrong, or `out` exists, not overwrite.
+    """
+    record_path = out.with_suffix(".json")
+    if out.suffix != ".png":
+        raise ValueError(f"out takes a .png file, got {str(out)!r}")
+    for path in (out, record_path):
+        if path.exists() and not overwrite:
+            raise ValueError(f"{path} exists: choose another --out or --overwrite")
+    checks.seed("seed", seed)
+    net, config, data, weights = load_trained(
+        where, n, dataset=dataset, model=model, root=root, download=download, device=device
+    )
+    rules = [config.rule] if rule is None else [name.strip() for name in rule.split(",")]
+    for name in rules:
+        dataclasses.replace(config, rule=name).check()
+    # The run of a plain method does not use eps_low, which may then lie above its eps.
+    config = dataclasses.replace(config, rule=rules[0], eps_low=min(config.eps, config.eps_low))
+    x, y = to_float(data.images), data.labels
+    maps = {name: CamBudget(net, config.eps, config.eps_low, method=config.cam, rule=name)(x) for name in rules}
+    eps = maps[rules[0]]
+    # What the soft rule gives between 0 and 1 is the enlarged CAM itself.
+    cams = CamBudget(net, 1.0, 0.0, method=config.cam, rule="soft")(x)[:, 0]
+    start = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
+    x_adv = pgd(net, x, y, eps, config.alpha, config.steps, start=(x + start * eps).clamp(0, 1))
+    predicted, attacked = (clean_logits(net, images).argmax(1) for images in (x, x_adv))
+    names = data.class_names
+    middle = (config.eps + config.eps_low) / 2
+    full = {name: (values > middle).float().mean((1, 2, 3)) for name, values in maps.items()}
+    rows = [
+        {
+            "label": names[y[i]],
+            "predicted": names[predicted[i]],
+            "predicted_under_attack": names[attacked[i]],
+            "share_of_full_eps": round(float(full[rules[0]][i]), 4),
+            **{f"share_of_full_eps_{name}": round(float(full[name][i]), 4) for name in rules[1:]},
+        }
+        for i in range(len(data))
+    ]
+    record = {
+        "checkpoint": str(weights),
+        "rule": ",".join(rules),
+        "cam": config.cam,
+        "eps": config.eps,
+        "eps_low": config.eps_low,
+        "alpha": config.alpha,
+        "steps": config.steps,
+        "images": rows,
+    }
+    titles = [(f"{r['label']} -> {r['predicted']}", f"-> {r['predicted_under_attack']}") for r in rows]
+    caption = (
+        f"{config.cam}, rule{'s' * (len(rules) > 1)} {' and '.join(rules)}, "
+        f"eps {255 * config.eps:g}/255 and {255 * config.eps_low:g}/255, "
+        f"PGD-{config.steps} within the eps map"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figures.draw_masks(out, x, cams, maps, x_adv, titles, caption)
+    files.write_json(record_path, record)
+    return record

@@ -1,0 +1,92 @@
+"""Accuracies compared: means and spreads over seeds, paired differences, and what may be concluded from them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from part_fast.report import files
+
+# What demo and study compare, by the names of `evaluate`.
+MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, and the sample standard deviation: 0 for one value."""
+    return {"mean": statistics.mean(values), "spread": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, Any]:
+    """How much more often `after` is right than `before`: bool (N,) per seed, the same N images and seeds in both.
+
+    mean: of the difference in accuracy; spread: its sample standard deviation over seeds; standard_error: what the
+    choice of test images adds, from the differences on each image; significant: whether the mean is more than
+    both the spread and two standard errors (never with a single seed).
+    """
+    change = _change(before, after)
+    over_seeds = mean_and_spread(change.mean(1).tolist())
+    error = _image_error(change)
+    significant = len(change) > 1 and abs(over_seeds["mean"]) > max(over_seeds["spread"], 2 * error)
+    return {**over_seeds, "standard_error": error, "significant": significant}
+
+
+def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int = 1) -> dict[str, Any]:
+    """A confidence interval of how much more often `after` is right: bool (N,) per seed, paired by seed and image.
+
+    The variance over seeds and the one over test images are added, which counts some of it twice; Student's t with
+    seeds - 1 degrees of freedom. comparisons: how many of them are looked at together, for Bonferroni's correction.
+
+    Returns: mean; per_seed; half_width of the 95 % interval of this comparison alone; half_width_all, of an
+    interval that holds for all comparisons at once with 95 %; significant: whether that one excludes 0.
+    Errors: ValueError for fewer than two seeds; ImportError without scipy.
+    """
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise ImportError("confidence intervals need scipy: pip install 'part_fast[study]'") from None
+    if len(before) < 2 or len(before) != len(after):
+        raise ValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
+    change = _change(before, after)
+    per_seed = change.mean(1).tolist()
+    mean = statistics.mean(per_seed)
+    error = math.sqrt(statistics.variance(per_seed) / len(per_seed) + _image_error(change) ** 2)
+    one, every = (float(t.ppf(1 - 0.025 / m, len(per_seed) - 1)) * error for m in (1, comparisons))
+    return {
+        "mean": mean,
+        "per_seed": per_seed,
+        "half_width": one,
+        "half_width_all": every,
+        "significant": abs(mean) > every,
+    }
+
+
+def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
+    """Text: a line for each name of `found`, name -> measure -> `mean_and_spread`, and what it is of."""
+    rows = [
+        (name, *(f"{100 * v['mean']:.2f} ± {100 * v['spread']:.2f}" for v in (by[key] for key in MEASURES)))
+        for name, by in found.items()
+    ]
+    header = (what, *(f"{measure} %" for measure in MEASURES.values()))
+    return f"{files.table(header, rows)}\nmean ± standard deviation of {seeds} seeds"
+
+
+def right(folder: Path, attack: str) -> Tensor:
+    """Whether each test image was right under `attack`: bool (N,), as `evaluate` left it in a run folder."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "evaluation_images.safetensors")[attack]
+
+
+def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
+    """(seeds, N): 1 where an image became right, -1 where it became wrong."""
+    return torch.stack(list(after)).double() - torch.stack(list(before)).double()
+
+
+def _image_error(change: Tensor) -> float:
+    return float(change.mean(0).std()) / math.sqrt(change.shape[1])

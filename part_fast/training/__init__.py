@@ -1,0 +1,1 @@
+"""Adversarial training: the loop, its step, the engine, the run folder."""

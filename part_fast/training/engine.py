@@ -1,0 +1,161 @@
+"""Engine: what a training step works with: model, the copy that is attacked, optimizer, averaged weights, processes."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torch.profiler import record_function
+
+from part_fast import distributed
+from part_fast.attack_model import PRECISIONS, AttackModel
+from part_fast.budgets.cam import CamBudget
+from part_fast.config import TrainConfig
+from part_fast.data.memory import batch_length
+from part_fast.models.catalogue import build_model
+from part_fast.models.checkpoints import load_weights
+
+
+class Engine:
+    """A model in training as `config` says, on `device`.
+
+    model: the weights. trained: what the loss forwards, the model or its DistributedDataParallel. attack_model: its
+    copy that attacks and CAMs run on. averaged: torch's AveragedModel, or None. load: whether config.init is read.
+    """
+
+    def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, *, load: bool = True) -> None:
+        config = config.on(device)
+        self.config, self.device = config, device
+        model = build_model(config.model, num_classes)
+        if config.init is not None and load:
+            load_weights(model, config.init)
+        # As in the copy that is attacked, and as GPUs multiply half precision.
+        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.attack_model = AttackModel(
+            self.model, precision=config.precision, compile=config.compile, cuda_graph=bool(config.cuda_graph)
+        )
+        self.budget = CamBudget(
+            self.attack_model,
+            config.eps,
+            min(config.eps, config.eps_low),  # of a plain method, which does not ask it, any will do
+            method=config.cam,
+            rule=config.mask_rule,
+            control=config.mask_control,
+        )
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.averaged = None if config.averaging[0] == "none" else AveragedModel(self.model, use_buffers=True)
+        self.trained: nn.Module = self.model
+        if distributed.size() > 1:
+            # Methods forward twice before one backward, which buffers broadcast in between would break. The argument
+            # has another name from torch 2.14 on, which says so.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                self.trained = DistributedDataParallel(
+                    self.model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
+                )
+        self._group = 0
+        self._last = True
+
+    @record_function("part_fast: optimizer")
+    def begin(self, done: int, total: int, epoch: int) -> None:
+        """Before a batch; `done` of this process's `total` images of the epoch are behind it."""
+        every = self.config.batch_size * self.config.accumulate
+        if done % every == 0:
+            self.optimizer.zero_grad()
+            self._group = batch_length(total - done, self.config.batch_size, self.config.accumulate)
+        batch = batch_length(total - done, self.config.batch_size)
+        self._last = (done + batch) % every == 0 or done + batch == total
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(epoch + (done + batch / 2) / total)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Around a batch's loss and backward: autocast, and other processes hear of the update's last batch only."""
+        dtype = PRECISIONS[self.config.precision]
+        quiet = isinstance(self.trained, DistributedDataParallel) and not self._last
+        with (
+            self.trained.no_sync() if quiet else contextlib.nullcontext(),  # type: ignore[operator]
+            torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            yield
+
+    def backward(self, loss: Tensor, images: int) -> None:
+        """Gradients of the mean loss of so many images, as their share of the update's."""
+        with record_function("part_fast: training backward"), torch.autocast(self.device.type, enabled=False):
+            self.scaler.scale(loss * (images / self._group)).backward()
+
+    @record_function("part_fast: optimizer")
+    def end(self) -> None:
+        """After a batch: the update, if it was the last one of it."""
+        if not self._last:
+            return
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.attack_model.tell()
+        kind, decay = self.config.averaging
+        if self.averaged is not None and kind == "ema":
+            self._average(self.averaged, 1 - decay)
+
+    def end_epoch(self, epoch: int) -> None:
+        """After the epoch's last update: the first process's statistics for all, and SWA's average."""
+        averaged = () if self.averaged is None else self.averaged.buffers()
+        for buffer in (*self.model.buffers(), *averaged):  # each process has averaged its own
+            distributed.same_(buffer)
+        kind, since = self.config.averaging
+        if self.averaged is not None and kind == "swa":
+            if epoch + 1 <= since:
+                self.averaged.n_averaged.zero_()  # until the mean begins, and where it does, it is the model
+            self._average(self.averaged, 1 / (1 + int(self.averaged.n_averaged)))
+
+    @torch.no_grad()
+    def _average(self, averaged: AveragedModel, weight: float) -> None:
+        """Move the averaged model by `weight` of the way to the model, at first all of it; counters are the model's.
+
+        Not `averaged.update_parameters`, which moves a number to the GPU for every tensor, and waits for it.
+        """
+        weight = weight if averaged.n_averaged else 1.0  # which lies on the CPU
+        pairs = zip(
+            (*averaged.module.parameters(), *averaged.module.buffers()),
+            (*self.model.parameters(), *self.model.buffers()),
+            strict=True,
+        )
+        floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+        counters: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for mean, now in pairs:
+            lists = floating if mean.is_floating_point() else counters
+            lists[0].append(mean)
+            lists[1].append(now)
+        torch._foreach_lerp_(*floating, weight)
+        if counters[0]:
+            torch._foreach_copy_(*counters)
+        averaged.n_averaged += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that goes on in a resumed run."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
