@@ -51,7 +51,6 @@ def fuse(forward: Trace | str) -> None:
     """
     if isinstance(forward, str):
         return
-    unfuse(forward.model)
     modules = dict(forward.model.named_modules())
     nodes = list(forward.graph.nodes)
     made = []
@@ -172,10 +171,10 @@ _KEPT_BY_MODULE = frozenset(nn.Module().__dict__)
 
 def _read(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
     """What a forward may go by, but for tensors, which the graph reads anew: (table, key, value)."""
-    if _is_layer(module):
-        return  # whose forward is not in the graph
     attributes = vars(module)
     yield attributes, "forward", attributes.get("forward")
+    if _is_layer(module):
+        return  # whose class's forward is not in the graph
     yield attributes, "training", module.training
     yield from ((module._modules, name, child) for name, child in module._modules.items())
     for key, value in attributes.items():
@@ -377,10 +376,11 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _module(node: Node, model: nn.Module) -> nn.Module | None:
-    """The layer that is called with one argument."""
+    """The layer that is called with one argument, and does what its class does."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
-    return model.get_submodule(str(node.target))
+    layer = model.get_submodule(str(node.target))
+    return None if "forward" in vars(layer) else layer
 
 
 def _is_packed(node: Node, model: nn.Module) -> bool:
@@ -413,7 +413,11 @@ def _writes(node: Node, model: nn.Module) -> bool:
     """Whether the node may write into a tensor that is there already."""
     if node.op == "call_module":
         layer = model.get_submodule(str(node.target))
-        return not _is_layer(layer) or any(getattr(part, "inplace", False) for part in layer.modules())
+        return (
+            not _is_layer(layer)
+            or "forward" in vars(layer)
+            or any(getattr(part, "inplace", False) for part in layer.modules())
+        )
     if node.op == "call_method":
         return str(node.target).endswith("_")
     if node.op != "call_function":

@@ -132,6 +132,7 @@ class AttackModel(nn.Module):
     def _set_up(self, forward: Trace | str | None = None) -> None:
         """What cannot be copied or pickled. forward: the copy's, where it has been traced already."""
         if self._packs:
+            unfuse(self.module)  # what was copied along
             fuse(forward or trace(self.module))
         # Sizes are few, and each is faster than one for all.
         self.__dict__["_fast"] = torch.compile(self.module, dynamic=False) if self.compiled else self.module
