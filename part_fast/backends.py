@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from part_fast.errors import BadValueError, CannotRunError
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,7 +59,7 @@ if torch.version.cuda is not None and _missing["triton"] and _missing["cuda"]:
 
 def _known(name: str, argument: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{argument}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+        raise BadValueError(f"{argument}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     return name
 
 
@@ -107,7 +109,7 @@ def set_backend(name: str | None) -> None:
         reasons = [why_not(name, device_type) for device_type in devices]
         if None not in reasons:
             no_gpu = "" if len(devices) == 2 or _missing[name] else " (and this machine has no CUDA device)"
-            raise RuntimeError(f"backend {name!r} is not available: {reasons[-1]}{no_gpu}")
+            raise CannotRunError(f"backend {name!r} is not available: {reasons[-1]}{no_gpu}")
     _chosen = name
 
 
@@ -137,7 +139,7 @@ def _select(device_type: str) -> str:
             check_environment()
         reason = why_not(_chosen, device_type)
         if reason is not None:
-            raise RuntimeError(f"backend {_chosen!r} is not available: {reason}")
+            raise CannotRunError(f"backend {_chosen!r} is not available: {reason}")
         return _chosen
     for name in _fastest_first(device_type):
         if why_not(name, device_type) is None:
@@ -168,7 +170,7 @@ class RawOp:
         if chosen != "triton":
             return self.compiled(*args)
         if self.triton is None:
-            raise RuntimeError(f"part_fast::{self.name} runs on CPUs alone and has no triton kernel")
+            raise CannotRunError(f"part_fast::{self.name} runs on CPUs alone and has no triton kernel")
         return self.triton(*args)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attacks.ascend import check_images, plain
+from part_fast.errors import BadTypeError, BadValueError, MissingPackageError
 from part_fast.eval_mode import eval_mode, grads_kept, input_gradient
 from part_fast.ops.project_linf import project_linf
 
@@ -40,13 +41,13 @@ def autoattack(
     try:
         from pyautoattack import AutoAttack
     except ImportError as error:
-        raise ImportError("AutoAttack needs the package pyautoattack: pip install part_fast[aa]") from error
+        raise MissingPackageError("AutoAttack needs the package pyautoattack: pip install part_fast[aa]") from error
     if not (isinstance(clip, (tuple, list)) and all(isinstance(bound, numbers.Real) for bound in clip)):
-        raise TypeError(f"clip must be two numbers for AutoAttack: normalise inside the model, got {clip!r}")
+        raise BadTypeError(f"clip must be two numbers for AutoAttack: normalise inside the model, got {clip!r}")
     low, high = checks.clip_range(clip)
     span = high - low
     if not 0 < span < math.inf:
-        raise ValueError(f"clip must be two finite numbers for AutoAttack, low < high, got {clip!r}")
+        raise BadValueError(f"clip must be two finite numbers for AutoAttack, low < high, got {clip!r}")
     x = check_images(x, checks.number("eps", eps, 0), (low, high))
     checks.labels("y", y, x)
     if x.shape[0] == 0:
@@ -60,11 +61,11 @@ def autoattack(
             leaf = x.clone().requires_grad_()
             logits = checks.logits(model(leaf), x)
             if input_gradient(logits.sum(), leaf) is None:
-                raise ValueError("model must lead from its input to the logits, got logits that do not depend on x")
+                raise BadValueError("model must lead from its input to the logits, got logits that do not depend on x")
         classes = logits.shape[1]
         checks.labels("y", y, x, classes)
         if classes < 2:
-            raise ValueError("model must give at least 2 classes for AutoAttack, got 1")
+            raise BadValueError("model must give at least 2 classes for AutoAttack, got 1")
         attack = AutoAttack(attacked, eps=eps / span, seed=seed, device=x.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
         if classes < 4:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from part_fast import backends
 from part_fast.bench.published import published_epsilon_map
+from part_fast.errors import CannotRunError
 from part_fast.ops import (
     PackedEpsilon,
     cam,
@@ -38,7 +39,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 LAUNCHED_SETS = 8
 
 
-class MismatchError(RuntimeError):
+class MismatchError(CannotRunError):
     """A provider computes something else than the reference, so its speed means nothing."""
 
 

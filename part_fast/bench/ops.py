@@ -48,6 +48,7 @@ from part_fast.bench.cases import OPS, OWN, Case, Provider, all_cases, check, dt
 from part_fast.bench.clocks import clock_for, interleave, keep_freed_memory, sampler, threads_of
 from part_fast.bench.tables import KEY, RATIO_COLUMNS, draw, environment_line, ratio_table, speed_table
 from part_fast.config import find_device
+from part_fast.errors import BadValueError
 from part_fast.report import files
 from part_fast.report.environment import environment
 
@@ -154,23 +155,23 @@ def ops(
 
     unknown = [name for name in only if name not in OPS]
     if unknown:
-        raise ValueError(f"only must name ops among {', '.join(OPS)}, got {', '.join(unknown)}")
+        raise BadValueError(f"only must name ops among {', '.join(OPS)}, got {', '.join(unknown)}")
     rounds = (7 if quick else 21) if rounds is None else rounds
     if rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {rounds}")
+        raise BadValueError(f"rounds must be >= 1, got {rounds}")
     where = find_device(device)
     if any(count < 1 for count in threads):
-        raise ValueError(f"threads must be >= 1, got {', '.join(map(str, threads))}")
+        raise BadValueError(f"threads must be >= 1, got {', '.join(map(str, threads))}")
     if threads and where.type != "cpu":
-        raise ValueError(f"threads are a CPU's, got {', '.join(map(str, threads))} for {where}")
+        raise BadValueError(f"threads are a CPU's, got {', '.join(map(str, threads))} for {where}")
     paths = [out / name for name in ("ops.csv", "ratios.csv", "ops.png", "environment.json")]
     there = [path.name for path in paths if path.exists()]
     if there and not overwrite:
-        raise ValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
+        raise BadValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
     chosen = list(all_cases()) if cases is None else list(cases)
     chosen = [case for case in chosen if (not only or case.op in only) and (case.quick or not quick)]
     if not chosen:
-        raise ValueError("cases must hold one to measure, got none")
+        raise BadValueError("cases must hold one to measure, got none")
     out.mkdir(parents=True, exist_ok=True)
 
     record = environment()

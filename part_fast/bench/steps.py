@@ -67,6 +67,7 @@ from part_fast.bench.step_cases import BANK_BATCHES, REFRESHES, Arena, Step, che
 from part_fast.bench.step_tables import draw, markdown, ratio_table, tables_of
 from part_fast.bench.tables import environment_line
 from part_fast.config import TrainConfig, find_device
+from part_fast.errors import BadValueError
 from part_fast.models.catalogue import build_model
 from part_fast.report import files
 from part_fast.report.environment import environment
@@ -338,7 +339,7 @@ def steps(
     rounds = (3 if quick else 7) if rounds is None else rounds
     for argument, value in (("rounds", rounds), ("batch_size", batch_size)):
         if value is not None and value < 1:
-            raise ValueError(f"{argument} must be >= 1, got {value}")
+            raise BadValueError(f"{argument} must be >= 1, got {value}")
     where = find_device(device)
     chosen, why = auto_precision(where) if precision == "auto" else (precision, "as asked")
     names = tuple(models) or (("resnet-small",) if quick else MODELS)
@@ -360,7 +361,7 @@ def steps(
     paths = [out / name for name in FILES]
     there = [path.name for path in paths if path.exists()]
     if there and not overwrite:
-        raise ValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
+        raise BadValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
     out.mkdir(parents=True, exist_ok=True)
 
     record = environment()

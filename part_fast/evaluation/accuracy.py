@@ -25,6 +25,7 @@ from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import pgd
 from part_fast.config import find_device
 from part_fast.data.memory import Dataset, to_float
+from part_fast.errors import BadValueError
 from part_fast.evaluation import sanity
 from part_fast.evaluation.trained import load_trained
 from part_fast.report import files
@@ -48,9 +49,9 @@ def check_attacks(names: Sequence[str]) -> None:
     """Raises ValueError for an unknown attack, listing the known, and for none at all."""
     for name in names:
         if name not in ("natural", "mma", "aa") and _pgd_steps(name) is None:
-            raise ValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
+            raise BadValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
+        raise BadValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
 
 
 def correct(
@@ -142,7 +143,7 @@ def evaluate(
 
     check_attacks(attacks)
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
+        raise BadValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)
     checks.seed("seed", seed)
     checks.count("sanity_images", sanity_images)
@@ -170,7 +171,7 @@ def evaluate(
         # The same file under another path is the same checkpoint.
         different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
         if different:
-            raise ValueError(
+            raise BadValueError(
                 f"{summary} holds an evaluation with other {', '.join(different)}: choose another --out or --overwrite"
             )
         results, images = before["results"], load_file(per_image)

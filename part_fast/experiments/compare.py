@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from part_fast.errors import BadValueError, MissingPackageError
 from part_fast.report import files
 
 # What demo and study compare, by the names of `evaluate`.
@@ -49,9 +50,9 @@ def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int
     try:
         from scipy.stats import t
     except ImportError:
-        raise ImportError("confidence intervals need scipy: pip install 'part_fast[study]'") from None
+        raise MissingPackageError("confidence intervals need scipy: pip install 'part_fast[study]'") from None
     if len(before) < 2 or len(before) != len(after):
-        raise ValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
+        raise BadValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
     change = _change(before, after)
     per_seed = change.mean(1).tolist()
     mean = statistics.mean(per_seed)

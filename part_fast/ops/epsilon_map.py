@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from part_fast import backends, checks
+from part_fast.errors import BadValueError
 from part_fast.ops.cam_mask import RULES, _cam_mask, parse_rule
 from part_fast.ops.cam_mask import reference as mask_reference
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair, refuse_columns
@@ -126,9 +127,9 @@ def _budget(name: str, value: Any, shape: tuple[int, ...], cam: Tensor) -> Tenso
         return checks.number(name, value, 0)
     checks.tensor(name, value)
     if value.device != cam.device:
-        raise ValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
+        raise BadValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
     refuse_columns(name, value, shape[3])
     dims = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > 4 or any(d not in (1, full) for d, full in dims):
-        raise ValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")
     return value.to(checks.compute_dtype(cam))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from part_fast import backends, checks
 from part_fast.checks import Clip
+from part_fast.errors import BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon, dense_eps, eps_arguments
 from part_fast.ops.project_linf import clamped, fake_bwd, split_gradient, split_tangent
 
@@ -207,7 +208,7 @@ def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     (start, end), (x_adv_start, x_adv_end) = spans
     same = start == x_adv_start and value.stride() == x_adv.stride() and value.dtype == x_adv.dtype
     if start < x_adv_end and x_adv_start < end and not same:
-        raise ValueError(
+        raise BadValueError(
             f"{name} must not overlap x_adv in part, got bytes {start} to {end} and {x_adv_start} to {x_adv_end}"
         )
 

@@ -19,6 +19,7 @@ from part_fast.budgets.bank import MaskBank
 from part_fast.config import WEIGHTED, TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
+from part_fast.errors import BadValueError, CannotRunError
 from part_fast.evaluation.accuracy import AttackSettings, correct
 from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
 from part_fast.evaluation.trained import evaluation_data
@@ -76,7 +77,7 @@ def train(
     rows = load_state(out / STATE, engine, bank) if resume else []
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
-        raise ValueError(f"epochs must be at least {done}, got {config.epochs}")
+        raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
     refuse_single_images(config, engine.model, data)
     if main:
         prepare_folder(config, out, resume, overwrite)
@@ -121,7 +122,7 @@ def train(
             train_loss = float(distributed.sum_(loss_sum)) / images
             seconds = time.perf_counter() - begin
             if not math.isfinite(train_loss):
-                raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
+                raise CannotRunError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
             if agreement and main and (warning := agreement_warning(agreement)) is not None:
                 log(f"warning: epoch {epoch + 1}, {config.precision}: {warning}")
 
@@ -206,7 +207,7 @@ def refuse_single_images(config: TrainConfig, model: nn.Module, data: Dataset) -
     except ValueError as error:
         name = "batch_size" if config.batch_size == 1 else "train_size"
         size = "x".join(map(str, data.images.shape[2:]))
-        raise ValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
+        raise BadValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
