@@ -346,13 +346,6 @@ def test_training_dry_run(tmp_path):
     assert {row["name"] for row in found if row["kind"] == "ok"} == {"train", "evaluate, masks"}
 
 
-def test_setup_runs_without_metadata():
-    """What an old setuptools could not read is not asked for: the version is then nobody's."""
-    done = checkout.setup("--version", PART_FAST_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "0.0.0"
-
-
 def test_the_tests_part_reports_each_failure(tmp_path, monkeypatch):
     """By a checkout of one file: one test passes, one fails, one is skipped."""
     (tmp_path / "setup.py").touch()
