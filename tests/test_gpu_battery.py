@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from part_fast.gpu import attacks, battery, checkout, ops, oracle, page, record, sanitize, speed, training
+from part_fast.gpu import attacks, battery, ops, oracle, page, record, sanitize, speed, training
 from part_fast.gpu.__main__ import main
 from part_fast.gpu.battery import Part, Process, Settings
 
