@@ -49,6 +49,7 @@ from part_fast.bench.command import at_least_one, check_threads, current_device,
 from part_fast.bench.tables import KEY, RATIO_COLUMNS, draw, ratio_table, speed_table
 from part_fast.config import find_device
 from part_fast.errors import BadValueError
+from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
 
@@ -148,8 +149,8 @@ def ops(
     Errors: MismatchError for a provider with a wrong result; ValueError for an unknown op or device, rounds or
     threads < 1, threads on a GPU, nothing to measure, and for a folder that holds results already, unless `overwrite`.
     """
-    from tqdm import tqdm
-
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
     unknown = [name for name in only if name not in OPS]
     if unknown:
         raise BadValueError(f"only must name ops among {', '.join(OPS)}, got {', '.join(unknown)}")

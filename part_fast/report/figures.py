@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from part_fast.optional import needs
 from part_fast.report.files import replacing
 
 # Okabe and Ito's palette: tells apart for every kind of colour vision.
@@ -186,7 +187,8 @@ def load_matplotlib() -> Any:
         return sys.modules["matplotlib"]
     wanted = os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib
+        with needs("matplotlib", "train"):
+            import matplotlib
     finally:
         if wanted is not None:
             os.environ["MPLBACKEND"] = wanted
