@@ -13,12 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data.files import (
-    first_line,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import first_line
+from part_fast.data.memory import Dataset
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.optional import needs
 
