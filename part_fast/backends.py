@@ -32,8 +32,9 @@ def _load(library: str) -> str | None:
     if library == "_C_cuda" and torch.version.cuda is None:
         return "this torch is built without CUDA"
     if importlib.util.find_spec(f"part_fast.{library}") is None:
-        need = "a CUDA compiler (nvcc) and PART_FAST_CUDA=1" if library == "_C_cuda" else "a C++ compiler"
-        return f"part_fast.{library} is not built: reinstall part_fast with {need}"
+        need = "a CUDA compiler (nvcc) and PART_FAST_CUDA=1" if library == "_C_cuda" else "a C++ compiler (such as g++)"
+        how = "pip install --force-reinstall --no-deps --no-build-isolation ."
+        return f"part_fast.{library} is not built: with {need}, in a checkout of part_fast, {how}"
     try:
         importlib.import_module(f"part_fast.{library}")
     except (ImportError, OSError) as error:

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 import part_fast
 from part_fast import backends
 from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
 from part_fast.errors import BadValueError, UsageError
+from part_fast.optional import needs
+
+with needs("tyro", "train"):
+    import tyro
 
 
 @dataclass

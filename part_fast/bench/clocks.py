@@ -1,4 +1,4 @@
-"""Clocks for CPU and GPU, interleaved rounds, and the memory that a call allocates."""
+"""Clocks for CPU and GPU: the seconds and the peak memory of calls, how many are timed together, rounds in turn."""
 
 from __future__ import annotations
 
@@ -19,14 +19,19 @@ from typing import Any
 import torch
 
 from part_fast import backends
-from part_fast.bench.cases import LAUNCHED_SETS, Provider
+from part_fast.bench.cases import Provider
 from part_fast.errors import CannotRunError
 
-# --- clocks -----------------------------------------------------------------------------------------------------------
+LAUNCHED_SETS = 8  # of inputs, for what a GPU is given from Python
 
 Pass = Callable[[], Any]
 # Takes what is being done, and how many calls it takes; the result is called after each.
 Progress = Callable[[str, int], Callable[[], object]]
+
+
+def silent(what: str, total: int) -> Callable[[], object]:
+    """A Progress that shows nothing."""
+    return lambda: None
 
 
 def traced(call: Pass, *, device: torch.device | None = None, profile_memory: bool = False) -> list[dict[str, Any]]:
@@ -140,9 +145,6 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -189,6 +191,13 @@ def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock)
             return clock.seconds(one_pass, passes) / (passes * len(inputs))
 
     return sample, passes * len(inputs)
+
+
+def calls_per_sample(clock: Clock, call: Pass) -> int:
+    """How often in a row a whole step is timed, so that its first launches, for which a GPU waits, count for little."""
+    if clock.step_seconds_at_least == 0:
+        return 1
+    return min(100, math.ceil(clock.step_seconds_at_least / clock.seconds(call, 1)))
 
 
 @contextlib.contextmanager

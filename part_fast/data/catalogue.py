@@ -10,9 +10,7 @@ from pathlib import Path
 from part_fast.data.cifar import CIFAR10, CIFAR100, load_cifar
 from part_fast.data.fashion_mnist import load_demo, load_fashion_mnist
 from part_fast.data.folders import load_folder, load_tinyimagenet
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.memory import Dataset
 from part_fast.data.svhn import load_svhn
 from part_fast.errors import BadValueError
 

@@ -12,12 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data.files import (
-    read_idx,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import read_idx
+from part_fast.data.memory import Dataset
 from part_fast.data.places import dataset_of, download_class, first_found, not_found, roots, say_if_partial
 from part_fast.errors import BadValueError, MissingFileError
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from part_fast.errors import BadValueError
+from part_fast.optional import needs
 
 __all__ = ["image_size", "read_cifar_binary", "read_cifar_pickle", "read_idx", "read_images", "read_lines", "read_mat"]
 
@@ -238,8 +239,8 @@ def _mat_array(matrix: memoryview, order: str, names: Sequence[str]) -> dict[str
 
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width, from the header alone."""
-    from PIL import Image
-
+    with needs("pillow", "train"):
+        from PIL import Image
     try:
         with Image.open(path) as image:
             return image.height, image.width
@@ -254,8 +255,8 @@ def read_images(paths: Sequence[Path], size: tuple[int, int], *, fit: bool = Fal
     With `fit` an image of another size is scaled (bicubic) to cover `size` and cropped at its centre; without, it is
     refused, and `hint` ends the message. A progress bar appears where this takes more than a second.
     """
-    from tqdm import tqdm
-
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
     out = np.empty((len(paths), 3, *size), np.uint8)
     for i, path in enumerate(tqdm(paths, desc="images", unit="img", disable=None, leave=False, delay=1)):
         out[i] = _read_rgb(path, size, fit, hint).transpose(2, 0, 1)
@@ -263,8 +264,8 @@ def read_images(paths: Sequence[Path], size: tuple[int, int], *, fit: bool = Fal
 
 
 def _read_rgb(path: Path, size: tuple[int, int], fit: bool, hint: str) -> npt.NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
+    with needs("pillow", "train"):
+        from PIL import Image, ImageOps
     try:
         with Image.open(path) as image:
             # Modes I and F hold more than 8 bits a pixel, which a conversion would silently clip.

@@ -9,15 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from part_fast.data.files import (
-    IMAGE_SUFFIXES,
-    image_size,
-    read_images,
-    read_lines,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import IMAGE_SUFFIXES, image_size, read_images, read_lines
+from part_fast.data.memory import Dataset
 from part_fast.data.places import dataset_of, first_found, listed, roots, say_if_partial
 from part_fast.errors import BadValueError, MissingFileError
 

@@ -13,13 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data.files import (
-    first_line,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
-from part_fast.errors import BadValueError, MissingFileError, MissingPackageError
+from part_fast.data.files import first_line
+from part_fast.data.memory import Dataset
+from part_fast.errors import BadValueError, MissingFileError
+from part_fast.optional import needs
 
 
 def dataset_of(
@@ -72,10 +69,8 @@ def download_class(torchvision_name: str, root: Path | None) -> Path:
 
 def download_by(title: str, root: Path | None, fetch: Callable[[Any, Path], object]) -> Path:
     target = root if root is not None else _cache()
-    try:
+    with needs("torchvision", "download"):
         from torchvision import datasets
-    except ImportError as error:
-        raise MissingPackageError(f"download=True needs torchvision (pip install torchvision): {error}") from error
     try:
         fetch(datasets, target)
     except (OSError, RuntimeError) as error:

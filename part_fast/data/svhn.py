@@ -8,12 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from part_fast.data.files import (
-    read_mat,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import read_mat
+from part_fast.data.memory import Dataset
 from part_fast.data.places import dataset_of, download_by, first_found, not_found, roots, say_if_partial
 from part_fast.errors import BadValueError
 

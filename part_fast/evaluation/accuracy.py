@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from part_fast import checks, distributed
 from part_fast.attack_model import AttackModel
 from part_fast.attacks.ascend import clean_logits
-from part_fast.attacks.autoattack import autoattack
+from part_fast.attacks.autoattack import autoattack, load_autoattack
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import pgd
 from part_fast.config import find_device
@@ -28,8 +27,14 @@ from part_fast.data.memory import Dataset, to_float
 from part_fast.errors import BadValueError
 from part_fast.evaluation import sanity
 from part_fast.evaluation.trained import load_trained
+from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
+
+with needs("tqdm", "train"):
+    from tqdm import tqdm
+with needs("safetensors", "train"):
+    from safetensors.torch import load_file, save_file
 
 KNOWN_ATTACKS = "natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa"
 
@@ -72,8 +77,6 @@ def correct(
     keep: a file that holds what is done after every batch, from which a call that was stopped goes on; for aa.
     Of several processes each does its share of the batches, with the random numbers of one, and all get the result.
     """
-    from safetensors.torch import load_file, save_file
-
     generator = torch.Generator().manual_seed(attack.seed)
     right, done = torch.zeros(len(data), dtype=torch.bool), 0
     if keep is not None and distributed.size() > 1:
@@ -138,10 +141,11 @@ def evaluate(
     Raises:
         FileNotFoundError: no such run, checkpoint or data set.
         ValueError, TypeError: an argument is wrong; or `out` holds an evaluation with other settings, not overwrite.
+        ImportError: pyautoattack, which aa needs, is missing; nothing is written then.
     """
-    from safetensors.torch import load_file, save_file
-
     check_attacks(attacks)
+    if "aa" in attacks:
+        load_autoattack()  # a missing package is said before anything is written
     if resume and overwrite:
         raise BadValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)

@@ -44,6 +44,7 @@ def masks(
         FileNotFoundError: no such run, checkpoint or data set.
         ValueError, TypeError: an argument is wrong, or `out` exists, not overwrite.
     """
+    figures.load_matplotlib()  # a missing package is said before anything is written
     record_path = out.with_suffix(".json")
     if out.suffix != ".png":
         raise BadValueError(f"out takes a .png file, got {str(out)!r}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from part_fast import checks
+from part_fast.attacks.autoattack import load_autoattack
 from part_fast.config import TrainConfig, preset
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import check_attacks, evaluate
@@ -148,6 +149,8 @@ def reproduce(
             log(row.command(out))
         log(_estimate(rows))
         return []
+    if "aa" in attacks:
+        load_autoattack()  # a missing package is said before anything is written
     found: dict[str, list[dict[str, float]]] = {}
     for row in rows:
         log(f"{row.name}, seed {row.config.seed}")

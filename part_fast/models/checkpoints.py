@@ -18,6 +18,7 @@ from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
 from part_fast.models.resnet import ResNet
 from part_fast.models.wideresnet import WideResNet
+from part_fast.optional import needs
 
 # The file formats of `export_weights`, and the endings that say which.
 FORMATS = {"safetensors": (".safetensors",), "robustbench": (".pt", ".pth")}
@@ -124,6 +125,10 @@ def export_weights(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already: pass overwrite=True (--overwrite) to replace it")
 
+    if format == "safetensors":
+        with needs("safetensors", "train"):
+            from safetensors.torch import save_file
+
     state = model.state_dict()
     if sub_block1:
         state |= {f"sub_{key}": value for key, value in state.items() if key.startswith("block1.")}
@@ -134,8 +139,6 @@ def export_weights(
     }
     with replacing(path) as temporary:
         if format == "safetensors":
-            from safetensors.torch import save_file
-
             save_file(state, temporary)
         else:
             torch.save(state, temporary)
@@ -147,8 +150,8 @@ def _read_checkpoint(path: Path) -> Mapping[str, object]:
         raise MissingFileError(f"no checkpoint file at {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
+            with needs("safetensors", "train"):
+                from safetensors.torch import load_file
             return load_file(path)
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
@@ -23,11 +22,15 @@ from part_fast.errors import BadValueError, CannotRunError
 from part_fast.evaluation.accuracy import AttackSettings, correct
 from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
 from part_fast.evaluation.trained import evaluation_data
+from part_fast.optional import needs
 from part_fast.precision import algorithms
 from part_fast.report import figures
 from part_fast.training.engine import Engine
 from part_fast.training.run_folder import STATE, check_folder, export, load_state, prepare_folder, save_state
 from part_fast.training.step import batch_epsilon, train_step
+
+with needs("tqdm", "train"):
+    from tqdm import tqdm
 
 
 def train(
@@ -52,7 +55,10 @@ def train(
         FileNotFoundError: the data set or checkpoint is missing, or there is nothing to resume.
         TypeError, ValueError: a field of config is wrong, does not fit the run to resume; or `out` holds a run already.
         RuntimeError: the loss is no longer finite.
+        ImportError: matplotlib, or with `tensorboard` that package, is missing; nothing is written then.
     """
+    figures.load_matplotlib()  # a missing package is said before anything is written
+    summary_writer = _load_summary_writer() if tensorboard else None
     config.check()
     device = distributed.join(find_device(config.device))
     main = distributed.rank() == 0
@@ -92,7 +98,7 @@ def train(
             disable=None if main else True,
         ) as bar,
         adversarial_logits(model) as seen,
-        _tensorboard(out) if tensorboard and main else contextlib.nullcontext() as writer,
+        summary_writer(str(out)) if summary_writer and main else contextlib.nullcontext() as writer,
     ):
         for epoch in range(len(rows), config.epochs):
             method = config.method_at(epoch)
@@ -219,10 +225,10 @@ def _line(row: dict[str, Any], epochs: int) -> str:
     )
 
 
-def _tensorboard(out: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out))
+def _load_summary_writer() -> Any:
+    with needs("tensorboard", "train"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
 
 
 def _log_scalars(writer: Any, row: dict[str, Any]) -> None:

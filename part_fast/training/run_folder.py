@@ -12,10 +12,14 @@ import torch
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
 from part_fast.errors import BadValueError
+from part_fast.optional import needs
 from part_fast.precision import full_float32
 from part_fast.report import files
 from part_fast.report.environment import environment
 from part_fast.training.engine import Engine
+
+with needs("safetensors", "train"):
+    from safetensors.torch import save_file
 
 STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.safetensors"
 
@@ -85,8 +89,6 @@ def save_state(out: Path, engine: Engine, rows: list[dict[str, Any]], bank: Mask
 
 def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
     """model.safetensors, averaged.safetensors where weights are averaged, and metrics.csv, for everybody else."""
-    from safetensors.torch import save_file
-
     models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
     for name, model in models.items():
         with files.replacing(out / name) as temporary:
