@@ -176,6 +176,10 @@ BOTH = {
     ("st.shared.b32 [room], 1;", "st.shared.b8 [room + 3], 1;"): True,
     ("st.shared.b32 [room], 1;", "atom.shared.add.u32 %r1, [room], 1;"): True,
     ("ld.shared.b32 %r1, [room];", "atom.shared.add.u32 %r1, [room], 1;"): True,
+    (
+        "st.shared.b32 [room], 1; @%p1 atom.shared.add.u32 %r1, [room], 1;",
+        "atom.shared.add.u32 %r1, [room], 1;",
+    ): True,
 }
 
 
