@@ -525,7 +525,7 @@ part_fast.pgd_step(x, x, x, 0.1, 0.1)
 
 @pytest.mark.interpret
 def test_interpreted_kernels_are_range_checked():
-    """A kernel that reads one element too far is caught, so those that pass do not."""
+    """A kernel that accesses one element too far is caught, whatever the access, so those that pass do not."""
     import triton
     import triton.language as tl
 
@@ -534,8 +534,28 @@ def test_interpreted_kernels_are_range_checked():
         place = tl.arange(0, BLOCK)
         tl.store(target + place, tl.load(source + place, mask=place < n, other=0.0), mask=place < n - 1)
 
+    @triton.jit
+    def one_kernel(target, place, ACCESS: tl.constexpr):
+        if ACCESS == "load":
+            tl.store(target, tl.load(target + place))
+        elif ACCESS == "store":
+            tl.store(target + place, 1)
+        elif ACCESS == "atomic_add":
+            tl.atomic_add(target + place, 1)
+        else:
+            tl.atomic_cas(target + place, 0, 1)
+
     source, target = torch.rand(7), torch.empty(7)
     copy_kernel[(1,)](source, target, 7, BLOCK=8)
     assert torch.equal(source[:6], target[:6])
-    with pytest.raises(Exception, match="out of bounds"):
+    with pytest.raises(Exception, match="create_masked_load: 1 lane"):
         copy_kernel[(1,)](source, target, 8, BLOCK=8)
+    with pytest.raises(Exception, match="create_masked_store: 1 lane"):
+        copy_kernel[(1,)](source, target[:5], 7, BLOCK=8)
+    for access in ("load", "store", "atomic_add", "atomic_cas"):
+        numbers = torch.zeros(9, dtype=torch.int32)[1:8]
+        for place in (0, 6):
+            one_kernel[(1,)](numbers, place, ACCESS=access)
+        for place in (-1, 7):
+            with pytest.raises(Exception, match="out of bounds"):
+                one_kernel[(1,)](numbers, place, ACCESS=access)
