@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from part_fast.atomic import replacing
 from part_fast.errors import BadValueError
 from part_fast.gpu import page
 from part_fast.gpu.checkout import ROOT
 from part_fast.gpu.record import CASES_FAILED, RESULTS, append
-from part_fast.report.files import replacing
 
 LOG, LOG_CHARACTERS = "log.txt", 200_000  # of each process
 SANITIZERS = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast.atomic import replacing
 from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
 from part_fast.models.resnet import ResNet
@@ -136,15 +137,11 @@ def export_weights(
         key: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
         for key, value in state.items()
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         if format == "safetensors":
             save_file(state, temporary)
         else:
             torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -45,7 +45,7 @@ class _SoftWeight(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         cam, ctx.height, ctx.width, eps, eps_low = inputs
-        ctx.spread = eps - eps_low
+        ctx.spread, ctx.backend = eps - eps_low, backends.chosen()
         ctx.save_for_backward(cam)
 
     @staticmethod
@@ -53,9 +53,9 @@ class _SoftWeight(torch.autograd.Function):
         (cam,) = ctx.saved_tensors
         wide = cam.to(checks.compute_dtype(cam))
         # On a bound the gradient passes, as in project_linf; torch's own clamp differs between its forms.
-        u = _upsample_cam(wide.detach(), ctx.height, ctx.width)
+        u = _upsample_cam.on(ctx.backend, wide.detach(), ctx.height, ctx.width)
         grad = torch.where((u >= 0) & (u <= 1), grad_out[:, 0] * ctx.spread, torch.zeros_like(u))
-        return upsample_gradient(grad, wide).to(cam.dtype), None, None, None, None
+        return upsample_gradient(ctx.backend, grad, wide).to(cam.dtype), None, None, None, None
 
 
 class _SoftWeightTransformed(_SoftWeight):

@@ -79,17 +79,17 @@ class _PGDStep(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.scalars = inputs[4:]
+        ctx.scalars, ctx.backend = inputs[4:], backends.chosen()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, grad, x, eps = ctx.saved_tensors
-        gradient: Any = _pgd_step_bwd
         if checks.derivative_of_backward():
-            gradient = _reference_bwd
+            gradients = _reference_bwd(grad_out, x_adv, grad, x, eps, *ctx.scalars)
         else:
             grad_out = checks.same_format(grad_out, x_adv)
-        grad_x_adv, grad_x, grad_eps = gradient(grad_out, x_adv, grad, x, eps, *ctx.scalars)
+            gradients = _pgd_step_bwd.on(ctx.backend, grad_out, x_adv, grad, x, eps, *ctx.scalars)
+        grad_x_adv, grad_x, grad_eps = gradients
         grad_grad = torch.zeros_like(grad) if ctx.needs_input_grad[1] else None
         return grad_x_adv, grad_grad, grad_x, grad_eps if ctx.needs_input_grad[3] else None, *(None,) * 5
 

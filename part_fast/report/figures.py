@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from part_fast.atomic import replacing
 from part_fast.optional import needs
-from part_fast.report.files import replacing
 
 # Okabe and Ito's palette: tells apart for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"

@@ -24,7 +24,7 @@ def check(name: str, pointers, mask) -> None:
     size = np.dtype(interpreter._get_np_dtype(pointers.get_element_ty())).itemsize
     outside = np.ones(addresses.shape, bool)
     for first, end in ranges:
-        outside &= (addresses < first) | (addresses + np.uint64(size) > end)
+        outside &= (addresses < first) | (addresses > max(end - size, 0))
     if outside.any():
         raise IndexError(f"{name}: {outside.sum()} lane(s) out of bounds, first at {int(addresses[outside][0]):#x}")
 

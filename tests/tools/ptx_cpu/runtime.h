@@ -302,8 +302,10 @@ static void find_race(Block& b, WarpState& w, int lane, u64 address, u32 size, A
     bool race = by_another(written) && !(access == ATOMIC && written & atomic);
     race |= access & WRITE && by_another(read);
     if (race) fail(b, w, lane, instruction, "shared-memory race", address);
-    if (access & WRITE)
-      written = access == ATOMIC ? now | atomic : now;
+    if (access == ATOMIC)
+      written = written == now ? now : now | atomic;  // its own plain write before it counts still
+    else if (access == WRITE)
+      written = now;
     else
       read = by_another(read) ? many << 32 | b.epoch : now;
   }
