@@ -1,4 +1,4 @@
-"""What every `part-fast bench` command does around what it times: checks, its folder, and where the numbers come from."""
+"""What every `part-fast bench` command does around what it times: checks, its folder, the origin of its numbers."""
 
 from __future__ import annotations
 

@@ -26,6 +26,10 @@ from part_fast.data.memory import draw_augmentation
 from part_fast.training.engine import Engine
 from part_fast.training.step import batch_epsilon, train_step
 
+MODELS = ("resnet18", "wrn-34-10")
+
+BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
+
 METHODS = ("at", "part", "trades", "part-t", "mart", "part-m")
 
 REFRESHES = (1, 10)  # epochs
@@ -143,6 +147,11 @@ class StepCases:
         layer = self.engine.budget.target_layer
         assert layer is not None  # a method of ours has one
         return layer
+
+
+def default_batch(model: str, device: str) -> int:
+    """The batch size that a network is measured at, and has goals for, on "cpu" or "cuda"."""
+    return GPU_BATCH if device == "cuda" else BATCHES.get(model, BATCH)
 
 
 def configuration(model: str, batch: int, **changed: Any) -> TrainConfig:
