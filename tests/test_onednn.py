@@ -85,7 +85,9 @@ def repeated(call):
 @needs_onednn
 @needs_onednn
 @pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(("side", "kernel", "stride", "padding"), [(1, 3, 1, 1), (1, 1, 1, 0), (2, 3, 2, 1), (3, 3, 1, 0)])
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "padding"), [(1, 3, 1, 1), (1, 1, 1, 0), (2, 3, 2, 1), (3, 3, 1, 0)]
+)
 def test_a_sum_of_one_pixel(side, kernel, stride, padding, relu):
     """torch 2.10 raises "could not create a memory" where it is to add within such a convolution."""
     torch.manual_seed(0)
