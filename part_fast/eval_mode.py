@@ -1,4 +1,4 @@
-"""Run a model in eval mode and hand it back as it was; its gradients, with errors that name it."""
+"""Run a model in eval mode and put it back as it was; take its gradients, with errors that name the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from part_fast.errors import BadValueError
 
-# What torch raises, when a model is differentiated to its input, of which the user can know nothing.
+# Errors of torch while a model is differentiated to its input, and what they mean in terms of the model.
 MEANT = {
     "use_reentrant": "model must checkpoint with use_reentrant=False, got a reentrant checkpoint",
     "a leaf Variable that requires grad": "model must not write into its input, got an in-place operation on it",
@@ -27,9 +27,9 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
     """Every module of `model` in eval mode inside the block; each gets its own mode back, also after an exception.
 
     The modules behind a functools.partial, a bound method or a decorated function are found (see `modules_of`); any
-    other callable has no mode and is left alone. A module whose train() is its own, such as one that merges weights for
-    eval mode, is switched by it both ways, and its weights are then put back bit for bit: what is merged and taken
-    apart again has been rounded twice.
+    other callable has no mode and is left alone. A module that defines its own train(), such as one that merges weights
+    for eval mode, is switched by it both ways. Its weights are then put back bit for bit, because merging and splitting
+    rounds them twice.
     Errors: ValueError naming `model` where its weights are not there yet or record no gradient, where it overwrites its
     input, and for reentrant checkpoints, which cannot do without the gradients of parameters.
     """

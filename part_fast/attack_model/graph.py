@@ -78,7 +78,7 @@ class Capture:
 
 @dataclasses.dataclass
 class _Graph:
-    """A recorded run: its kind, the memory that it reads and writes, how to launch it, how often that was done."""
+    """A recorded run: its kind, the memory that it reads and writes, how to launch it, how often it was launched."""
 
     kind: Hashable
     memory: list[Tensor]
@@ -89,12 +89,12 @@ class _Graph:
 class GraphedSteps:
     """`graphed(key, run, x_adv, *inputs)` does what `run(x_adv, *inputs)` does, which overwrites x_adv alone.
 
-    Captured is a run on memory of its own, so the tensors given are copied in, and x_adv out again: `run` reads no
-    other tensor that changes place. key: what else decides what `run` does. All happens on the device of x_adv, on the
-    current stream, after the last replay even if that was on another one.
+    A graph runs on memory of its own: the tensors given are copied in, and x_adv is copied out again. So `run` must
+    read no other tensor that changes place. key: what else decides what `run` does. Everything happens on the device of
+    x_adv, on the current stream, and after the last replay, even if that was on another stream.
 
     A batch smaller than the largest one held of its kind (key, shapes but for the number of images, dtypes, device),
-    such as the last of an epoch, is run as it is. Held are `MOST` graphs; one more takes the place of the one that was
+    such as the last of an epoch, is run as it is. `MOST` graphs are held; one more takes the place of the one that was
     unused for longest, with a warning if that was never used again. A copy (deepcopy, pickle) holds none.
 
     record: gets the run on the memory held and returns its replay; default: `Capture()`.

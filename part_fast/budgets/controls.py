@@ -21,8 +21,8 @@ def control_map(eps_map: Tensor, control: str, eps: float, eps_low: float) -> Te
     """An eps map (N,M,H,W) of values in [eps_low, eps], changed as the control says; a new tensor or the same.
 
     none      as it is
-    permuted  each image gets the map of another image of the batch (a batch of one keeps its own); what the
-              authors' published code does by mistake
+    permuted  each image gets the map of another image of the batch (a batch of one keeps its own); this is what
+              the authors' published code does by mistake
     random    each image's pixels are shuffled: as many with each eps, anywhere
     inverted  eps where there was eps_low and the other way round
     uniform   each image's mean eps everywhere

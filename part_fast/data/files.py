@@ -87,7 +87,7 @@ class _PickledDtype:
             raise pickle.UnpicklingError(f"an array of {text!r}, expected uint8")
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: nothing to know of uint8."""
+        """Ignore byte order and alignment, which uint8 does not have."""
 
 
 class _PickledArray:
@@ -126,7 +126,7 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, strings and uint8 arrays; every global it meets is one of ours or an error.
+    """Reads dictionaries, lists, numbers, strings and uint8 arrays; any global but the classes above is an error.
 
     Even numpy's own constructors are not called: what a file names is only looked up in this table.
     """
@@ -253,7 +253,7 @@ def read_images(paths: Sequence[Path], size: tuple[int, int], *, fit: bool = Fal
     """The images as one uint8 tensor (N,3,H,W) with (H,W) = `size`; gray ones get three equal channels.
 
     With `fit` an image of another size is scaled (bicubic) to cover `size` and cropped at its centre; without, it is
-    refused, and `hint` ends the message. A progress bar appears where this takes more than a second.
+    refused, in a message that ends with `hint`. A progress bar appears where this takes more than a second.
     """
     with needs("tqdm", "train"):
         from tqdm import tqdm

@@ -118,9 +118,9 @@ class Dataset:
 
 
 def batch_length(left: int, batch_size: int, batches: int = 1) -> int:
-    """Images in the next `batches` training batches, of `left` that are left: a single last one joins the batch before.
+    """Images in the next `batches` training batches, of `left` images: a single last one joins the batch before.
 
-    By itself it would stop BatchNorm where the map is one pixel, and be half noise elsewhere.
+    Alone it would make BatchNorm raise where the map is one pixel, and give noisy statistics elsewhere.
     """
     full = batch_size * batches
     return left if left <= full + (batch_size > 1) else full

@@ -35,8 +35,8 @@ def masks(
     """A PNG grid, a row per image: n test images, their CAM, eps map, adversarial image and difference x8.
 
     where, dataset, model: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps map each,
-    and the first one is the attack's. The attack is the training's, within the eps map. What the titles say goes
-    into a JSON file beside `out` too: labels, predictions, the share of pixels that keep the full eps.
+    and the attack uses the first. The attack is that of the training, within the eps map. A JSON file beside `out`
+    holds what the titles say: labels, predictions, the share of pixels that keep the full eps.
 
     Returns: what the JSON file holds.
 

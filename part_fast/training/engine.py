@@ -1,4 +1,4 @@
-"""Engine: what a training step works with: model, the copy that is attacked, optimizer, averaged weights, processes."""
+"""Engine: the objects of a training step: model, the copy that is attacked, optimizer, averaged weights, processes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Engine:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Around a batch's loss and backward: autocast, and other processes hear of the update's last batch only."""
+        """The context of a batch's loss and backward: autocast; processes share gradients in an update's last batch."""
         dtype = PRECISIONS[self.config.precision]
         quiet = isinstance(self.trained, DistributedDataParallel) and not self._last
         with (
@@ -93,13 +93,13 @@ class Engine:
             yield
 
     def backward(self, loss: Tensor, images: int) -> None:
-        """Gradients of the mean loss of so many images, as their share of the update's."""
+        """Add the gradients of a mean loss over so many images, weighted by their share of the update's images."""
         with record_function("part_fast: training backward"), torch.autocast(self.device.type, enabled=False):
             self.scaler.scale(loss * (images / self._group)).backward()
 
     @record_function("part_fast: optimizer")
     def end(self) -> None:
-        """After a batch: the update, if it was the last one of it."""
+        """After a batch: update the weights, if it was the last batch of an update."""
         if not self._last:
             return
         self.scaler.step(self.optimizer)
@@ -110,7 +110,7 @@ class Engine:
             self._average(self.averaged, 1 - decay)
 
     def end_epoch(self, epoch: int) -> None:
-        """After the epoch's last update: the first process's statistics for all, and SWA's average."""
+        """After the epoch's last update: the first process's BatchNorm statistics go to all, and SWA averages."""
         averaged = () if self.averaged is None else self.averaged.buffers()
         for buffer in (*self.model.buffers(), *averaged):  # each process has averaged its own
             distributed.same_(buffer)
@@ -144,7 +144,7 @@ class Engine:
         averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that goes on in a resumed run."""
+        """Everything that a resumed run needs."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -153,7 +153,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

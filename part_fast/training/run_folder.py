@@ -58,7 +58,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
 
 
 def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Make the folder, without what an overwritten run left in it, and say there what runs and on what."""
+    """Make the folder, remove an overwritten run's files, and write the configuration and the environment."""
     out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for pattern in RUN_FILES + DERIVED:
@@ -88,7 +88,7 @@ def save_state(out: Path, engine: Engine, rows: list[dict[str, Any]], bank: Mask
 
 
 def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
-    """model.safetensors, averaged.safetensors where weights are averaged, and metrics.csv, for everybody else."""
+    """Write model.safetensors, averaged.safetensors if weights are averaged, and metrics.csv, for other programs."""
     models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
     for name, model in models.items():
         with files.replacing(out / name) as temporary:
@@ -97,7 +97,7 @@ def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
 
 
 def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[str, Any]]:
-    """Put everything where `save_state` left it; the rows so far, none without a file."""
+    """Restore what `save_state` saved; returns the rows so far, none if there is no file."""
     if not path.is_file():
         return []
     try:
