@@ -200,6 +200,19 @@ def calls_per_sample(clock: Clock, call: Pass) -> int:
     return min(100, math.ceil(clock.step_seconds_at_least / clock.seconds(call, 1)))
 
 
+def time_in_turn(
+    calls: Mapping[str, Pass], clock: Clock, rounds: int, progress: Progress = silent
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """(seconds of one call, a value for each round; how many calls a round times together), both by name.
+
+    The calls have run before, so that nothing is compiled or allocated for the first time.
+    """
+    times = {name: calls_per_sample(clock, call) for name, call in calls.items()}
+    samples = {name: partial(clock.seconds, call, times[name]) for name, call in calls.items()}
+    values = interleave(ticking(samples, progress, f"{rounds} rounds", rounds), rounds)
+    return {name: [value / times[name] for value in found] for name, found in values.items()}, times
+
+
 @contextlib.contextmanager
 def threads_of(count: int) -> Iterator[None]:
     """So many threads for torch's and part_fast's work on a CPU."""

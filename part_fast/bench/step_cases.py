@@ -28,6 +28,9 @@ from part_fast.training.step import batch_epsilon, train_step
 
 with needs("pillow", "train"):
     from part_fast.bench import published
+MODELS = ("resnet18", "wrn-34-10")
+
+BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
 
 METHODS = ("at", "part", "trades", "part-t", "mart", "part-m")
 
@@ -146,6 +149,11 @@ class StepCases:
         layer = self.engine.budget.target_layer
         assert layer is not None  # a method of ours has one
         return layer
+
+
+def default_batch(model: str, device: str) -> int:
+    """The batch size that a network is measured at, and has goals for, on "cpu" or "cuda"."""
+    return GPU_BATCH if device == "cuda" else BATCHES.get(model, BATCH)
 
 
 def configuration(model: str, batch: int, **changed: Any) -> TrainConfig:

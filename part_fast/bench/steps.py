@@ -62,17 +62,23 @@ from part_fast.bench.clocks import Progress, calls_per_sample, clock_for, interl
 from part_fast.bench.command import at_least_one, current_device, environment_line, result_paths
 from part_fast.bench.flop import MATMULS, matmul
 from part_fast.bench.profile import profile
-from part_fast.bench.step_cases import BANK_BATCHES, REFRESHES, Step, StepCases, check, configuration, count_flop
+from part_fast.bench.step_cases import (
+    BANK_BATCHES,
+    MODELS,
+    REFRESHES,
+    Step,
+    StepCases,
+    check,
+    configuration,
+    count_flop,
+    default_batch,
+)
 from part_fast.bench.step_tables import draw, markdown, ratio_table, tables_of
 from part_fast.config import TrainConfig, find_device
 from part_fast.models.catalogue import build_model
 from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
-
-MODELS = ("resnet18", "wrn-34-10")
-
-BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
 
 PROFILE_ROUNDS = 3
 
@@ -98,11 +104,6 @@ class Goal:
         if batch != default_batch(model, device):
             return None
         return (self.goals if device == "cpu" or self.on_gpu is None else self.on_gpu).get(model)
-
-
-def default_batch(model: str, device: str) -> int:
-    """The batch size for which there are goals, on "cpu" or "cuda"."""
-    return GPU_BATCH if device == "cuda" else BATCHES.get(model, BATCH)
 
 
 def _goals(resnet: float, wide: float) -> dict[str, float]:
