@@ -186,7 +186,7 @@ def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
 
 @contextlib.contextmanager
 def adversarial_logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """`with adversarial_logits(model) as seen`: seen[-1] is the output of the latest train-mode forward.
+    """In `with adversarial_logits(model) as seen`, seen[-1] is the output of the latest train-mode forward.
 
     Every method's loss ends with the forward of its adversarial images, so this serves all six alike.
     """
