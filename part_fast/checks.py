@@ -251,7 +251,7 @@ def image_units(name: str, eps: float | Tensor, clip: Any, stacklevel: int = 2) 
 
 
 def _rounded(bound: float, value: Tensor) -> float:
-    return float(torch.tensor(bound, dtype=value.dtype))  # 0.6 is more in float32
+    return float(torch.tensor(bound, dtype=value.dtype))  # 0.6 rounded to float32 is more than 0.6
 
 
 def _extremes(value: Tensor) -> tuple[float, float]:
@@ -324,7 +324,7 @@ def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> 
     values(name, value, 0)
     if _readable(value):
         least, most = _extremes(value.double().sum(1))
-        slack = 1e-3 if value.element_size() >= 4 else 2e-2  # each of a row's values has rounded by up to 0.4% of it
+        slack = 1e-3 if value.element_size() >= 4 else 2e-2  # rounding changes each value of a row by up to 0.4%
         if not (1 - slack <= least and most <= 1 + slack):
             raise BadValueError(f"{name} must have rows that sum to 1, got sums from {least:g} to {most:g}")
     return value

@@ -35,7 +35,7 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
     """
     modules = modules_of(model)
     check_weights(modules)
-    training = [(module, getattr(module, "training", False)) for module in modules]  # a frozen TorchScript has no mode
+    training = [(module, getattr(module, "training", False)) for module in modules]  # frozen TorchScript has no mode
     if not any(mode for _, mode in training):
         with _named_errors():
             yield
@@ -60,7 +60,7 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
             if getattr(module, "training", mode) != mode:
                 module.training = mode
         for tensor, value in kept.items():
-            tensor.data.copy_(value)  # a graph that holds the tensor is as right as before
+            tensor.data.copy_(value)  # .data: a graph that holds the tensor stays valid, as its values are the same
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def grads_kept(model: Callable[..., Any]) -> Iterator[None]:
     parameters = list(dict.fromkeys(parameter for root in _roots(model) for parameter in root.parameters()))
     grads = [parameter.grad for parameter in parameters]
     for parameter in parameters:
-        parameter.grad = None  # so that a backward adds to nothing of the user's
+        parameter.grad = None  # so that a backward adds nothing to the user's gradients
     try:
         yield
     finally:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# So many values of each tensor are compared with what they were.
+# How many values of each tensor are compared with their former values.
 SAMPLE = 16
-# What nn.Module keeps of itself: modes and hooks say nothing about weights.
+# Attributes of nn.Module itself, its mode and hooks, which say nothing about weights.
 _OWN = frozenset(nn.Module().__dict__)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -137,7 +137,7 @@ class Watch:
             if type(self._modules[key[0]]).__module__.startswith("torch.nn.") and not isinstance(
                 self.attributes.get(key), Tensor
             ):
-                return Change.STRUCTURE, []  # a layer's stride, say, of which its copy may have made something else
+                return Change.STRUCTURE, []  # such as a layer's stride, which the copy may have built in
         return change, changed
 
     def take_values(self) -> None:
@@ -217,7 +217,7 @@ def _sample(tensor: Tensor) -> Tensor:
     """SAMPLE values from the middle of a tensor's memory, which lie together to be read quickly; all of a small one."""
     size = tensor.numel()
     span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    count = min(SAMPLE, size) if span == size else 1  # where memory has gaps or is shared, the first value alone
+    count = min(SAMPLE, size) if span == size else 1  # only the first value where memory has gaps or is shared
     return tensor.as_strided((count,), (1,), tensor.storage_offset() + (span - count) // 2 * (span == size))
 
 

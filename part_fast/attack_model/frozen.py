@@ -42,7 +42,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     try:
         with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
             module = copy.deepcopy(model)
-    except Exception as error:  # whatever an object's copying raises
+    except Exception as error:  # copying an arbitrary object may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise BadValueError(
             f"model must be one that copy.deepcopy copies, got {why}: attack the model itself"

@@ -49,8 +49,8 @@ class Capture:
         graph = torch.cuda.CUDAGraph()
         # Runs that are thrown away draw no random numbers, and leave no cast weights behind in autocast's cache.
         with torch.random.fork_rng([device]), uncached_autocast():
-            # The first ones choose algorithms, compile and allocate, which a capture must not; on a stream that is not
-            # the capture's, whose cuBLAS workspace then lies in the pool and lives as long as the graphs.
+            # The first runs choose algorithms, compile and allocate, which a capture must not do. They run on another
+            # stream than the capture, so that its cuBLAS workspace is allocated in the pool and lives with the graphs.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -58,14 +58,14 @@ class Capture:
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             try:
-                # "thread_local", since NCCL's watchdog asks the driver things from a thread of its own, which would
-                # end a "global" capture. The backward's thread launches on the capture's stream all the same.
+                # "thread_local", since NCCL's watchdog thread calls the driver, which would end a "global" capture. The
+                # thread of the backward still launches on the capture's stream.
                 how: dict[str, Any] = {
                     "pool": self._pool,
                     "stream": self._streams[device],
                     "capture_error_mode": "thread_local",
                 }
-                # The outer block brings the current stream back, which torch leaves changed where a capture fails.
+                # The outer block restores the current stream, which torch leaves changed when a capture fails.
                 with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
                     run()
             except RuntimeError as error:
@@ -141,7 +141,7 @@ class GraphedSteps:
         graph = _Graph(kind, memory, self._record(lambda: run(*memory)))
         if len(self._held) == MOST:
             if self._last is not None:
-                self._last.synchronize()  # whoever gets the memory next may be on another stream
+                self._last.synchronize()  # the memory may next be used on another stream
             _, oldest = self._held.popitem(last=False)
             if oldest.replays == 1:
                 warnings.warn(

@@ -28,7 +28,7 @@ STARTS = ("uniform", "zero")
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
     with record_function("part_fast: attack forward"), eval_mode(model), torch.no_grad(), uncached_autocast():
-        return checks.logits(model(x.clone()), x)  # some normalise in place
+        return checks.logits(model(x.clone()), x)  # some models normalise in place
 
 
 def ascend(
@@ -75,7 +75,7 @@ def ascend(
 
     forward = model
     if isinstance(model, AttackModel):
-        model.refresh_if_changed()  # once an attack
+        model.refresh_if_changed()  # once per attack
         forward = functools.partial(model, follow=False, kind=loss)
     rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:

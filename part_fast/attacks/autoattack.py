@@ -79,7 +79,7 @@ def autoattack(
         if not scaled:
             return z_adv
         x_adv = torch.where(z_adv == z, x, z_adv * span + low)
-        return project_linf(x_adv, x, eps).clamp(low, high)  # scaling has rounded
+        return project_linf(x_adv, x, eps).clamp(low, high)  # scaling rounds
 
 
 def load_autoattack() -> Any:

@@ -21,7 +21,7 @@ from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
 
-# Where ResNets and WideResNets have their last feature map.
+# Names of the layer that gives the last feature map in ResNets and WideResNets.
 DEFAULT_LAYERS = ("layer4", "block3")
 
 # A call changes its model's mode and hooks, so one model serves one call at a time, whatever budgets it has.
@@ -134,7 +134,7 @@ class CamBudget:
             if not isinstance(self.method, str):
                 return self._external(self.method, model, x, target)
             if isinstance(model, AttackModel):
-                # Here and not in its forward, where our hook would hang on a copy that is made anew.
+                # Refreshed before the hook is set: a refresh in the forward would replace the hooked copy.
                 model.refresh_if_changed()
                 if _run(model) is not self._ran:
                     self.target_layer, self._ran = _find_layer(model, self._asked), _run(model)
@@ -161,7 +161,7 @@ class CamBudget:
         target = _target(target, logits, x).clone()
         layer = self.target_layer
         if isinstance(method, type) and isinstance(model, AttackModel):
-            # A copy that is packed and asks for no gradients has none of the hooks that grad-cam needs.
+            # grad-cam needs hooks for gradients, which a packed copy without gradients does not run.
             layer, model = _theirs(model, layer)
         with eval_mode(model):
             return external_cam(method, model, layer, x, target), logits
@@ -172,7 +172,7 @@ class CamBudget:
         thread = threading.get_ident()
 
         def cut(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
-            if threading.get_ident() != thread:  # somebody else's forward
+            if threading.get_ident() != thread:  # the forward of another thread
                 return None
             if not isinstance(output, Tensor) or output.ndim != 4:
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -287,7 +287,7 @@ def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.
         return found
     if isinstance(target_layer, str):
         plain = target_layer
-        while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # a wrapper's name for it
+        while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # the name that a wrapper gives it
             plain = plain.partition(".")[2]
         if plain not in names:
             raise BadValueError(f"target_layer must be one of {_candidates(names)}, got {target_layer!r}")
@@ -314,7 +314,7 @@ def _candidates(names: dict[str, nn.Module]) -> str:
             f"name a layer whose output is (N,h,w,K), as the stages of Swin are"
         )
     prefix = ""
-    while True:  # down to where the convolutions part
+    while True:  # down to the module that holds several parts with convolutions
         parts = list(dict.fromkeys(name[len(prefix) :].partition(".")[0] for name in convolutions))
         if len(parts) > 1 or prefix + parts[0] in convolutions:
             return ", ".join(prefix + part for part in parts[-12:])

@@ -35,7 +35,7 @@ def control_map(eps_map: Tensor, control: str, eps: float, eps_low: float) -> Te
     if control == "none" or n == 0:
         return eps_map
     if control == "permuted":
-        # A rotation by at least one leaves nobody its own map; drawn on the CPU, so that no GPU waits.
+        # After a rotation by at least one no image has its own map; it is drawn on the CPU, so that no GPU waits.
         return eps_map.roll(int(torch.randint(1, n, ())) if n > 1 else 0, 0)
     if control == "random":
         place = torch.rand(n, 1, height * width, device=eps_map.device).argsort(2)

@@ -221,7 +221,7 @@ def _mat_elements(content: bytes | memoryview, order: str) -> Iterator[tuple[int
 def _mat_array(matrix: memoryview, order: str, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     """The array by its name, or nothing if it is no numeric array or not one of `names`."""
     parts = list(_mat_elements(matrix, order))
-    # What is no plain array (opaque objects) may have fewer parts or others.
+    # Elements that are no plain array (opaque objects) may have fewer or other parts.
     if len(parts) < 4 or len(parts[0][1]) != 8 or parts[0][1][0 if order == "<" else 3] not in _MAT_NUMERIC:
         return {}
     name = bytes(parts[2][1]).decode("latin1")

@@ -141,7 +141,7 @@ def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
     first = torch.cumsum(counts, 0) - counts
     rank = torch.empty_like(by_class)
     rank[by_class] = torch.arange(len(labels)) - first[drawn[by_class]]
-    # Everybody's first sample, then everybody's second, and so on: any prefix is as balanced as it can be.
+    # The first sample of every class, then the second, and so on: any prefix is as balanced as it can be.
     chosen = shuffled[torch.argsort(rank, stable=True)[:n]]
     return chosen.sort().values.to(labels.device)
 

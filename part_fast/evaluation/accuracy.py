@@ -85,7 +85,7 @@ def correct(
     if keep is not None and keep.exists():
         state = load_file(keep)
         right, done = state["right"], int(state["done"])
-    attacked = AttackModel(model) if name != "natural" else model  # the same gradients, sooner
+    attacked = AttackModel(model) if name != "natural" else model  # the same gradients in less time
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for place, batch in enumerate(data.batches(batch_size)):
             noise = None if name in ("natural", "aa") else torch.rand(batch.images.shape, generator=generator)

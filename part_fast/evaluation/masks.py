@@ -63,7 +63,7 @@ def masks(
     x, y = to_float(data.images), data.labels
     maps = {name: CamBudget(net, config.eps, config.eps_low, method=config.cam, rule=name)(x) for name in rules}
     eps = maps[rules[0]]
-    # What the soft rule gives between 0 and 1 is the enlarged CAM itself.
+    # Between 0 and 1 the soft rule gives the enlarged CAM itself.
     cams = CamBudget(net, 1.0, 0.0, method=config.cam, rule="soft")(x)[:, 0]
     start = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
     x_adv = pgd(net, x, y, eps, config.alpha, config.steps, start=(x + start * eps).clamp(0, 1))

@@ -18,7 +18,7 @@ from part_fast.report import files
 with needs("safetensors", "train"):
     from safetensors.torch import load_file
 
-# What demo and study compare, by the names of `evaluate`.
+# The measures that demo and study compare, by their names in `evaluate`.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
 
 

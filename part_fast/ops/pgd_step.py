@@ -198,7 +198,7 @@ def _asks_gradient(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None) -
 def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     """`value` shares no memory with x_adv, or is the same elements: an in-place kernel reads and writes one by one."""
     if value is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # a compiled graph has no memory yet, and writes last, as a transform does
+        return  # a graph that is traced or transformed has no memory yet, and writes last
     if value.untyped_storage()._cdata != x_adv.untyped_storage()._cdata or x_adv.numel() == 0:
         return
     spans = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from part_fast.atomic import replacing
 from part_fast.optional import needs
 
-# Okabe and Ito's palette: tells apart for every kind of colour vision.
+# Okabe and Ito's palette, whose colours differ for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 
 

@@ -35,7 +35,7 @@ class Engine:
         model = build_model(config.model, num_classes)
         if config.init is not None and load:
             load_weights(model, config.init)
-        # As in the copy that is attacked, and as GPUs multiply half precision.
+        # The memory format of the attacked copy, in which GPUs multiply half precision.
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attack_model = AttackModel(
             self.model, precision=config.precision, compile=config.compile, cuda_graph=bool(config.cuda_graph)
@@ -43,7 +43,7 @@ class Engine:
         self.budget = CamBudget(
             self.attack_model,
             config.eps,
-            min(config.eps, config.eps_low),  # of a plain method, which does not ask it, any will do
+            min(config.eps, config.eps_low),  # a plain method does not use it, and its eps may be smaller
             method=config.cam,
             rule=config.mask_rule,
             control=config.mask_control,
@@ -59,8 +59,8 @@ class Engine:
         self.averaged = None if config.averaging[0] == "none" else AveragedModel(self.model, use_buffers=True)
         self.trained: nn.Module = self.model
         if distributed.size() > 1:
-            # Methods forward twice before one backward, which buffers broadcast in between would break. The argument
-            # has another name from torch 2.14 on, which says so.
+            # Methods forward twice before one backward; broadcasting buffers in between would break it. From torch 2.14
+            # on the argument has another name, of which a FutureWarning tells.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 self.trained = DistributedDataParallel(
@@ -117,7 +117,7 @@ class Engine:
         kind, since = self.config.averaging
         if self.averaged is not None and kind == "swa":
             if epoch + 1 <= since:
-                self.averaged.n_averaged.zero_()  # until the mean begins, and where it does, it is the model
+                self.averaged.n_averaged.zero_()  # until the mean has begun the average is the model
             self._average(self.averaged, 1 / (1 + int(self.averaged.n_averaged)))
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class Engine:
 
         Not `averaged.update_parameters`, which moves a number to the GPU for every tensor, and waits for it.
         """
-        weight = weight if averaged.n_averaged else 1.0  # which lies on the CPU
+        weight = weight if averaged.n_averaged else 1.0  # n_averaged lies on the CPU
         pairs = zip(
             (*averaged.module.parameters(), *averaged.module.buffers()),
             (*self.model.parameters(), *self.model.buffers()),

@@ -88,7 +88,7 @@ def train(
     if main:
         prepare_folder(config, out, resume, overwrite)
         if rows:
-            export(out, engine, rows)  # the run may have been stopped between its state and these
+            export(out, engine, rows)  # the run may have been stopped after its state and before these files
     with (
         algorithms(device, tf32=config.tf32, deterministic=config.deterministic),
         tqdm(

@@ -25,7 +25,7 @@ STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.s
 
 RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, "environment.json", "curves.png")
 
-# What others make of a run, stale once it is overwritten.
+# Files that other commands make of a run, which are stale once it is overwritten.
 DERIVED = (
     AVERAGED,
     "evaluation.json",
@@ -35,7 +35,7 @@ DERIVED = (
     "events.out.tfevents.*",
 )
 
-# A resumed run may be longer, and may go on elsewhere.
+# Fields in which a resumed run may differ: it may be longer, and may go on on another machine.
 MAY_CHANGE = ("epochs", "device", "root", "download")
 
 
@@ -108,7 +108,7 @@ def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[s
         raise BadValueError(f"{path} cannot be read: {reason}") from error
     engine.load_state_dict(state)
     torch.set_rng_state(state["cpu_rng"])
-    # Runs may go on on a machine with other devices; there the random numbers are others anyway.
+    # On a machine with other devices the run goes on with other random numbers.
     if len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     if bank is not None:
