@@ -8,12 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-=======
-from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.errors import BadValueError
 
->>>>>>> main
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
