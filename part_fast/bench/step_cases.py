@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast import methods
 from part_fast.attack_model.graph import GraphedSteps
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench import published
@@ -24,7 +25,7 @@ from part_fast.data.memory import draw_augmentation
 from part_fast.training.engine import Engine
 from part_fast.training.step import batch_epsilon, train_step
 
-METHODS = ("at", "part", "trades", "part-t", "mart", "part-m")
+METHODS = tuple(methods.METHODS)
 
 REFRESHES = (1, 10)  # epochs
 

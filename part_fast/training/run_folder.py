@@ -11,6 +11,7 @@ import torch
 
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
+from part_fast.evaluation.accuracy import KEPT
 from part_fast.precision import full_float32
 from part_fast.report import files
 from part_fast.report.environment import environment
@@ -26,7 +27,7 @@ DERIVED = (
     "evaluation.json",
     "evaluation.csv",
     "evaluation_images.safetensors",
-    "evaluation_aa_*",
+    *KEPT,
     "events.out.tfevents.*",
 )
 
