@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from part_fast.errors import BadValueError
+
 
 def either(names: Iterable[str]) -> str:
     """The names as a sentence has them: "pgd, mma or aa"."""
@@ -26,5 +28,5 @@ def check_choice(argument: str, value: str, known: Iterable[str]) -> str:
     """`value` if it is one of the known names. Errors: ValueError that names the argument and lists them."""
     known = tuple(known)
     if value not in known:
-        raise ValueError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
+        raise BadValueError(f"{argument} must be one of {', '.join(known)}, got {value!r}")
     return value

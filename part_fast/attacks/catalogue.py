@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from part_fast.attacks.autoattack import autoattack
+from part_fast.attacks.autoattack import autoattack, load_autoattack
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import pgd
+from part_fast.errors import BadValueError
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Attack:
     reads_model: whether it asks the model, so that a faster copy of it pays.
     of_method: whether a method that has an attack of this kind in its own loss runs that instead.
     resumes: whether an evaluation is so slow that each batch is kept, to go on from.
+    load: called before anything is written; raises, saying how to get it, where a package is missing.
     """
 
     help: str
@@ -37,6 +39,7 @@ class Attack:
     reads_model: bool = True
     of_method: bool = False
     resumes: bool = False
+    load: Callable[[], object] | None = None
 
 
 ATTACKS: dict[str, Attack] = {
@@ -60,6 +63,7 @@ ATTACKS: dict[str, Attack] = {
         steps=0,
         random_start=False,
         resumes=True,
+        load=load_autoattack,
     ),
 }
 
@@ -85,7 +89,14 @@ def attack_of_evaluation(name: str) -> tuple[Attack, int]:
             return attack, attack.steps
         if attack.evaluates and attack.steps is None and (steps := re.fullmatch(rf"{re.escape(key)}([1-9]\d*)", name)):
             return attack, int(steps[1])
-    raise ValueError(f"attacks must be of {known_attacks()}, got {name!r}")
+    raise BadValueError(f"attacks must be of {known_attacks()}, got {name!r}")
+
+
+def load_attacks(names: Iterable[str]) -> None:
+    """What attacks of an evaluation need beside part_fast. Errors: ImportError where it is missing."""
+    for attack, _ in map(attack_of_evaluation, names):
+        if attack.load is not None:
+            attack.load()
 
 
 def known_attacks() -> str:

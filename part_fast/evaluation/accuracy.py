@@ -15,18 +15,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from part_fast import checks, distributed
 from part_fast.attack_model import AttackModel
 from part_fast.attacks.ascend import clean_logits
-from part_fast.attacks.catalogue import ATTACKS, attack_of_evaluation, known_attacks
+from part_fast.attacks.catalogue import ATTACKS, attack_of_evaluation, known_attacks, load_attacks
 from part_fast.config import find_device
 from part_fast.data.memory import Dataset, to_float
+from part_fast.errors import BadValueError
 from part_fast.evaluation import sanity
 from part_fast.evaluation.trained import load_trained
+from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
+
+with needs("tqdm", "train"):
+    from tqdm import tqdm
+with needs("safetensors", "train"):
+    from safetensors.torch import load_file, save_file
 
 # Files of what a slow attack has done so far: its name, what it may be continued with, and the process of several.
 KEPT = tuple(f"evaluation_{name}_*" for name, attack in ATTACKS.items() if attack.resumes)
@@ -46,7 +52,7 @@ def check_attacks(names: Sequence[str]) -> None:
     for name in names:
         attack_of_evaluation(name)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"attacks must be at least one of {known_attacks()}, each once, got {', '.join(names)!r}")
+        raise BadValueError(f"attacks must be at least one of {known_attacks()}, each once, got {', '.join(names)!r}")
 
 
 def is_correct(
@@ -68,8 +74,6 @@ def is_correct(
     keep: a file that holds what is done after every batch, from which a call that was stopped goes on.
     Of several processes each does its share of the batches, with the random numbers of one, and all get the result.
     """
-    from safetensors.torch import load_file, save_file
-
     attack, steps = attack_of_evaluation(name)
     generator = torch.Generator().manual_seed(settings.seed)
     is_correct, done = torch.zeros(len(data), dtype=torch.bool), 0
@@ -136,12 +140,12 @@ def evaluate(
     Raises:
         FileNotFoundError: no such run, checkpoint or data set.
         ValueError, TypeError: an argument is wrong; or `out` holds an evaluation with other settings, not overwrite.
+        ImportError: pyautoattack, which aa needs, is missing; nothing is written then.
     """
-    from safetensors.torch import load_file, save_file
-
     check_attacks(attacks)
+    load_attacks(attacks)  # a missing package is said before anything is written
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
+        raise BadValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)
     checks.seed("seed", seed)
     checks.count("sanity_images", sanity_images)
@@ -169,7 +173,7 @@ def evaluate(
         # The same file under another path is the same checkpoint.
         different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
         if different:
-            raise ValueError(
+            raise BadValueError(
                 f"{summary} holds an evaluation with other {', '.join(different)}: choose another --out or --overwrite"
             )
         results, images = before["results"], load_file(per_image)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from part_fast.errors import BadValueError
 from part_fast.models.resnet import ResNet, resnet18, resnet_small
 from part_fast.models.wideresnet import WideResNet, wideresnet
 
@@ -47,4 +48,4 @@ def build_model(
         numbers = re.fullmatch(re.sub("[A-Z]+", r"(\\d+)", known), name)
         if numbers is not None:
             return model.build(*map(int, numbers.groups()), num_classes, mean=mean, std=std)
-    raise ValueError(f"model takes one of {', '.join(KNOWN_MODELS)}, got {name!r}")
+    raise BadValueError(f"model takes one of {', '.join(KNOWN_MODELS)}, got {name!r}")

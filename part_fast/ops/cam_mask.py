@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from part_fast import backends, checks
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.packed_epsilon import bytes_per_mask, pack_bits
 from part_fast.ops.upsample_cam import reference as upsample_reference
 
@@ -44,7 +45,7 @@ def _fraction(text: str) -> tuple[int, int]:
 def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int, int]:
     """(rule, k, M): the rule's number, how many pixels `quantile:q` keeps (else 0), the mask's channels."""
     if not isinstance(rule, str):
-        raise TypeError(f"rule must be one of {_known(soft)}, got {type(rule).__name__}")
+        raise BadTypeError(f"rule must be one of {_known(soft)}, got {type(rule).__name__}")
     name, colon, share = rule.partition(":")
     if name == "quantile" and colon:
         numerator, denominator = _fraction(share)
@@ -52,7 +53,7 @@ def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int
             return RULES.index("quantile"), -(-numerator * height * width // denominator), 1
     elif rule in RULES and rule != "quantile" and (soft or rule != "soft"):
         return RULES.index(rule), 0, 3 if rule == "released" else 1
-    raise ValueError(f"rule must be one of {_known(soft)}, got {rule!r}")
+    raise BadValueError(f"rule must be one of {_known(soft)}, got {rule!r}")
 
 
 def _known(soft: bool) -> str:
