@@ -28,8 +28,8 @@ from part_fast.training.step import batch_loss
 
 
 def test_names():
-    assert list(for_training()) == ["pgd", "mma"]
-    assert list(for_evaluation()) == ["natural", "pgdSTEPS", "mma", "aa"]
+    assert list(for_training()) == ["pgd", "fgsm", "mma"]
+    assert list(for_evaluation()) == ["natural", "pgdSTEPS", "fgsm", "mma", "aa"]
     assert list(METHODS) == ["at", "part", "trades", "part-t", "mart", "part-m"]
     assert list(MODELS) == ["resnet18", "resnet-small", "wrn-DEPTH-WIDTH"]
     assert list(DATASETS)[:6] == ["demo", "fashion-mnist", "cifar10", "cifar100", "svhn", "tinyimagenet"]
@@ -113,6 +113,40 @@ def test_help_lists_every_name(command, flags, capsys, monkeypatch):
         said = flag_of(text, f"--{flag}")
         for name in names:
             assert re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", said), (flag, name, said)
+
+
+# --- rows that have no test elsewhere ---------------------------------------------------------------------------------
+
+
+def fast_gradient_sign(model, x, y, eps):
+    """Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015, section 4, within [0,1]."""
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(leaf), y), leaf)
+    return (x + eps * grad.sign()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("per_pixel", [False, True])
+def test_fgsm_is_the_fast_gradient_sign_method_whatever_alpha_and_steps(per_pixel):
+    data = load_once("demo", "test").subset(20)
+    x, y = data.images.float() / 255, data.labels
+    eps = torch.rand(20, 1, 32, 32) * 8 / 255 if per_pixel else 8 / 255
+    model = resnet_small().eval()
+    found = ATTACKS["fgsm"].run(model, x, y, eps, 2 / 255, 10, "zero", 0)
+    assert torch.equal(found, fast_gradient_sign(model, x, y, eps))
+    assert not torch.equal(found, x)
+
+
+def test_fgsm_in_training_and_evaluation():
+    data = load_once("demo", "test").subset(20)
+    x, y = data.images.float() / 255, data.labels
+    model = resnet_small().eval()
+    x_adv = fast_gradient_sign(model, x, y, 8 / 255)
+    found = is_correct(model, data, "fgsm", AttackSettings(eps=8 / 255))
+    assert torch.equal(found, model(x_adv).argmax(1) == y)
+    config = dataclasses.replace(TINY_RUN, attack="fgsm")
+    config.check()
+    loss = batch_loss("at", model, x, y, 8 / 255, config)
+    assert torch.equal(loss, torch.nn.functional.cross_entropy(model(x_adv), y))
 
 
 # --- a row is enough --------------------------------------------------------------------------------------------------

@@ -51,6 +51,13 @@ ATTACKS: dict[str, Attack] = {
         lambda model, x, y, eps, alpha, steps, start, seed: pgd(model, x, y, eps, alpha, steps, start=start),
         of_method=True,
     ),
+    "fgsm": Attack(
+        "one step of the whole eps from the image itself",
+        # A step of 1 crosses the whole range of images, so that the projection stops each pixel at its own eps.
+        lambda model, x, y, eps, alpha, steps, start, seed: pgd(model, x, y, eps, 1.0, 1, start=start),
+        steps=1,
+        random_start=False,
+    ),
     "mma": Attack(
         "minimum margin, three targets",
         lambda model, x, y, eps, alpha, steps, start, seed: mma(model, x, y, eps, alpha, steps, start=start),
