@@ -54,6 +54,10 @@ PAIRS = (
 # logits as float32, so what is learned from the same images agrees to some 1e-7.
 NEAR, LEARNED, AWAY = 1e-9, 1e-5, 1e-3
 
+# Of what is compared: steps so large that three of them meet the bounds of eps, also from TRADES's start beside the
+# images.
+SMALL: dict[str, Any] = {"steps": 3, "alpha": 4 / 255, "precision": "fp32"}
+
 
 class StepCases:
     """A network in our Engine, its twin for the published loops, a batch, and every step as a call without arguments.
@@ -191,9 +195,7 @@ def check(config: TrainConfig, device: torch.device, progress: Progress = silent
     length; loss_off.
     Errors: MismatchError, naming the pair and what differs.
     """
-    # Steps so large that three of them meet the bounds of eps, from TRADES's start beside the images too.
-    changed: dict[str, Any] = {"batch_size": 3, "steps": 3, "alpha": 4 / 255, "precision": "fp32"}
-    small = dataclasses.replace(config, **changed, compile=False, cuda_graph=False)
+    small = dataclasses.replace(config, batch_size=3, compile=False, cuda_graph=False, **SMALL)
     tick = progress("comparing", len(PAIRS))
     rows = []
     for pair in PAIRS:
