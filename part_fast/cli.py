@@ -12,7 +12,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -164,31 +164,19 @@ class Export:
 
 
 @dataclass
-class Bench:
-    """Time the ops beside torch.compile and a copy, or training steps beside published loops: tables, CSV, plots."""
+class BenchOps:
+    """Every op, by every provider, beside torch.compile, published masks and a copy of the same bytes."""
 
-    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ops|step")] = "ops"
-    """What to time: ops or step."""
     out: Path = Path("runs/bench")
-    """The folder to make."""
+    """The folder to make: ops.csv, ratios.csv, ops.png, environment.json."""
     only: tuple[str, ...] = ()
-    """ops: those to time; default: all."""
-    models: tuple[str, ...] = ()
-    """step: networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
-    batch_size: int | None = None
-    """step: images; default: 32, of wrn-34-10 4."""
-    precision: str = "auto"
-    """step: of ours, fp32, bf16 or fp16; auto: bf16 where the hardware multiplies in it, else fp32."""
-    compile: bool = False
-    """step: run our attacks by torch.compile."""
-    cuda_graph: bool = False
-    """step: capture the steps of our attacks as a CUDA graph."""
+    """The ops to time; default: all."""
     quick: bool = False
-    """One or two cases of each op, or a small network; fewer rounds."""
+    """One or two cases of each op, and fewer rounds."""
     rounds: int | None = None
-    """Rounds, each of which times everything once; default: 21 for ops, 7 for step, with --quick 7 and 3."""
+    """Rounds, each of which times everything once; default: 21, with --quick 7."""
     threads: tuple[int, ...] = ()
-    """ops: of a CPU; each case is measured with each number; default: as many as torch has."""
+    """Of a CPU; each case is measured with each number; default: as many as torch has."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -196,36 +184,131 @@ class Bench:
 
     def run(self) -> None:
         from part_fast.bench.ops import ops
+
+        _bench(ops, self)
+
+
+@dataclass
+class BenchStep:
+    """Training steps beside published loops, against their goals, and where their time goes."""
+
+    out: Path = Path("runs/bench")
+    """The folder to make: step.csv, step_ratios.csv, step_profile.csv, step.json, step.md, step.png."""
+    models: tuple[str, ...] = ()
+    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    batch_size: int | None = None
+    """Images; default: 32, of wrn-34-10 4, on a GPU 128."""
+    precision: str = "auto"
+    """Of ours, fp32, bf16 or fp16; auto: bf16 where the hardware multiplies in it, else fp32."""
+    compile: bool = False
+    """Run our attacks by torch.compile."""
+    cuda_graph: bool = False
+    """Capture the steps of our attacks as a CUDA graph."""
+    quick: bool = False
+    """A small network and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 7, with --quick 3."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
         from part_fast.bench.steps import steps
-        from part_fast.report import figures
 
-        figures.load_matplotlib()  # the published baselines import it themselves
+        _bench(steps, self)
 
-        common: dict[str, Any] = {
-            "device": self.device,
-            "quick": self.quick,
-            "rounds": self.rounds,
-            "overwrite": self.overwrite,
-        }
-        of_ops: dict[str, Any] = {"only": self.only, "threads": self.threads}
-        of_step: dict[str, Any] = {
-            "models": self.models,
-            "batch_size": self.batch_size,
-            "precision": self.precision,
-            "compile": self.compile,
-            "cuda_graph": self.cuda_graph,
-        }
-        if self.what not in ("ops", "step"):
-            raise ValueError(f"bench takes ops or step, got {self.what!r}")
-        others = of_step if self.what == "ops" else of_ops
-        given = [name for name in others if getattr(self, name) != getattr(Bench, name)]
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"bench {self.what} takes no {flags}")
-        if self.what == "ops":
-            ops(self.out, **of_ops, **common)
-        else:
-            steps(self.out, **of_step, **common)
+
+@dataclass
+class BenchAttack:
+    """An attack step's forward and gradient, change by change, from published code to AttackModel."""
+
+    out: Path = Path("runs/bench/attack")
+    """The folder to make: attack.csv, attack.png, environment.json."""
+    models: tuple[str, ...] = ()
+    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    batch_size: int | None = None
+    """Images; default: 32, of wrn-34-10 4, on a GPU 128."""
+    compile: bool = False
+    """With the variants by torch.compile."""
+    quick: bool = False
+    """A small network and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 9, with --quick 3."""
+    threads: tuple[int, ...] = ()
+    """Of a CPU; each network is measured with each number; default: as many as torch has."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
+        from part_fast.bench.attack import attack
+
+        _bench(attack, self)
+
+
+@dataclass
+class BenchCam:
+    """CamBudget beside the grad-cam package and published masks, in forwards of the batch."""
+
+    out: Path = Path("runs/bench/cam")
+    """The folder to make: cam.csv, cam.png, environment.json."""
+    models: tuple[str, ...] = ()
+    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    batch_sizes: tuple[int, ...] = ()
+    """Images; default: 1 and 32, of wrn-34-10 1 and 4, on a GPU 1 and 128; with --quick 32 or 128."""
+    methods: tuple[str, ...] = ()
+    """gradcam, xgradcam, layercam, hirescam; default: all, with --quick gradcam."""
+    quick: bool = False
+    """A small network, one method, and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 9, with --quick 3."""
+    threads: tuple[int, ...] = ()
+    """Of a CPU; each case is measured with each number; default: as many as torch has."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
+        from part_fast.bench.cam import cam
+
+        _bench(cam, self)
+
+
+@dataclass
+class BenchScaling:
+    """How a PART step's cost grows with steps, width, resolution and batch, beside the count of operations."""
+
+    out: Path = Path("runs/bench/scaling")
+    """The folder to make: scaling.csv, scaling.png, environment.json."""
+    quick: bool = False
+    """Four of the changes, and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 5, with --quick 3."""
+    threads: tuple[int, ...] = ()
+    """Of a CPU; the changes are measured with each number; default: 1."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
+        from part_fast.bench.scaling import scaling
+
+        _bench(scaling, self)
+
+
+Bench = BenchOps | BenchStep | BenchAttack | BenchCam | BenchScaling
+
+
+def _bench(measure: Callable[..., Any], flags: Bench) -> None:
+    """Call a benchmark with its command's flags."""
+    from part_fast.report import figures
+
+    figures.load_matplotlib()  # the published baselines import it themselves
+    measure(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)})
 
 
 @dataclass
@@ -311,12 +394,17 @@ class Info:
 
 
 Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Info
+# A name is one word, or two, as it is typed.
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "masks": Masks,
     "export": Export,
-    "bench": Bench,
+    "bench ops": BenchOps,
+    "bench step": BenchStep,
+    "bench attack": BenchAttack,
+    "bench cam": BenchCam,
+    "bench scaling": BenchScaling,
     "reproduce": Reproduce,
     "study": Study,
     "demo": Demo,
