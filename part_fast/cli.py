@@ -7,21 +7,22 @@ import dataclasses
 import io
 import itertools
 import json
-import linecache
 import math
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 import part_fast
 from part_fast import backends
 from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
+from part_fast.errors import BadValueError, UsageError
+from part_fast.optional import needs
+
+with needs("tyro", "train"):
+    import tyro
 
 
 @dataclass
@@ -80,7 +81,7 @@ class Evaluate:
     batch_size: int = 256
     """Images per batch."""
     seed: int = 0
-    """Of the attack's random start."""
+    """Seed of the attack's random start."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     sanity_images: int = 0
@@ -125,7 +126,7 @@ class Masks:
     download: bool = False
     """Download the data set where it is not found."""
     seed: int = 0
-    """Of the attack's random start."""
+    """Seed of the attack's random start."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
@@ -411,6 +412,8 @@ COMMANDS: dict[str, type[Command]] = {
     "info": Info,
 }
 
+HELP = ("-h", "--help")
+
 SWITCH: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
 
 _registry = tyro.constructors.ConstructorRegistry()
@@ -473,11 +476,12 @@ def _as_written(value: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line, without the program's name; the exit code: 0, 2 for bad input, 130 for Ctrl-C.
 
-    What the caller did wrong is one line on stderr; a mistake of part_fast's own keeps its traceback.
+    What the caller can mend, a `UsageError` or an OSError, is one line on stderr; every other exception keeps its
+    traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+    if not arguments or arguments[0] in HELP:
+        print(_usage(COMMANDS))
         return 0
     if arguments[0] == "--version":
         print(part_fast.__version__)
@@ -486,25 +490,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _warn  # type: ignore[assignment]
         try:
             backends.check_environment()
-            _parse(arguments[0], arguments[1:]).run()
+            command, flags = _split(arguments)
+            if command in COMMANDS:
+                _parse(command, flags).run()
+            else:
+                print(_usage(_commands_of(command)))
         except KeyboardInterrupt:
             return 130
-        except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-            if not _meant_for_the_caller(error):
-                raise
+        except (UsageError, OSError) as error:
             print(f"part-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
     return 0
 
 
-def _usage() -> str:
-    commands = "\n".join(f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items())
-    return f"usage: part-fast COMMAND [FLAGS]\n\n{commands}\n\npart-fast COMMAND --help lists its flags."
+def _usage(commands: Iterable[str]) -> str:
+    listed = "\n".join(f"  {name:<13} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in commands)
+    return f"usage: part-fast COMMAND [FLAGS]\n\n{listed}\n\npart-fast COMMAND --help lists its flags."
+
+
+def _commands_of(first: str) -> list[str]:
+    """The commands of two words that begin with that one."""
+    return [name for name in COMMANDS if name.startswith(f"{first} ")]
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """(the command's name, its flags); of two words, the first one alone where only its commands are asked for."""
+    first, *others = arguments
+    commands = _commands_of(first)
+    if first in COMMANDS or (commands and (not others or others[0] in HELP)):
+        return first, others
+    if not commands:
+        known = dict.fromkeys(name.partition(" ")[0] for name in COMMANDS)
+        raise BadValueError(f"unknown command {first!r}; known: {', '.join(known)}")
+    if f"{first} {others[0]}" not in commands:
+        *most, last = (name.partition(" ")[2] for name in commands)
+        raise BadValueError(f"{first} takes {', '.join(most)} or {last}, got {others[0]!r}")
+    return f"{first} {others[0]}", others[1:]
 
 
 def _parse(command: str, arguments: list[str]) -> Command:
-    if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
     kind = COMMANDS[command]
     default = None
     if kind is Train:
@@ -517,7 +541,7 @@ def _parse(command: str, arguments: list[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise ValueError(_one_line(said.getvalue(), command))
+    raise BadValueError(_one_line(said.getvalue(), command))
 
 
 def _starting_config(arguments: list[str]) -> TrainConfig:
@@ -555,15 +579,6 @@ def _one_line(box: str, command: str) -> str:
         if title.startswith("Perhaps you meant") and flags:
             said += f"; perhaps you meant {' or '.join(flags)}"
     return f"{said} (part-fast {command} --help)"
-
-
-def _meant_for_the_caller(error: Exception) -> bool:
-    """Whether part_fast raised it on purpose, or a file or folder did not play along."""
-    if isinstance(error, OSError):
-        return True
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
-    return ours and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:

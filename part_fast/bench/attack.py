@@ -45,6 +45,7 @@ from part_fast.bench.command import at_least_one, check_threads, current_device,
 from part_fast.bench.step_cases import MODELS, SIZE, default_batch, settle
 from part_fast.config import find_device
 from part_fast.models.catalogue import build_model
+from part_fast.optional import needs
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 
@@ -240,7 +241,8 @@ def attack(
     rounds, threads or batch_size < 1, threads on a GPU, and for a folder that holds results already, unless
     `overwrite`. Nothing is written then.
     """
-    from tqdm import tqdm
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
 
     rounds = (3 if quick else 9) if rounds is None else rounds
     at_least_one("rounds", rounds)

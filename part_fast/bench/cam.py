@@ -34,17 +34,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast.attack_model import AttackModel
-from part_fast.bench import published
 from part_fast.bench.cases import EPS, EPS_LOW, MismatchError
 from part_fast.bench.clocks import Pass, Progress, clock_for, silent, threads_of, time_in_turn
 from part_fast.bench.command import at_least_one, check_threads, current_device, environment_line, result_paths
 from part_fast.bench.step_cases import AWAY, MODELS, SIZE, default_batch, settle
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import find_device
+from part_fast.errors import BadValueError
 from part_fast.models.catalogue import build_model
 from part_fast.ops.cam import METHODS
+from part_fast.optional import needs
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
+
+with needs("pillow", "train"):
+    from part_fast.bench import published
 
 FILES = ("cam.csv", "cam.png", "environment.json")
 
@@ -230,14 +234,15 @@ def cam(
     rounds, threads or batch_sizes < 1, threads on a GPU, and for a folder that holds results already, unless
     `overwrite`. Nothing is written then.
     """
-    from tqdm import tqdm
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
 
     rounds = (3 if quick else 9) if rounds is None else rounds
     at_least_one("rounds", rounds)
     at_least_one("batch_sizes", *batch_sizes)
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
-        raise ValueError(f"methods must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
+        raise BadValueError(f"methods must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
     where = find_device(device)
     check_threads(threads, where)
     names = tuple(models) or (("resnet-small",) if quick else MODELS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from part_fast import backends
-from part_fast.bench.published import published_epsilon_map
+from part_fast.errors import CannotRunError
 from part_fast.ops import (
     PackedEpsilon,
     cam,
@@ -28,6 +28,10 @@ from part_fast.ops import (
 )
 from part_fast.ops.cam_mask import jet
 from part_fast.ops.upsample_cam import keys_taps
+from part_fast.optional import needs
+
+with needs("pillow", "train"):
+    from part_fast.bench.published import published_epsilon_map
 
 EPS, EPS_LOW, ALPHA = 8 / 255, 7 / 255, 2 / 255
 
@@ -36,7 +40,7 @@ OWN = ("cpp", "triton", "cuda")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-class MismatchError(RuntimeError):
+class MismatchError(CannotRunError):
     """A provider computes something else than the reference, so its speed means nothing."""
 
 

@@ -20,6 +20,7 @@ import torch
 
 from part_fast import backends
 from part_fast.bench.cases import Provider
+from part_fast.errors import CannotRunError
 
 LAUNCHED_SETS = 8  # of inputs, for what a GPU is given from Python
 
@@ -182,7 +183,7 @@ def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock)
         passes = 1
         while (taken := min(clock.seconds(one_pass, passes) for _ in range(3))) < clock.seconds_at_least:
             if passes >= 10**6:
-                raise RuntimeError(f"{provider.name} takes no time: {passes} passes of its calls took {taken:g} s")
+                raise CannotRunError(f"{provider.name} takes no time: {passes} passes of its calls took {taken:g} s")
             passes = min(100 * passes, math.ceil(passes * 1.2 * clock.seconds_at_least / max(taken, 1e-9)))
 
     def sample() -> float:

@@ -1,4 +1,4 @@
-"""What every `part-fast bench` command does around what it times: checks, its folder, the origin of its numbers."""
+"""What every `part-fast bench` command does around what it times: checks, result folder, environment."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
+from part_fast.errors import BadValueError
+
 
 def at_least_one(name: str, *values: int) -> None:
     """Errors: ValueError that names the argument, unless every value is >= 1."""
     if any(value < 1 for value in values):
-        raise ValueError(f"{name} must be >= 1, got {', '.join(map(str, values))}")
+        raise BadValueError(f"{name} must be >= 1, got {', '.join(map(str, values))}")
 
 
 def check_threads(threads: Sequence[int], device: torch.device) -> None:
     """Errors: ValueError for a number of threads below 1, and for any on a GPU."""
     at_least_one("threads", *threads)
     if threads and device.type != "cpu":
-        raise ValueError(f"threads are a CPU's, got {', '.join(map(str, threads))} for {device}")
+        raise BadValueError(f"threads are a CPU's, got {', '.join(map(str, threads))} for {device}")
 
 
 def result_paths(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]:
@@ -32,7 +34,7 @@ def result_paths(out: Path, names: Sequence[str], overwrite: bool) -> list[Path]
     paths = [out / name for name in names]
     there = [path.name for path in paths if path.exists()]
     if there and not overwrite:
-        raise ValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
+        raise BadValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
     return paths
 
 

@@ -48,6 +48,8 @@ from part_fast.bench.clocks import clock_for, interleave, keep_freed_memory, sam
 from part_fast.bench.command import at_least_one, check_threads, current_device, environment_line, result_paths
 from part_fast.bench.tables import KEY, RATIO_COLUMNS, draw, ratio_table, speed_table
 from part_fast.config import find_device
+from part_fast.errors import BadValueError
+from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
 
@@ -147,11 +149,11 @@ def ops(
     Errors: MismatchError for a provider with a wrong result; ValueError for an unknown op or device, rounds or
     threads < 1, threads on a GPU, nothing to measure, and for a folder that holds results already, unless `overwrite`.
     """
-    from tqdm import tqdm
-
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
     unknown = [name for name in only if name not in OPS]
     if unknown:
-        raise ValueError(f"only must name ops among {', '.join(OPS)}, got {', '.join(unknown)}")
+        raise BadValueError(f"only must name ops among {', '.join(OPS)}, got {', '.join(unknown)}")
     rounds = (7 if quick else 21) if rounds is None else rounds
     at_least_one("rounds", rounds)
     where = find_device(device)
@@ -160,7 +162,7 @@ def ops(
     chosen = list(all_cases()) if cases is None else list(cases)
     chosen = [case for case in chosen if (not only or case.op in only) and (case.quick or not quick)]
     if not chosen:
-        raise ValueError("cases must hold one to measure, got none")
+        raise BadValueError("cases must hold one to measure, got none")
     out.mkdir(parents=True, exist_ok=True)
 
     record = environment()

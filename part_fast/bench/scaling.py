@@ -31,6 +31,7 @@ from part_fast.bench.command import at_least_one, check_threads, current_device,
 from part_fast.bench.flop import FlopCount
 from part_fast.bench.step_cases import SMALL, StepCases, compare, configuration
 from part_fast.config import TrainConfig, find_device
+from part_fast.optional import needs
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 
@@ -167,7 +168,8 @@ def scaling(
     or threads < 1, threads on a GPU, and for a folder that holds results already, unless `overwrite`. Nothing is
     written then.
     """
-    from tqdm import tqdm
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
 
     rounds = (3 if quick else 5) if rounds is None else rounds
     at_least_one("rounds", rounds)

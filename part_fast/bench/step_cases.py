@@ -16,16 +16,18 @@ from torch import Tensor, nn
 
 from part_fast.attack_model.graph import GraphedSteps
 from part_fast.attacks.ascend import clean_logits
-from part_fast.bench import published
 from part_fast.bench.cases import MismatchError
 from part_fast.bench.clocks import Progress, silent
 from part_fast.bench.flop import FlopCount
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig
 from part_fast.data.memory import draw_augmentation
+from part_fast.optional import needs
 from part_fast.training.engine import Engine
 from part_fast.training.step import batch_epsilon, train_step
 
+with needs("pillow", "train"):
+    from part_fast.bench import published
 MODELS = ("resnet18", "wrn-34-10")
 
 BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128

@@ -76,6 +76,7 @@ from part_fast.bench.step_cases import (
 from part_fast.bench.step_tables import draw, markdown, ratio_table, tables_of
 from part_fast.config import TrainConfig, find_device
 from part_fast.models.catalogue import build_model
+from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
 
@@ -320,8 +321,8 @@ def steps(
     no training takes either, and for a folder that holds results already, unless `overwrite`. Nothing is written then,
     but of the models before one with a mismatch.
     """
-    from tqdm import tqdm
-
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
     rounds = (3 if quick else 7) if rounds is None else rounds
     at_least_one("rounds", rounds)
     if batch_size is not None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from part_fast.data.cifar import CIFAR10, CIFAR100, load_cifar
 from part_fast.data.fashion_mnist import load_demo, load_fashion_mnist
 from part_fast.data.folders import load_folder, load_tinyimagenet
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.memory import Dataset
 from part_fast.data.svhn import load_svhn
+from part_fast.errors import BadValueError
 
 
 def load(name: str, split: str, root: str | os.PathLike[str] | None = None, download: bool = False) -> Dataset:
@@ -38,19 +37,19 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
         name: one of `DATASETS`, or folder:PATH.
         split: "train" or "test".
         root: the only folder to look in; without it $PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's path.
-        download: fetch with torchvision, into root (or $PART_FAST_DATA, or ~/.cache/part_fast), what is nowhere.
+        download: fetch with torchvision, into root (or $PART_FAST_DATA, or ~/.cache/part_fast), if it is not found.
             There is no such download of tinyimagenet.
 
     Raises:
-        FileNotFoundError: the data set is nowhere; names every place looked and how to get it.
+        FileNotFoundError: the data set is not found; names every place that was searched and how to get it.
         ValueError: unknown name or split, or a damaged file.
         OSError: the download failed.
     """
     folder = name.removeprefix("folder:")
     if name not in DATASETS and (folder == name or not folder):
-        raise ValueError(f"data set takes one of {', '.join(DATASETS)}, folder:PATH, got {name!r}")
+        raise BadValueError(f"data set takes one of {', '.join(DATASETS)}, folder:PATH, got {name!r}")
     if split not in ("train", "test"):
-        raise ValueError(f"split takes 'train' or 'test', got {split!r}")
+        raise BadValueError(f"split takes 'train' or 'test', got {split!r}")
     read = DATASETS[name] if name in DATASETS else partial(load_folder, folder)
     return read(split, None if root is None else Path(root).expanduser(), download)
 

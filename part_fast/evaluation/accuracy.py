@@ -15,20 +15,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from part_fast import checks, distributed
 from part_fast.attack_model import AttackModel
 from part_fast.attacks.ascend import clean_logits
-from part_fast.attacks.autoattack import autoattack
+from part_fast.attacks.autoattack import autoattack, load_autoattack
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import pgd
 from part_fast.config import find_device
 from part_fast.data.memory import Dataset, to_float
+from part_fast.errors import BadValueError
 from part_fast.evaluation import sanity
 from part_fast.evaluation.trained import load_trained
+from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
+
+with needs("tqdm", "train"):
+    from tqdm import tqdm
+with needs("safetensors", "train"):
+    from safetensors.torch import load_file, save_file
 
 KNOWN_ATTACKS = "natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa"
 
@@ -48,9 +54,9 @@ def check_attacks(names: Sequence[str]) -> None:
     """Raises ValueError for an unknown attack, listing the known, and for none at all."""
     for name in names:
         if name not in ("natural", "mma", "aa") and _pgd_steps(name) is None:
-            raise ValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
+            raise BadValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
+        raise BadValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
 
 
 def correct(
@@ -68,11 +74,10 @@ def correct(
     steps, three targets. aa: AutoAttack, standard. Random numbers come from `attack.seed`, on the CPU but for aa, so
     that a result repeats and the global random state stays as it is. Attacks run on an `AttackModel` of the model;
     the model itself judges what they found, in eval mode, and gets its mode back. Data and model lie on one device.
-    keep: a file that holds what is done after every batch, from which a call that was stopped goes on; for aa.
-    Of several processes each does its share of the batches, with the random numbers of one, and all get the result.
+    keep: a file to which aa writes its results after every batch, and from which a stopped call goes on.
+    Each of several processes does its share of the batches, with the random numbers of a single process, and all get
+    the whole result.
     """
-    from safetensors.torch import load_file, save_file
-
     generator = torch.Generator().manual_seed(attack.seed)
     right, done = torch.zeros(len(data), dtype=torch.bool), 0
     if keep is not None and distributed.size() > 1:
@@ -80,7 +85,7 @@ def correct(
     if keep is not None and keep.exists():
         state = load_file(keep)
         right, done = state["right"], int(state["done"])
-    attacked = AttackModel(model) if name != "natural" else model  # the same gradients, sooner
+    attacked = AttackModel(model) if name != "natural" else model  # the same gradients in less time
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for place, batch in enumerate(data.batches(batch_size)):
             noise = None if name in ("natural", "aa") else torch.rand(batch.images.shape, generator=generator)
@@ -122,11 +127,11 @@ def evaluate(
     where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, which lies in
         one or has `dataset` and `model` named. attacks: see `correct`. n: a balanced subset of the test images;
         default: those of the run.
-    out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks that it holds
-        are kept where they were made with the same settings. resume: do not repeat an attack whose result it holds.
+    out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks in it
+        are kept if they were made with the same settings. resume: do not repeat an attack whose result it holds.
     sanity_images: on so many of the images, look for signs that gradients mislead the attacks
         (`part_fast.evaluation.sanity`).
-    Accuracies in an order that no sound attack gives are always looked for. What is found is under "warnings".
+    Accuracies in an order that no sound attack gives are always warned about, under "warnings".
 
     Whether each image was right goes into evaluation_images.safetensors: bool (N,) per attack, and the labels.
     AutoAttack writes down every batch: stopped, it goes on there when it is asked for again. Under torchrun the
@@ -137,12 +142,13 @@ def evaluate(
     Raises:
         FileNotFoundError: no such run, checkpoint or data set.
         ValueError, TypeError: an argument is wrong; or `out` holds an evaluation with other settings, not overwrite.
+        ImportError: pyautoattack, which aa needs, is missing; nothing is written then.
     """
-    from safetensors.torch import load_file, save_file
-
     check_attacks(attacks)
+    if "aa" in attacks:
+        load_autoattack()  # a missing package is said before anything is written
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
+        raise BadValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)
     checks.seed("seed", seed)
     checks.count("sanity_images", sanity_images)
@@ -170,7 +176,7 @@ def evaluate(
         # The same file under another path is the same checkpoint.
         different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
         if different:
-            raise ValueError(
+            raise BadValueError(
                 f"{summary} holds an evaluation with other {', '.join(different)}: choose another --out or --overwrite"
             )
         results, images = before["results"], load_file(per_image)
@@ -204,7 +210,7 @@ def evaluate(
 
 
 def _digest(settings: dict[str, Any], batch_size: int) -> str:
-    """Names what a stopped AutoAttack may be continued with."""
+    """A digest of model, data and settings: a stopped AutoAttack goes on only with the same."""
     settings = {**settings, "checkpoint": "", "batch_size": batch_size}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 

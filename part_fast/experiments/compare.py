@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from part_fast.errors import BadValueError
+from part_fast.optional import needs
 from part_fast.report import files
 
-# What demo and study compare, by the names of `evaluate`.
+with needs("safetensors", "train"):
+    from safetensors.torch import load_file
+
+# The measures that demo and study compare, by their names in `evaluate`.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
 
 
@@ -39,19 +44,16 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, A
 def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int = 1) -> dict[str, Any]:
     """A confidence interval of how much more often `after` is right: bool (N,) per seed, paired by seed and image.
 
-    The variance over seeds and the one over test images are added, which counts some of it twice; Student's t with
+    The variance over seeds and the one over test images are added, which counts a part of them twice; Student's t with
     seeds - 1 degrees of freedom. comparisons: how many of them are looked at together, for Bonferroni's correction.
 
     Returns: mean; per_seed; half_width of the 95 % interval of this comparison alone; half_width_all, of an
     interval that holds for all comparisons at once with 95 %; significant: whether that one excludes 0.
     Errors: ValueError for fewer than two seeds; ImportError without scipy.
     """
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise ImportError("confidence intervals need scipy: pip install 'part_fast[study]'") from None
+    t = load_student_t()
     if len(before) < 2 or len(before) != len(after):
-        raise ValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
+        raise BadValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
     change = _change(before, after)
     per_seed = change.mean(1).tolist()
     mean = statistics.mean(per_seed)
@@ -66,8 +68,15 @@ def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int
     }
 
 
+def load_student_t() -> Any:
+    """Student's t distribution of scipy. Errors: ImportError without it, saying how to get it."""
+    with needs("scipy", "study"):
+        from scipy.stats import t
+    return t
+
+
 def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
-    """Text: a line for each name of `found`, name -> measure -> `mean_and_spread`, and what it is of."""
+    """Text: a line for each name of `found`, name -> measure -> `mean_and_spread`; `what` heads the names."""
     rows = [
         (name, *(f"{100 * v['mean']:.2f} ± {100 * v['spread']:.2f}" for v in (by[key] for key in MEASURES)))
         for name, by in found.items()
@@ -78,8 +87,6 @@ def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, floa
 
 def right(folder: Path, attack: str) -> Tensor:
     """Whether each test image was right under `attack`: bool (N,), as `evaluate` left it in a run folder."""
-    from safetensors.torch import load_file
-
     return load_file(folder / "evaluation_images.safetensors")[attack]
 
 
