@@ -28,6 +28,7 @@ from part_fast.training.step import batch_epsilon, train_step
 
 with needs("pillow", "train"):
     from part_fast.bench import published
+
 MODELS = ("resnet18", "wrn-34-10")
 
 BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
