@@ -44,6 +44,7 @@ from part_fast.errors import BadValueError
 from part_fast.models.catalogue import build_model
 from part_fast.ops.cam import METHODS
 from part_fast.optional import needs
+from part_fast.precision import full_float32
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 
@@ -89,7 +90,7 @@ def providers(model: nn.Module, x: Tensor, method: str) -> dict[str, Pass]:
 
 
 def check(name: str, model: nn.Module, x: Tensor, method: str, calls: Mapping[str, Pass]) -> None:
-    """Compare every provider's result with CamBudget's.
+    """Compare every provider's result with CamBudget's, float32 without TF32.
 
     Errors: MismatchError, naming the provider and how far it is off.
     """
@@ -134,7 +135,8 @@ def measure(
     settle(model, torch.cat([x, torch.rand(8, 3, SIZE, SIZE)]))
     model, x = model.eval().to(device), x.to(device)
     calls = providers(model, x, method)
-    check(name, model, x, method, calls)
+    with full_float32():
+        check(name, model, x, method, calls)
     clock = clock_for(device)
     for call in calls.values():  # AttackModel's weights are packed, and all memory is there
         call()
