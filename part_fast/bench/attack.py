@@ -54,13 +54,11 @@ FILES = ("attack.csv", "attack.png", "environment.json")
 
 FIRST = "parameter gradients, fp32"
 
-# What rounding explains, by precision, some ten times what was measured of logits and of fp32 gradients. Rounding also
-# closes and opens ReLUs near zero, which changes a gradient by far more: in bf16 by 0.7 of its length for WRN-34-10,
-# where a gradient of something else is 1.4 off. So it is the logits that show a wrong weight there.
+# What rounding explains, by precision, five to twenty times what was measured of logits and of fp32 gradients. Rounding
+# also closes and opens ReLUs near zero, which changes a gradient by far more: in bf16 by 0.7 of its length for
+# WRN-34-10, where a gradient of something else is 1.4 off. So it is the logits that show a wrong weight there.
 LOGITS_NEAR = {"fp32": 1e-4, "bf16": 0.2}
 GRADIENT_NEAR = {"fp32": 0.05, "bf16": 0.9}
-
-Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextlib.contextmanager
