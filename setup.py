@@ -1,22 +1,27 @@
 """Build of the two compiled libraries; everything else about the package is in pyproject.toml.
 
-`part_fast._C` (CPU) is always built from csrc/*.cpp. `part_fast._C_cuda` is built from csrc/*.cu where a CUDA
-compiler is found; PART_FAST_CUDA=0 leaves it out, PART_FAST_CUDA=1 makes its absence an error. Both use only
-LibTorch's stable ABI and Python's limited API, so one wheel serves many versions of torch and Python.
+`part_fast._C` (CPU) is built from csrc/*.cpp where a C++ compiler is found; without one the package holds the reference
+and Triton backends alone. `part_fast._C_cuda` is built from csrc/*.cu where a CUDA compiler is found too;
+PART_FAST_CUDA=0 leaves it out, PART_FAST_CUDA=1 makes its absence an error. Both use only LibTorch's stable ABI and
+Python's limited API, so one wheel serves many versions of torch and Python.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Distribution, Extension, setup
+from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
 CUDA_MODULE = "csrc/module_cuda.cpp"
+OLDEST_SETUPTOOLS = 77  # the first that reads the licence in pyproject.toml
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
 # TORCH_TARGET_VERSION 2.10 hides every stable-ABI function that torch 2.10 does not have yet.
@@ -32,6 +37,20 @@ NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=h
 def files(*patterns: str) -> list[str]:
     """Paths below the project root that match any of the patterns, relative as setuptools wants them, sorted."""
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def why_no_cpp() -> str | None:
+    """The reason why nothing can be compiled, or None if it can; then CXX names the compiler for all that compile."""
+    named = os.environ.get("CXX")
+    known = shlex.split(named)[:1] if named else ["c++", "g++", "clang++"]
+    found = next((name for name in known if shutil.which(name)), None)
+    if found is None:
+        return f"no C++ compiler found: CXX={named}" if named else f"no C++ compiler ({', '.join(known)}) found on PATH"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.exists():
+        return f"no {header}: Python's headers are missing (on Debian the package python3-dev)"
+    os.environ.setdefault("CXX", found)
+    return None
 
 
 def toolkit_of(nvcc: Path) -> Path | None:
@@ -79,11 +98,24 @@ def arch_list(toolkit: Path) -> str:
     return ";".join(known) + "+PTX"
 
 
-def extensions() -> tuple[list[Extension], type]:
-    """The extension modules to build and the build_ext command for them."""
+class FreshBuild(build):
+    """The build of a wheel from nothing: a folder of an earlier one may hold modules and libraries that are no more."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def extensions() -> tuple[list[Extension], dict[str, type]]:
+    """The extension modules to build and the commands that build them."""
     mode = os.environ.get("PART_FAST_CUDA", "auto")
     if mode not in ("auto", "0", "1"):
         raise SystemExit(f"PART_FAST_CUDA must be auto, 0 or 1, got {mode!r}")
+    if problem := why_no_cpp():
+        if mode == "1":
+            raise SystemExit(f"PART_FAST_CUDA=1 but part_fast._C_cuda cannot be built: {problem}")
+        print(f"part_fast holds the reference and Triton backends alone: {problem}", file=sys.stderr)
+        return [], {"build": FreshBuild}
     try:
         import torch
     except ImportError:
@@ -132,7 +164,7 @@ def extensions() -> tuple[list[Extension], type]:
         **common,
     )
     if not toolkit:
-        return [cpu], Build
+        return [cpu], {"build": FreshBuild, "build_ext": Build}
     cuda = CUDAExtension(
         "part_fast._C_cuda",
         [CUDA_MODULE, *files("csrc/*.cu")],
@@ -144,13 +176,21 @@ def extensions() -> tuple[list[Extension], type]:
         # The cuda-toolkit wheels ship the run-time library under its versioned name only.
         cuda.libraries[cuda.libraries.index("cudart")] = f":{versioned.name}"
         cuda.library_dirs.append(str(versioned.parent))
-    return [cpu, cuda], Build
+    return [cpu, cuda], {"build": FreshBuild, "build_ext": Build}
 
 
 if __name__ == "__main__":
-    ext_modules, build_ext = extensions()
+    if int(setuptools.__version__.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        if "build_ext" not in sys.argv:
+            raise SystemExit(
+                f"building part_fast needs setuptools>={OLDEST_SETUPTOOLS}, got {setuptools.__version__}: "
+                f"pip install 'setuptools>={OLDEST_SETUPTOOLS}' ninja, or let pip isolate the build"
+            )
+        # Compiling in place needs none of the metadata in pyproject.toml, which an older one cannot read.
+        Distribution.parse_config_files = lambda *args, **kwargs: None
+    ext_modules, commands = extensions()
     setup(
         ext_modules=ext_modules,
-        cmdclass={"build_ext": build_ext},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        cmdclass=commands,
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {},
     )

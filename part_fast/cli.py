@@ -7,21 +7,22 @@ import dataclasses
 import io
 import itertools
 import json
-import linecache
 import math
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
 import part_fast
 from part_fast import backends
 from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
+from part_fast.errors import BadValueError, UsageError
+from part_fast.optional import needs
+
+with needs("tyro", "train"):
+    import tyro
 
 
 @dataclass
@@ -216,12 +217,12 @@ class Bench:
             "cuda_graph": self.cuda_graph,
         }
         if self.what not in ("ops", "step"):
-            raise ValueError(f"bench takes ops or step, got {self.what!r}")
+            raise BadValueError(f"bench takes ops or step, got {self.what!r}")
         others = of_step if self.what == "ops" else of_ops
         given = [name for name in others if getattr(self, name) != getattr(Bench, name)]
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise ValueError(f"bench {self.what} takes no {flags}")
+            raise BadValueError(f"bench {self.what} takes no {flags}")
         if self.what == "ops":
             ops(self.out, **of_ops, **common)
         else:
@@ -385,7 +386,8 @@ def _as_written(value: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line, without the program's name; the exit code: 0, 2 for bad input, 130 for Ctrl-C.
 
-    What the caller did wrong is one line on stderr; a mistake of part_fast's own keeps its traceback.
+    What the caller can mend, a `UsageError` or an OSError, is one line on stderr; every other exception keeps its
+    traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -401,9 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _parse(arguments[0], arguments[1:]).run()
         except KeyboardInterrupt:
             return 130
-        except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
-            if not _meant_for_the_caller(error):
-                raise
+        except (UsageError, OSError) as error:
             print(f"part-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
     return 0
@@ -416,7 +416,7 @@ def _usage() -> str:
 
 def _parse(command: str, arguments: list[str]) -> Command:
     if command not in COMMANDS:
-        raise ValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
+        raise BadValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
     kind = COMMANDS[command]
     default = None
     if kind is Train:
@@ -429,7 +429,7 @@ def _parse(command: str, arguments: list[str]) -> Command:
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise ValueError(_one_line(said.getvalue(), command))
+    raise BadValueError(_one_line(said.getvalue(), command))
 
 
 def _starting_config(arguments: list[str]) -> TrainConfig:
@@ -467,15 +467,6 @@ def _one_line(box: str, command: str) -> str:
         if title.startswith("Perhaps you meant") and flags:
             said += f"; perhaps you meant {' or '.join(flags)}"
     return f"{said} (part-fast {command} --help)"
-
-
-def _meant_for_the_caller(error: Exception) -> bool:
-    """Whether part_fast raised it on purpose, or a file or folder did not play along."""
-    if isinstance(error, OSError):
-        return True
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    ours = Path(frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
-    return ours and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:

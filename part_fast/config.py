@@ -15,6 +15,7 @@ import torch
 from part_fast import checks
 from part_fast.attack_model import PRECISIONS
 from part_fast.budgets.controls import check_control
+from part_fast.errors import BadValueError, MissingFileError
 from part_fast.ops.cam import METHODS as CAM_METHODS
 from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.packed_epsilon import eps_pair
@@ -130,16 +131,16 @@ class TrainConfig:
         parse_rule(self.rule, 1, 1, soft=True)
         check_control(self.control)
         if self.released and (self.rule not in ("zscore", "released") or self.control not in ("none", "permuted")):
-            raise ValueError(f"released takes no other rule or control, got {self.rule!r} and {self.control!r}")
+            raise BadValueError(f"released takes no other rule or control, got {self.rule!r} and {self.control!r}")
         _known("schedule", self.schedule, SCHEDULES)
         if self.released and self.schedule != "piecewise":
-            raise ValueError(f"released takes schedule piecewise, got {self.schedule!r}")
+            raise BadValueError(f"released takes schedule piecewise, got {self.schedule!r}")
         _known("precision", self.precision, (*PRECISIONS, "auto"))
         if self.cuda_graph not in (True, False, "auto"):
-            raise ValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
+            raise BadValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
         self.averaging  # noqa: B018 - which checks it
         if self.refresh_epochs and self.mask_rule == "soft":
-            raise ValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
+            raise BadValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
         if self.method in WEIGHTED:
             eps_pair(self.eps, self.eps_low)
         for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
@@ -158,7 +159,7 @@ class TrainConfig:
         for epoch in self.lr_drops:
             checks.count("lr_drops", epoch)
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs must be <= epochs, {self.epochs}, got {self.warmup_epochs}")
+            raise BadValueError(f"warmup_epochs must be <= epochs, {self.epochs}, got {self.warmup_epochs}")
 
     def on(self, device: torch.device, like: TrainConfig | None = None) -> TrainConfig:
         """This configuration with what is "auto" chosen: as in the run `like`, else for `device`, an existing one."""
@@ -176,7 +177,7 @@ class TrainConfig:
         if self.refresh == "batch":
             return 0
         if not self.refresh.isdecimal() or int(self.refresh) < 1:
-            raise ValueError(f"refresh must be batch or a number of epochs >= 1, got {self.refresh!r}")
+            raise BadValueError(f"refresh must be batch or a number of epochs >= 1, got {self.refresh!r}")
         return int(self.refresh)
 
     @property
@@ -222,7 +223,7 @@ class TrainConfig:
                 return kind, decay
         elif (kind == "swa" and number.isdecimal() and int(number) >= 1) or self.average == "none":
             return kind, int(number or 0)
-        raise ValueError(f"average must be none, ema:DECAY with DECAY < 1, or swa:EPOCH, got {self.average!r}")
+        raise BadValueError(f"average must be none, ema:DECAY with DECAY < 1, or swa:EPOCH, got {self.average!r}")
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them."""
@@ -237,7 +238,9 @@ class TrainConfig:
         """
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"{source} is not a training configuration of this version: unknown {', '.join(unknown)}")
+            raise BadValueError(
+                f"{source} is not a training configuration of this version: unknown {', '.join(unknown)}"
+            )
         return cls(**{**values, "lr_drops": tuple(values.get("lr_drops", cls.lr_drops))})
 
 
@@ -270,13 +273,13 @@ def read_config(folder: Path) -> TrainConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no run: there is no config.json")
+        raise MissingFileError(f"{folder} holds no run: there is no config.json")
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise BadValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a training configuration: it holds a {type(values).__name__}")
+        raise BadValueError(f"{path} is not a training configuration: it holds a {type(values).__name__}")
     return TrainConfig.from_json(values, str(path))
 
 
@@ -293,9 +296,9 @@ def find_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device takes auto, cpu, cuda or cuda:N, got {name!r}")
+        raise BadValueError(f"device takes auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise BadValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
@@ -314,10 +317,10 @@ def parse_number(text: str) -> float:
     try:
         return float(above) / float(below) if slash else float(above)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"takes a number such as 0.03 or 8/255, got {text!r}") from None
+        raise BadValueError(f"takes a number such as 0.03 or 8/255, got {text!r}") from None
 
 
 def _known(name: str, value: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        raise BadValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     return value

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from part_fast.errors import BadValueError
+
 
 def join(device: torch.device) -> torch.device:
     """Join the processes that torchrun started; gives this process its device.
@@ -22,7 +24,7 @@ def join(device: torch.device) -> torch.device:
     if device.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise ValueError(f"torchrun takes as many processes as there are GPUs, {torch.cuda.device_count()}")
+            raise BadValueError(f"torchrun takes as many processes as there are GPUs, {torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     by = {"cpu": "gloo", "cuda": "nccl"} if device.type == "cuda" else {"cpu": "gloo"}
@@ -32,7 +34,7 @@ def join(device: torch.device) -> torch.device:
     there = dist.get_backend_config()
     missing = [kind for kind in by if f"{kind}:" not in there]
     if missing:
-        raise ValueError(
+        raise BadValueError(
             f"the process group must take {' and '.join(by)} tensors, such as "
             f"init_process_group('cpu:gloo,cuda:nccl'), got {there!r}"
         )

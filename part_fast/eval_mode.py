@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from part_fast.errors import BadValueError
+
 # What torch raises, when a model is differentiated to its input, of which the user can know nothing.
 MEANT = {
     "use_reentrant": "model must checkpoint with use_reentrant=False, got a reentrant checkpoint",
@@ -44,7 +46,7 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
             root.eval()
         for module, mode in training:
             if mode and switches(module) and module.training and _ignores_mode(module):
-                raise ValueError(
+                raise BadValueError(
                     f"model must set `training` in its train(), got a {type(module).__name__} that leaves it as it is: "
                     "call super().train(mode) there"
                 )
@@ -68,7 +70,7 @@ def _named_errors() -> Iterator[None]:
     except RuntimeError as error:
         for said, meant in MEANT.items():
             if said in str(error):
-                raise ValueError(meant) from error
+                raise BadValueError(meant) from error
         raise
 
 
@@ -126,16 +128,16 @@ def check_weights(modules: list[nn.Module]) -> None:
     """Refuse lazy modules before their first forward, weights on the meta device and weights of inference mode."""
     for module in modules:
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-            raise ValueError(
+            raise BadValueError(
                 f"model must have its weights, got a {type(module).__name__} before its first forward: run it once"
             )
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None:
                 continue
             if tensor.is_meta:
-                raise ValueError("model must have its weights, got some on the meta device: load them first")
+                raise BadValueError("model must have its weights, got some on the meta device: load them first")
             if tensor.is_inference():
-                raise ValueError(
+                raise BadValueError(
                     "model must record gradients, got weights made under torch.inference_mode: "
                     "take copy.deepcopy(model) outside of it"
                 )

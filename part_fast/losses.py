@@ -11,6 +11,7 @@ from part_fast.attacks.ascend import ascend, check_images, clean_logits
 from part_fast.attacks.objectives import Loss, as_target, objective
 from part_fast.budgets.cam import CamBudget
 from part_fast.checks import Clip
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon
 
 Epsilon = float | Tensor | PackedEpsilon | CamBudget
@@ -152,14 +153,14 @@ def _check(
 ) -> tuple[Tensor, float]:
     """The images contiguous or channels_last, and beta."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if optimizer is not None and not hasattr(optimizer, "zero_grad"):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+        raise BadTypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     if distance != "l_inf":
-        raise ValueError(f"distance must be 'l_inf', got {distance!r}")
+        raise BadValueError(f"distance must be 'l_inf', got {distance!r}")
     x = check_images(x, 0.0 if isinstance(epsilon, CamBudget) else epsilon, clip, name="x_natural", stacklevel=4)
     if x.shape[0] == 0:
-        raise ValueError("x_natural must hold at least one image: the loss of an empty batch is not defined")
+        raise BadValueError("x_natural must hold at least one image: the loss of an empty batch is not defined")
     checks.labels("y", y, x, soft=True)
     checks.count("perturb_steps", steps)
     return x, checks.number("beta", beta, 0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from part_fast.gpu import attacks, battery, checkout, ops, oracle, page, record, sanitize, speed, training
+from part_fast.gpu import attacks, battery, ops, oracle, page, record, sanitize, speed, training
 from part_fast.gpu.__main__ import main
 from part_fast.gpu.battery import Part, Process, Settings
 
@@ -344,13 +344,6 @@ def test_bench_dry_run(tmp_path):
 def test_training_dry_run(tmp_path):
     found = dry(training.main, tmp_path)
     assert {row["name"] for row in found if row["kind"] == "ok"} == {"train", "evaluate, masks"}
-
-
-def test_setup_runs_without_metadata():
-    """What an old setuptools could not read is not asked for: the version is then nobody's."""
-    done = checkout.setup("--version", PART_FAST_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "0.0.0"
 
 
 def test_the_tests_part_reports_each_failure(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from part_fast.errors import BadValueError
 from part_fast.eval_mode import check_weights, modules_of
 
 
@@ -34,7 +35,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     modules = modules_of(model)
     check_weights(modules)
     if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
-        raise ValueError(
+        raise BadValueError(
             "model must be of Python modules to be copied and followed, got TorchScript: attack the model itself, or "
             "give it as it was before torch.jit"
         )
@@ -43,7 +44,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             module = copy.deepcopy(model)
     except Exception as error:  # whatever an object's copying raises
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-        raise ValueError(f"model must be one that copy.deepcopy copies, got {why}: attack the model itself") from error
+        raise BadValueError(
+            f"model must be one that copy.deepcopy copies, got {why}: attack the model itself"
+        ) from error
     return module.eval().requires_grad_(False)
 
 

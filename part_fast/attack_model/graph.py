@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import backends
+from part_fast.errors import CannotRunError
 from part_fast.eval_mode import uncached_autocast
 from part_fast.precision import tf32
 
@@ -69,7 +70,7 @@ class Capture:
                     run()
             except RuntimeError as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise RuntimeError(
+                raise CannotRunError(
                     f"cuda_graph must be off for this attack, whose steps cannot be captured: {reason}"
                 ) from error
         return graph.replay
@@ -157,7 +158,7 @@ class GraphedSteps:
         run(moved, *tensors[1:])
         if not torch.equal(moved, tensors[0]):
             del self._held[place]
-            raise RuntimeError(
+            raise CannotRunError(
                 f"cuda_graph must be off for this attack: a graph was captured on {moved.device}, and it does nothing"
             )
 

@@ -22,6 +22,7 @@ from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_
 from part_fast.attack_model.fuse import fuse, fused_convolutions, unfuse
 from part_fast.attack_model.graph import GraphedSteps
 from part_fast.attack_model.trace import Trace
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, switches, unwrapped
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,15 +75,15 @@ class AttackModel(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         model = _unwrapped(model)
         if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+            raise BadValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(0)).device
         if precision == "fp16" and device.type != "cuda":
-            raise ValueError(f"precision fp16 needs a CUDA model, got one on {device.type}: take bf16 or fp32")
+            raise BadValueError(f"precision fp16 needs a CUDA model, got one on {device.type}: take bf16 or fp32")
         if cuda_graph and device.type != "cuda":
-            raise ValueError(f"cuda_graph needs a CUDA model, got one on {device.type}")
+            raise BadValueError(f"cuda_graph needs a CUDA model, got one on {device.type}")
         self.precision = precision
         self.compiled, self.cuda_graph = compile, cuda_graph
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
@@ -98,7 +99,7 @@ class AttackModel(nn.Module):
         """Copy the model, fold, pack, cast and compile; says why no BatchNorm could be folded, if there are any."""
         model = self.source
         if self.precision != "fp32" and (dtype := _whereabouts(model)[0]) == torch.float64:
-            raise ValueError(
+            raise BadValueError(
                 f"precision {self.precision} needs a float32 model, got {dtype}: take fp32, which keeps it"
             )
         module = frozen_copy(model)
@@ -278,7 +279,7 @@ class AttackModel(nn.Module):
     def _rebuild(self) -> None:
         model = self.source
         if _hooks(self.module) != self._hooks:
-            raise ValueError(
+            raise BadValueError(
                 f"model, the {type(model).__name__} of this AttackModel, has other modules, shapes, dtypes or another "
                 "device now, and hooks hang on its copy, which would be lost: make a new AttackModel"
             )
@@ -357,7 +358,7 @@ class AttackModel(nn.Module):
     def _check_moved(self, dtype: torch.dtype, device: torch.device) -> None:
         at = _whereabouts(self.source)
         if at != (dtype, device):
-            raise ValueError(
+            raise BadValueError(
                 f"model must be moved, and its AttackModel follows: the model is {at[0]} on {at[1]}, "
                 f"and the AttackModel was to become {dtype} on {device}"
             )

@@ -15,6 +15,7 @@ from part_fast.attack_model import AttackModel
 from part_fast.attack_model.graph import surroundings
 from part_fast.attacks.objectives import Loss
 from part_fast.checks import Bound, Clip
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
 from part_fast.ops.pgd_step import pgd_step_
@@ -65,7 +66,7 @@ def ascend(
                 with record_function("part_fast: attack backward"):
                     grad = input_gradient(loss(logits, y, *others).sum(), leaf)
                 if grad is None:
-                    raise ValueError(
+                    raise BadValueError(
                         "model must lead from its input to the loss, got a loss that does not depend on x_adv"
                     )
                 del logits, leaf  # the graph is done; x_adv may be overwritten
@@ -97,7 +98,7 @@ def _graph_key(
 ) -> Hashable:
     """All that decides what the steps of an attack do, but its tensors."""
     if not isinstance(loss, Hashable):
-        raise TypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
+        raise BadTypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
     numbers = (steps, checks.number("alpha", alpha), clip, _eps_numbers(eps))
     return (loss, numbers, surroundings(model.module, x.device))
 
@@ -145,7 +146,7 @@ def check_images(
     Returns the images contiguous or channels_last.
     """
     if checks.transformed():
-        raise ValueError(f"{name} must be a tensor outside torch.func transforms: an attack runs its own backward")
+        raise BadValueError(f"{name} must be a tensor outside torch.func transforms: an attack runs its own backward")
     x = checks.pixels(name, x, clip)
     eps_arguments(eps, x)
     if isinstance(eps, Tensor):
@@ -164,7 +165,7 @@ def starting_point(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | 
     if start == "zero":
         return torch.clamp(x, *bounds)  # x may lie outside by rounding
     if start != "uniform":
-        raise ValueError(f"start must be one of {', '.join(STARTS)} or a tensor, got {start!r}")
+        raise BadValueError(f"start must be one of {', '.join(STARTS)} or a tensor, got {start!r}")
     bound = eps.dense() if isinstance(eps, PackedEpsilon) else eps
     noise = torch.rand_like(x, dtype=checks.compute_dtype(x)).mul_(2).sub_(1)
     bound = bound.detach() if isinstance(bound, Tensor) else bound

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attacks.ascend import check_images, plain
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, grads_kept, input_gradient
 from part_fast.ops.project_linf import project_linf
+from part_fast.optional import needs
 
 
 def autoattack(
@@ -37,16 +40,13 @@ def autoattack(
     Parameter-free Attacks", ICML 2020.
     Errors: ImportError without pyautoattack, saying how to get it; TypeError or ValueError that names the argument.
     """
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise ImportError("AutoAttack needs the package pyautoattack: pip install part_fast[aa]") from error
+    kind = load_autoattack()
     if not (isinstance(clip, (tuple, list)) and all(isinstance(bound, numbers.Real) for bound in clip)):
-        raise TypeError(f"clip must be two numbers for AutoAttack: normalise inside the model, got {clip!r}")
+        raise BadTypeError(f"clip must be two numbers for AutoAttack: normalise inside the model, got {clip!r}")
     low, high = checks.clip_range(clip)
     span = high - low
     if not 0 < span < math.inf:
-        raise ValueError(f"clip must be two finite numbers for AutoAttack, low < high, got {clip!r}")
+        raise BadValueError(f"clip must be two finite numbers for AutoAttack, low < high, got {clip!r}")
     x = check_images(x, checks.number("eps", eps, 0), (low, high))
     checks.labels("y", y, x)
     if x.shape[0] == 0:
@@ -60,12 +60,12 @@ def autoattack(
             leaf = x.clone().requires_grad_()
             logits = checks.logits(model(leaf), x)
             if input_gradient(logits.sum(), leaf) is None:
-                raise ValueError("model must lead from its input to the logits, got logits that do not depend on x")
+                raise BadValueError("model must lead from its input to the logits, got logits that do not depend on x")
         classes = logits.shape[1]
         checks.labels("y", y, x, classes)
         if classes < 2:
-            raise ValueError("model must give at least 2 classes for AutoAttack, got 1")
-        attack = AutoAttack(attacked, eps=eps / span, seed=seed, device=x.device)
+            raise BadValueError("model must give at least 2 classes for AutoAttack, got 1")
+        attack = kind(attacked, eps=eps / span, seed=seed, device=x.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
         if classes < 4:
             attack.attacks_to_run = [name for name in attack.attacks_to_run if name != "apgd-t"]
@@ -79,3 +79,10 @@ def autoattack(
             return z_adv
         x_adv = torch.where(z_adv == z, x, z_adv * span + low)
         return project_linf(x_adv, x, eps).clamp(low, high)  # scaling has rounded
+
+
+def load_autoattack() -> Any:
+    """The class of pyautoattack. Errors: ImportError where it is missing, saying how to get it."""
+    with needs("pyautoattack", "aa"):
+        from pyautoattack import AutoAttack
+    return AutoAttack

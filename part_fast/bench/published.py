@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -135,7 +136,6 @@ def published_epsilon_map(cam: Tensor, *, size: tuple[int, int], rule: str, eps:
     rule: "released" is that code's own; "zscore" is the same without the colours. A flat map gives eps_low.
     """
     import matplotlib
-    from PIL import Image
 
     colour = matplotlib.colormaps["jet"]
     result = []

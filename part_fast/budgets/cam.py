@@ -14,6 +14,7 @@ from part_fast.attack_model import AttackModel
 from part_fast.budgets.controls import check_control, control_map
 from part_fast.budgets.external import Explain, check_method, external_cam
 from part_fast.checks import Clip
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast, unwrapped
 from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
@@ -67,7 +68,7 @@ class CamBudget:
         clip: Clip = (0.0, 1.0),
     ):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if method not in METHODS:
             check_method(method, METHODS)
         self.eps, self.eps_low = eps_pair(eps, eps_low)
@@ -102,7 +103,7 @@ class CamBudget:
     def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
         """The eps map as one bit per value: what a call gives, by every rule but "soft" and control but "uniform"."""
         if self.control == "uniform":
-            raise ValueError(
+            raise BadValueError(
                 "control must not be uniform in a packed map, which has two values: call the budget itself"
             )
         with record_function("part_fast: CAM"):
@@ -117,7 +118,9 @@ class CamBudget:
         """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""
         x = checks.pixels("x", x, self.clip)
         if self.channels == 3 and x.shape[1] != 3:
-            raise ValueError(f"rule released must have images of 3 channels, whose colours it masks, got {x.shape[1]}")
+            raise BadValueError(
+                f"rule released must have images of 3 channels, whose colours it masks, got {x.shape[1]}"
+            )
         if target is not None:
             checks.labels("target", target, x)
         if x.shape[0] == 0:  # layers disagree on empty batches
@@ -140,7 +143,7 @@ class CamBudget:
                 score = logits.gather(1, target[:, None].clone()).sum()
             gradient = input_gradient(score, activation)
         if gradient is None:
-            raise ValueError(
+            raise BadValueError(
                 "target_layer must lead to the logits, got a layer whose output they do not depend on, or only through "
                 "what the model detaches or runs under its own no_grad: name a later layer"
             )
@@ -172,7 +175,7 @@ class CamBudget:
                 return None
             if not isinstance(output, Tensor) or output.ndim != 4:
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(f"target_layer must give a tensor (N,K,h,w), got {got}")
+                raise BadValueError(f"target_layer must give a tensor (N,K,h,w), got {got}")
             torch.set_grad_enabled(True)  # until the no_grad block below ends
             last = _channels_are_last(output, x, model)
             activation = (output.permute(0, 3, 1, 2) if last else output).detach()
@@ -190,7 +193,7 @@ class CamBudget:
         finally:
             handle.remove()
         if not found:
-            raise ValueError("target_layer must be run by the model's forward, got a layer that was not")
+            raise BadValueError("target_layer must be run by the model's forward, got a layer that was not")
         return found[-1], checks.logits(logits, x)
 
 
@@ -219,7 +222,7 @@ def _channels_are_last(output: Tensor, x: Tensor, model: nn.Module) -> bool:
         multiplied = any(isinstance(m, nn.Linear) and c in (m.in_features, m.out_features) for m in model.modules())
         return normalised or multiplied
     if normalised:
-        raise ValueError(
+        raise BadValueError(
             f"target_layer must give a map that is plainly (N,K,h,w), got (N,{a},{b},{c}), which a model with a "
             f"LayerNorm of {c} can mean as (N,h,w,K): name another layer"
         )
@@ -248,7 +251,7 @@ def _theirs(fast: AttackModel, layer: nn.Module | None) -> tuple[nn.Module, nn.M
 def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Module:
     """The module that is hooked, by the names and modules that the user knows; of an AttackModel, in its copy."""
     if isinstance(_copied(model), torch.jit.ScriptModule):
-        raise TypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
+        raise BadTypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
     names = {name: module for name, module in _copied(model).named_modules() if name}
     name = _layer_name(model, names, target_layer)
     if name is None:
@@ -259,13 +262,13 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
         folded |= dict(fast._pairs)
         fast = unwrapped(fast.source)
     if name in folded:
-        raise ValueError(
+        raise BadValueError(
             f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "
             f"BatchNorm: name that, {folded[name]!r}, or a later layer"
         )
     layer = dict(_run(model).named_modules())[name]
     if isinstance(layer, torch.jit.ScriptModule):
-        raise ValueError(
+        raise BadValueError(
             "target_layer must be a module that takes hooks, got one of TorchScript: give the model as it was before "
             "torch.jit, or method=callable(model, x, target) -> maps (N,h,w)"
         )
@@ -277,23 +280,25 @@ def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.
     if isinstance(target_layer, nn.Module):
         found = next((name for name, module in names.items() if module is target_layer), None)
         if found is None and not any(module is target_layer for module in model.modules()):
-            raise ValueError(f"target_layer must be a module of the model, got another {type(target_layer).__name__}")
+            raise BadValueError(
+                f"target_layer must be a module of the model, got another {type(target_layer).__name__}"
+            )
         return found
     if isinstance(target_layer, str):
         plain = target_layer
         while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # a wrapper's name for it
             plain = plain.partition(".")[2]
         if plain not in names:
-            raise ValueError(f"target_layer must be one of {_candidates(names)}, got {target_layer!r}")
+            raise BadValueError(f"target_layer must be one of {_candidates(names)}, got {target_layer!r}")
         return plain
     if target_layer is not None:
-        raise TypeError(f"target_layer must be a module or its name, got {type(target_layer).__name__}")
+        raise BadTypeError(f"target_layer must be a module or its name, got {type(target_layer).__name__}")
     for layer in DEFAULT_LAYERS:
         matches = [name for name in names if name.rpartition(".")[2] == layer]
         if len(matches) == 1:
             return matches[0]
     none = f"the model has no {' or '.join(DEFAULT_LAYERS)}"
-    raise ValueError(f"target_layer must be given, {none}; candidates: {_candidates(names)}")
+    raise BadValueError(f"target_layer must be given, {none}; candidates: {_candidates(names)}")
 
 
 def _candidates(names: dict[str, nn.Module]) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from part_fast.errors import BadValueError
+
 CONTROLS = ("none", "permuted", "random", "inverted", "uniform")
 
 
 def check_control(control: str) -> str:
     """`control` if it is known. Errors: ValueError that lists the known ones."""
     if control not in CONTROLS:
-        raise ValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")
+        raise BadValueError(f"control must be one of {', '.join(CONTROLS)}, got {control!r}")
     return control
 
 

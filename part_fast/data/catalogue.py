@@ -10,10 +10,9 @@ from pathlib import Path
 from part_fast.data.cifar import CIFAR10, CIFAR100, load_cifar
 from part_fast.data.fashion_mnist import load_demo, load_fashion_mnist
 from part_fast.data.folders import load_folder, load_tinyimagenet
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.memory import Dataset
 from part_fast.data.svhn import load_svhn
+from part_fast.errors import BadValueError
 
 
 def load(name: str, split: str, root: str | os.PathLike[str] | None = None, download: bool = False) -> Dataset:
@@ -48,9 +47,9 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
     """
     folder = name.removeprefix("folder:")
     if name not in DATASETS and (folder == name or not folder):
-        raise ValueError(f"data set takes one of {', '.join(DATASETS)}, folder:PATH, got {name!r}")
+        raise BadValueError(f"data set takes one of {', '.join(DATASETS)}, folder:PATH, got {name!r}")
     if split not in ("train", "test"):
-        raise ValueError(f"split takes 'train' or 'test', got {split!r}")
+        raise BadValueError(f"split takes 'train' or 'test', got {split!r}")
     read = DATASETS[name] if name in DATASETS else partial(load_folder, folder)
     return read(split, None if root is None else Path(root).expanduser(), download)
 

@@ -15,20 +15,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from part_fast import checks, distributed
 from part_fast.attack_model import AttackModel
 from part_fast.attacks.ascend import clean_logits
-from part_fast.attacks.autoattack import autoattack
+from part_fast.attacks.autoattack import autoattack, load_autoattack
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import pgd
 from part_fast.config import find_device
 from part_fast.data.memory import Dataset, to_float
+from part_fast.errors import BadValueError
 from part_fast.evaluation import sanity
 from part_fast.evaluation.trained import load_trained
+from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
+
+with needs("tqdm", "train"):
+    from tqdm import tqdm
+with needs("safetensors", "train"):
+    from safetensors.torch import load_file, save_file
 
 KNOWN_ATTACKS = "natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa"
 
@@ -48,9 +54,9 @@ def check_attacks(names: Sequence[str]) -> None:
     """Raises ValueError for an unknown attack, listing the known, and for none at all."""
     for name in names:
         if name not in ("natural", "mma", "aa") and _pgd_steps(name) is None:
-            raise ValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
+            raise BadValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
+        raise BadValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
 
 
 def correct(
@@ -71,8 +77,6 @@ def correct(
     keep: a file that holds what is done after every batch, from which a call that was stopped goes on; for aa.
     Of several processes each does its share of the batches, with the random numbers of one, and all get the result.
     """
-    from safetensors.torch import load_file, save_file
-
     generator = torch.Generator().manual_seed(attack.seed)
     right, done = torch.zeros(len(data), dtype=torch.bool), 0
     if keep is not None and distributed.size() > 1:
@@ -137,12 +141,13 @@ def evaluate(
     Raises:
         FileNotFoundError: no such run, checkpoint or data set.
         ValueError, TypeError: an argument is wrong; or `out` holds an evaluation with other settings, not overwrite.
+        ImportError: pyautoattack, which aa needs, is missing; nothing is written then.
     """
-    from safetensors.torch import load_file, save_file
-
     check_attacks(attacks)
+    if "aa" in attacks:
+        load_autoattack()  # a missing package is said before anything is written
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
+        raise BadValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)
     checks.seed("seed", seed)
     checks.count("sanity_images", sanity_images)
@@ -170,7 +175,7 @@ def evaluate(
         # The same file under another path is the same checkpoint.
         different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
         if different:
-            raise ValueError(
+            raise BadValueError(
                 f"{summary} holds an evaluation with other {', '.join(different)}: choose another --out or --overwrite"
             )
         results, images = before["results"], load_file(per_image)

@@ -13,6 +13,7 @@ from part_fast.attacks.ascend import clean_logits
 from part_fast.attacks.pgd import pgd
 from part_fast.budgets.cam import CamBudget
 from part_fast.data.memory import to_float
+from part_fast.errors import BadValueError
 from part_fast.evaluation.trained import load_trained
 from part_fast.report import figures, files
 
@@ -43,12 +44,13 @@ def masks(
         FileNotFoundError: no such run, checkpoint or data set.
         ValueError, TypeError: an argument is wrong, or `out` exists, not overwrite.
     """
+    figures.load_matplotlib()  # a missing package is said before anything is written
     record_path = out.with_suffix(".json")
     if out.suffix != ".png":
-        raise ValueError(f"out takes a .png file, got {str(out)!r}")
+        raise BadValueError(f"out takes a .png file, got {str(out)!r}")
     for path in (out, record_path):
         if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists: choose another --out or --overwrite")
+            raise BadValueError(f"{path} exists: choose another --out or --overwrite")
     checks.seed("seed", seed)
     net, config, data, weights = load_trained(
         where, n, dataset=dataset, model=model, root=root, download=download, device=device

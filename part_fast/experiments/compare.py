@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from part_fast.errors import BadValueError
+from part_fast.optional import needs
 from part_fast.report import files
+
+with needs("safetensors", "train"):
+    from safetensors.torch import load_file
 
 # What demo and study compare, by the names of `evaluate`.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
@@ -46,12 +51,9 @@ def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int
     interval that holds for all comparisons at once with 95 %; significant: whether that one excludes 0.
     Errors: ValueError for fewer than two seeds; ImportError without scipy.
     """
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise ImportError("confidence intervals need scipy: pip install 'part_fast[study]'") from None
+    t = load_student_t()
     if len(before) < 2 or len(before) != len(after):
-        raise ValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
+        raise BadValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
     change = _change(before, after)
     per_seed = change.mean(1).tolist()
     mean = statistics.mean(per_seed)
@@ -66,6 +68,13 @@ def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int
     }
 
 
+def load_student_t() -> Any:
+    """Student's t distribution of scipy. Errors: ImportError without it, saying how to get it."""
+    with needs("scipy", "study"):
+        from scipy.stats import t
+    return t
+
+
 def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
     """Text: a line for each name of `found`, name -> measure -> `mean_and_spread`, and what it is of."""
     rows = [
@@ -78,8 +87,6 @@ def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, floa
 
 def right(folder: Path, attack: str) -> Tensor:
     """Whether each test image was right under `attack`: bool (N,), as `evaluate` left it in a run folder."""
-    from safetensors.torch import load_file
-
     return load_file(folder / "evaluation_images.safetensors")[attack]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from part_fast.config import PRESETS, TrainConfig
+from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import evaluate
 from part_fast.evaluation.masks import masks
 from part_fast.experiments.compare import MEASURES, accuracy_table, difference, mean_and_spread, right
@@ -43,7 +44,7 @@ def demo(
     """
     present = [name for name in (*FILES, "warmup") if (out / name).exists()]
     if present and not overwrite:
-        raise ValueError(f"{out} already holds a demo ({', '.join(present)}): --overwrite replaces it")
+        raise BadValueError(f"{out} already holds a demo ({', '.join(present)}): --overwrite replaces it")
     begin = time.perf_counter()
     rest = config.epochs - config.warmup_epochs
     log(

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from part_fast import checks
+from part_fast.attacks.autoattack import load_autoattack
 from part_fast.config import TrainConfig, preset
+from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import check_attacks, evaluate
 from part_fast.report import files
 from part_fast.training.engine import Engine
@@ -97,9 +99,9 @@ def plan(table: str, seeds: int | None = None, scale: str = "full") -> list[Row]
     Errors: ValueError for an unknown table or scale, listing the known.
     """
     if table not in POSTER:
-        raise ValueError(f"table must be one of {', '.join(POSTER)}, got {table!r}")
+        raise BadValueError(f"table must be one of {', '.join(POSTER)}, got {table!r}")
     if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+        raise BadValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     if seeds is None:
         seeds = 3 if scale == "full" else 1
     base = preset(PRESET[table]) if scale == "full" else dataclasses.replace(preset("demo"), **SMALL)
@@ -147,6 +149,8 @@ def reproduce(
             log(row.command(out))
         log(_estimate(rows))
         return []
+    if "aa" in attacks:
+        load_autoattack()  # a missing package is said before anything is written
     found: dict[str, list[dict[str, float]]] = {}
     for row in rows:
         log(f"{row.name}, seed {row.config.seed}")

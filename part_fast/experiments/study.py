@@ -12,8 +12,9 @@ from torch import Tensor
 
 from part_fast import checks
 from part_fast.config import PRESETS, TrainConfig
+from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import evaluate
-from part_fast.experiments.compare import MEASURES, accuracy_table, interval, mean_and_spread, right
+from part_fast.experiments.compare import MEASURES, accuracy_table, interval, load_student_t, mean_and_spread, right
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 from part_fast.training.loop import train
@@ -58,7 +59,8 @@ def study(
     """
     checks.count("seeds", seeds, 2)
     if not {"AT", "PART"} <= set(arms):
-        raise ValueError(f"arms must hold AT and PART, got {', '.join(arms)}")
+        raise BadValueError(f"arms must hold AT and PART, got {', '.join(arms)}")
+    load_student_t()  # a missing package is said before anything is written
     begin = time.perf_counter()
     runs: list[dict[str, Any]] = []
     hits: dict[str, dict[str, list[Tensor]]] = {key: {name: [] for name in arms} for key in MEASURES}

@@ -18,13 +18,6 @@ from part_fast.gpu.page import NO_CARD
 from part_fast.gpu.record import Recorder, parser
 
 ROOT = Path(part_fast.__file__).resolve().parents[1]
-# Compiling in place needs no metadata, and reading pyproject.toml's needs setuptools 77.
-SETUP = """
-import runpy, sys, setuptools
-setuptools.Distribution.parse_config_files = lambda *args, **kwargs: None
-sys.argv[0] = "setup.py"
-runpy.run_path("setup.py", run_name="__main__")
-"""
 # What parts of the battery, or some of their cases, need beside torch and numpy.
 PACKAGES = (
     *("triton", "safetensors", "tqdm", "matplotlib", "pillow", "torchvision", "setuptools", "ninja"),
@@ -41,7 +34,7 @@ def why_no_checkout() -> str | None:
 
 def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the checkout's setup.py."""
-    command = [sys.executable, "-c", SETUP, *arguments]
+    command = [sys.executable, "setup.py", *arguments]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
 
 

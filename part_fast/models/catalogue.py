@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from part_fast.errors import BadValueError
 from part_fast.models.resnet import ResNet, resnet18, resnet_small
 from part_fast.models.wideresnet import WideResNet, wideresnet
 
@@ -29,5 +30,5 @@ def build_model(
         return resnet_small(num_classes, mean=mean, std=std)
     wide = re.fullmatch(r"wrn-(\d+)-(\d+)", name)
     if wide is None:
-        raise ValueError(f"model takes one of {', '.join(KNOWN_MODELS)}, got {name!r}")
+        raise BadValueError(f"model takes one of {', '.join(KNOWN_MODELS)}, got {name!r}")
     return wideresnet(int(wide[1]), int(wide[2]), num_classes, mean=mean, std=std)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from part_fast.errors import BadValueError
+
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
@@ -23,9 +25,9 @@ class Normalize(nn.Module):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != 3 or not all(math.isfinite(v) for v in values):
-                raise ValueError(f"{name} takes three finite numbers, one per channel, got {values!r}")
+                raise BadValueError(f"{name} takes three finite numbers, one per channel, got {values!r}")
         if min(std) <= 0:
-            raise ValueError(f"std takes three numbers > 0, got {std!r}")
+            raise BadValueError(f"std takes three numbers > 0, got {std!r}")
         self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, 3, 1, 1), persistent=False)
 
@@ -37,10 +39,10 @@ def normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> 
     if mean is None and std is None:
         return nn.Identity()
     if mean is None or std is None:
-        raise ValueError(f"mean and std go together, got mean={mean!r}, std={std!r}")
+        raise BadValueError(f"mean and std go together, got mean={mean!r}, std={std!r}")
     return Normalize(mean, std)
 
 
 def check_num_classes(num_classes: int) -> None:
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes takes an integer >= 1, got {num_classes!r}")
+        raise BadValueError(f"num_classes takes an integer >= 1, got {num_classes!r}")

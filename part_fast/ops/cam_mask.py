@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from part_fast import backends, checks
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.packed_epsilon import bytes_per_mask, pack_bits
 from part_fast.ops.upsample_cam import reference as upsample_reference
 
@@ -37,7 +38,7 @@ def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int
     """(rule, k, M): the rule's number, how many pixels `quantile:q` keeps (else 0), the mask's channels."""
     known = "zscore, released, quantile:q with 0 < q < 1" + (", soft" if soft else "")
     if not isinstance(rule, str):
-        raise TypeError(f"rule must be one of {known}, got {type(rule).__name__}")
+        raise BadTypeError(f"rule must be one of {known}, got {type(rule).__name__}")
     name, colon, share = rule.partition(":")
     if name == "quantile" and colon:
         numerator, denominator = _fraction(share)
@@ -45,7 +46,7 @@ def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int
             return RULES.index("quantile"), -(-numerator * height * width // denominator), 1
     elif rule in ("zscore", "released") or (soft and rule == "soft"):
         return RULES.index(rule), 0, 3 if rule == "released" else 1
-    raise ValueError(f"rule must be one of {known}, got {rule!r}")
+    raise BadValueError(f"rule must be one of {known}, got {rule!r}")
 
 
 # matplotlib's jet is linear between these (place, value) points of each channel.

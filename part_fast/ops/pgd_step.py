@@ -10,6 +10,7 @@ from torch import Tensor
 
 from part_fast import backends, checks
 from part_fast.checks import Clip
+from part_fast.errors import BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon, dense_eps, eps_arguments
 from part_fast.ops.project_linf import clamped, fake_bwd, split_gradient, split_tangent
 
@@ -78,17 +79,17 @@ class _PGDStep(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.scalars = inputs[4:]
+        ctx.scalars, ctx.backend = inputs[4:], backends.chosen()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, grad, x, eps = ctx.saved_tensors
-        gradient: Any = _pgd_step_bwd
         if checks.derivative_of_backward():
-            gradient = _reference_bwd
+            gradients = _reference_bwd(grad_out, x_adv, grad, x, eps, *ctx.scalars)
         else:
             grad_out = checks.same_format(grad_out, x_adv)
-        grad_x_adv, grad_x, grad_eps = gradient(grad_out, x_adv, grad, x, eps, *ctx.scalars)
+            gradients = _pgd_step_bwd.on(ctx.backend, grad_out, x_adv, grad, x, eps, *ctx.scalars)
+        grad_x_adv, grad_x, grad_eps = gradients
         grad_grad = torch.zeros_like(grad) if ctx.needs_input_grad[1] else None
         return grad_x_adv, grad_grad, grad_x, grad_eps if ctx.needs_input_grad[3] else None, *(None,) * 5
 
@@ -207,7 +208,7 @@ def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     (start, end), (x_adv_start, x_adv_end) = spans
     same = start == x_adv_start and value.stride() == x_adv.stride() and value.dtype == x_adv.dtype
     if start < x_adv_end and x_adv_start < end and not same:
-        raise ValueError(
+        raise BadValueError(
             f"{name} must not overlap x_adv in part, got bytes {start} to {end} and {x_adv_start} to {x_adv_end}"
         )
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from part_fast.report.files import replacing
+from part_fast.atomic import replacing
+from part_fast.optional import needs
 
 # Okabe and Ito's palette: tells apart for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
@@ -186,7 +187,8 @@ def load_matplotlib() -> Any:
         return sys.modules["matplotlib"]
     wanted = os.environ.pop("MPLBACKEND", None)
     try:
-        import matplotlib
+        with needs("matplotlib", "train"):
+            import matplotlib
     finally:
         if wanted is not None:
             os.environ["MPLBACKEND"] = wanted

@@ -12,21 +12,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import WEIGHTED, TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
+from part_fast.errors import BadValueError, CannotRunError
 from part_fast.evaluation.accuracy import AttackSettings, correct
 from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
 from part_fast.evaluation.trained import evaluation_data
+from part_fast.optional import needs
 from part_fast.precision import algorithms
 from part_fast.report import figures
 from part_fast.training.engine import Engine
 from part_fast.training.run_folder import STATE, check_folder, export, load_state, prepare_folder, save_state
 from part_fast.training.step import batch_epsilon, train_step
+
+with needs("tqdm", "train"):
+    from tqdm import tqdm
 
 
 def train(
@@ -51,7 +55,10 @@ def train(
         FileNotFoundError: the data set or checkpoint is missing, or there is nothing to resume.
         TypeError, ValueError: a field of config is wrong, does not fit the run to resume; or `out` holds a run already.
         RuntimeError: the loss is no longer finite.
+        ImportError: matplotlib, or with `tensorboard` that package, is missing; nothing is written then.
     """
+    figures.load_matplotlib()  # a missing package is said before anything is written
+    summary_writer = _load_summary_writer() if tensorboard else None
     config.check()
     device = distributed.join(find_device(config.device))
     main = distributed.rank() == 0
@@ -76,7 +83,7 @@ def train(
     rows = load_state(out / STATE, engine, bank) if resume else []
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
-        raise ValueError(f"epochs must be at least {done}, got {config.epochs}")
+        raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
     refuse_single_images(config, engine.model, data)
     if main:
         prepare_folder(config, out, resume, overwrite)
@@ -91,7 +98,7 @@ def train(
             disable=None if main else True,
         ) as bar,
         adversarial_logits(model) as seen,
-        _tensorboard(out) if tensorboard and main else contextlib.nullcontext() as writer,
+        summary_writer(str(out)) if summary_writer and main else contextlib.nullcontext() as writer,
     ):
         for epoch in range(len(rows), config.epochs):
             method = config.method_at(epoch)
@@ -121,7 +128,7 @@ def train(
             train_loss = float(distributed.sum_(loss_sum)) / images
             seconds = time.perf_counter() - begin
             if not math.isfinite(train_loss):
-                raise RuntimeError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
+                raise CannotRunError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
             if agreement and main and (warning := agreement_warning(agreement)) is not None:
                 log(f"warning: epoch {epoch + 1}, {config.precision}: {warning}")
 
@@ -206,7 +213,7 @@ def refuse_single_images(config: TrainConfig, model: nn.Module, data: Dataset) -
     except ValueError as error:
         name = "batch_size" if config.batch_size == 1 else "train_size"
         size = "x".join(map(str, data.images.shape[2:]))
-        raise ValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
+        raise BadValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
@@ -218,10 +225,10 @@ def _line(row: dict[str, Any], epochs: int) -> str:
     )
 
 
-def _tensorboard(out: Path) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out))
+def _load_summary_writer() -> Any:
+    with needs("tensorboard", "train"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
 
 
 def _log_scalars(writer: Any, row: dict[str, Any]) -> None:

@@ -11,10 +11,15 @@ import torch
 
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
+from part_fast.errors import BadValueError
+from part_fast.optional import needs
 from part_fast.precision import full_float32
 from part_fast.report import files
 from part_fast.report.environment import environment
 from part_fast.training.engine import Engine
+
+with needs("safetensors", "train"):
+    from safetensors.torch import save_file
 
 STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.safetensors"
 
@@ -37,19 +42,19 @@ MAY_CHANGE = ("epochs", "device", "root", "download")
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that this run must not write to, before anything is written."""
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
+        raise BadValueError("resume and overwrite exclude each other")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out takes a folder, {out} is a file")
+        raise BadValueError(f"out takes a folder, {out} is a file")
     present = [name for name in RUN_FILES if (out / name).exists()]
     if present and not (resume or overwrite):
         holds = ", ".join(present)
-        raise ValueError(f"{out} already holds a run ({holds}): --resume continues it, --overwrite replaces it")
+        raise BadValueError(f"{out} already holds a run ({holds}): --resume continues it, --overwrite replaces it")
     if resume:
         before, now = read_config(out).to_json(), config.to_json()
         different = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
         if different:
             pairs = "; ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in different)
-            raise ValueError(f"the run in {out} has another configuration: {pairs}")
+            raise BadValueError(f"the run in {out} has another configuration: {pairs}")
 
 
 def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
@@ -84,8 +89,6 @@ def save_state(out: Path, engine: Engine, rows: list[dict[str, Any]], bank: Mask
 
 def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
     """model.safetensors, averaged.safetensors where weights are averaged, and metrics.csv, for everybody else."""
-    from safetensors.torch import save_file
-
     models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
     for name, model in models.items():
         with files.replacing(out / name) as temporary:
@@ -102,7 +105,7 @@ def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[s
     # A damaged file can raise nearly anything; the first line says what happened.
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read: {reason}") from error
+        raise BadValueError(f"{path} cannot be read: {reason}") from error
     engine.load_state_dict(state)
     torch.set_rng_state(state["cpu_rng"])
     # Runs may go on on a machine with other devices; there the random numbers are others anyway.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attack_model.cpu import onednn, winograd
+from part_fast.errors import CannotRunError
 
 # Of one tensor of the images that a residual block works on at once: 2 MB, of which each of two threads reads half.
 CACHED_VALUES = 1 << 19
@@ -165,7 +166,7 @@ class _Convolve(torch.autograd.Function):
 
 def _check_version(conv: PackedConv2d, version: int) -> None:
     if conv.version != version:
-        raise RuntimeError(
+        raise CannotRunError(
             "the weights of a PackedConv2d have changed between its forward and its backward: "
             "take gradients before the model's next update, or run the forward again"
         )
