@@ -81,7 +81,7 @@ class Evaluate:
     batch_size: int = 256
     """Images per batch."""
     seed: int = 0
-    """Of the attack's random start."""
+    """Seed of the attack's random start."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     sanity_images: int = 0
@@ -126,7 +126,7 @@ class Masks:
     download: bool = False
     """Download the data set where it is not found."""
     seed: int = 0
-    """Of the attack's random start."""
+    """Seed of the attack's random start."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 

@@ -114,7 +114,7 @@ class TrainConfig:
     pgd_test_size: int = 500
     """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
     seed: int = 0
-    """Of everything random: weights, order, augmentation, attack."""
+    """Seed of everything random: initial weights, order of the images, augmentation, attack."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 

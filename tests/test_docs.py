@@ -23,7 +23,7 @@ from part_fast.gpu.__main__ import parser as gpu_parser
 from part_fast.losses import mart_objective, trades_objective
 from part_fast.models.resnet import resnet_small
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 

@@ -37,11 +37,11 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
         name: one of `DATASETS`, or folder:PATH.
         split: "train" or "test".
         root: the only folder to look in; without it $PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's path.
-        download: fetch with torchvision, into root (or $PART_FAST_DATA, or ~/.cache/part_fast), what is nowhere.
+        download: fetch with torchvision, into root (or $PART_FAST_DATA, or ~/.cache/part_fast), if it is not found.
             There is no such download of tinyimagenet.
 
     Raises:
-        FileNotFoundError: the data set is nowhere; names every place looked and how to get it.
+        FileNotFoundError: the data set is not found; names every place that was searched and how to get it.
         ValueError: unknown name or split, or a damaged file.
         OSError: the download failed.
     """

@@ -74,8 +74,9 @@ def correct(
     steps, three targets. aa: AutoAttack, standard. Random numbers come from `attack.seed`, on the CPU but for aa, so
     that a result repeats and the global random state stays as it is. Attacks run on an `AttackModel` of the model;
     the model itself judges what they found, in eval mode, and gets its mode back. Data and model lie on one device.
-    keep: a file that holds what is done after every batch, from which a call that was stopped goes on; for aa.
-    Of several processes each does its share of the batches, with the random numbers of one, and all get the result.
+    keep: a file to which aa writes its results after every batch, and from which a stopped call goes on.
+    Each of several processes does its share of the batches, with the random numbers of a single process, and all get
+    the whole result.
     """
     generator = torch.Generator().manual_seed(attack.seed)
     right, done = torch.zeros(len(data), dtype=torch.bool), 0
@@ -84,7 +85,7 @@ def correct(
     if keep is not None and keep.exists():
         state = load_file(keep)
         right, done = state["right"], int(state["done"])
-    attacked = AttackModel(model) if name != "natural" else model  # the same gradients, sooner
+    attacked = AttackModel(model) if name != "natural" else model  # the same gradients in less time
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for place, batch in enumerate(data.batches(batch_size)):
             noise = None if name in ("natural", "aa") else torch.rand(batch.images.shape, generator=generator)
@@ -126,11 +127,11 @@ def evaluate(
     where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, which lies in
         one or has `dataset` and `model` named. attacks: see `correct`. n: a balanced subset of the test images;
         default: those of the run.
-    out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks that it holds
-        are kept where they were made with the same settings. resume: do not repeat an attack whose result it holds.
+    out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks in it
+        are kept if they were made with the same settings. resume: do not repeat an attack whose result it holds.
     sanity_images: on so many of the images, look for signs that gradients mislead the attacks
         (`part_fast.evaluation.sanity`).
-    Accuracies in an order that no sound attack gives are always looked for. What is found is under "warnings".
+    Accuracies in an order that no sound attack gives are always warned about, under "warnings".
 
     Whether each image was right goes into evaluation_images.safetensors: bool (N,) per attack, and the labels.
     AutoAttack writes down every batch: stopped, it goes on there when it is asked for again. Under torchrun the
@@ -209,7 +210,7 @@ def evaluate(
 
 
 def _digest(settings: dict[str, Any], batch_size: int) -> str:
-    """Names what a stopped AutoAttack may be continued with."""
+    """A digest of model, data and settings: a stopped AutoAttack goes on only with the same."""
     settings = {**settings, "checkpoint": "", "batch_size": batch_size}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -86,9 +86,9 @@ def gradient_flags(
 
 
 def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    """What reduced precision does to the input gradients of the cross-entropy, which PGD reads the signs of.
+    """Compare input gradients of the cross-entropy, whose signs PGD reads, in reduced precision with those in float32.
 
-    model: in full precision, here without TF32 on CUDA. fast: the same in another, as it runs elsewhere.
+    model: in float32; TF32 is off while it runs. fast: the same model in reduced precision, as training attacks it.
     x: images (N,C,H,W). y: class indices (N,).
     Returns: zero_gradients, the share of values that are exactly zero by `fast` and not by `model`; sign_agreement, the
     share of those that are not zero by `model` whose sign is the same.
@@ -111,7 +111,7 @@ def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) 
 
 
 def agreement_warning(agreement: Mapping[str, float]) -> str | None:
-    """What is wrong with gradients of reduced precision, if it is enough to weaken the attack."""
+    """A warning if gradients in reduced precision differ enough to weaken the attack, else None."""
     zero, same = agreement["zero_gradients"], agreement["sign_agreement"]
     if zero <= 0.05 and same >= 0.95:
         return None
@@ -126,7 +126,7 @@ def _share(right: Tensor) -> float:
 
 
 def _excess(strong: Tensor, weak: Tensor) -> str | None:
-    """By how much `strong` is right more often than `weak`, if that is more than noise."""
+    """By how much the accuracy `strong` exceeds `weak`, if that is more than noise."""
     difference = strong.double() - weak.double()
     mean, error = float(difference.mean()), float(difference.std(correction=0)) / math.sqrt(len(difference))
     if mean <= 2 * error:

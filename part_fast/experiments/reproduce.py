@@ -214,7 +214,7 @@ def comparison(records: Sequence[dict[str, Any]], attacks: Sequence[str], seeds:
 
 
 def _estimate(rows: Sequence[Row]) -> str:
-    """Hours of training, from one measured step of each method on a small batch, growing with images alone."""
+    """Hours of training, from one measured step of each method on a small batch, in proportion to the images."""
     per_image: dict[str, float] = {}
     total = 0.0
     for row in rows:

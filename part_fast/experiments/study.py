@@ -20,7 +20,7 @@ from part_fast.report.environment import environment
 from part_fast.training.loop import train
 from part_fast.training.run_folder import STATE, WEIGHTS
 
-# What is trained after the warm-up; the first is what the others are compared with.
+# The arms that are trained after the warm-up; the others are compared with the first.
 ARMS: dict[str, dict[str, Any]] = {
     "AT": {"method": "at"},
     "PART": {},

@@ -27,7 +27,7 @@ def _fraction(text: str) -> tuple[int, int]:
         mantissa, e, exponent = text.lower().partition("e")
         whole, _, part = mantissa.strip().partition(".")
         power = (int(exponent) if e else 0) - len(part)
-        if abs(power) > 400:  # beyond any double; 10**power would take its time
+        if abs(power) > 400:  # beyond any double, and 10**power would take long
             return 0, 1
         return int(whole + part) * 10 ** max(power, 0), 10 ** max(-power, 0)
     except ValueError:
@@ -89,7 +89,7 @@ def reference(cam: Tensor, height: int, width: int, rule: int, k: int) -> Tensor
         return torch.zeros(n, 3 if RULES[rule] == "released" else 1, height, width, dtype=torch.bool, device=cam.device)
     u = upsample_reference(cam, height, width).view(n, pixels)
     low, high = cam.amin((1, 2))[:, None].to(u.dtype), cam.amax((1, 2))[:, None].to(u.dtype)
-    # Nothing can be said from a flat map, nor from one with NaN or infinities.
+    # A flat map, or one with NaN or infinity, holds no evidence.
     evidence = (high > low) & torch.isfinite(high - low)
     u = torch.where(evidence, u, torch.zeros_like(u))
     if RULES[rule] == "released":

@@ -88,7 +88,7 @@ def train(
     if main:
         prepare_folder(config, out, resume, overwrite)
         if rows:
-            export(out, engine, rows)  # the run may have been stopped between its state and these
+            export(out, engine, rows)  # the run may have been stopped after its state and before these files
     with (
         algorithms(device, tf32=config.tf32, deterministic=config.deterministic),
         tqdm(
@@ -186,7 +186,7 @@ def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
 
 @contextlib.contextmanager
 def adversarial_logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """`with adversarial_logits(model) as seen`: seen[-1] is the output of the latest train-mode forward.
+    """In `with adversarial_logits(model) as seen`, seen[-1] is the output of the latest train-mode forward.
 
     Every method's loss ends with the forward of its adversarial images, so this serves all six alike.
     """
