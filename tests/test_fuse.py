@@ -76,21 +76,23 @@ def calls(fast):
     return Counter(node.target for node in graph.nodes)
 
 
-def timm_resnet():
-    return pytest.importorskip("timm", reason="timm is not installed").create_model("resnet18", num_classes=CLASSES)
+def timm(name):
+    return pytest.importorskip("timm", reason="timm is not installed").create_model(name, num_classes=CLASSES)
 
 
 # Name: network, blocks that are one call, other fused convolutions, casts for several convolutions.
 NETWORKS = {
     # 8 blocks of two convolutions, and the stem. In three blocks the shortcut is a third one of the same input.
     "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 5, 1 + 3 * 2, 3),
-    "timm resnet18": (timm_resnet, 5, 1 + 3 * 2, 3),
+    "timm resnet18": (lambda: timm("resnet18"), 5, 1 + 3 * 2, 3),
     "resnet18": (lambda: models.resnet18(CLASSES), 5, 1 + 3 * 2, 3),
     # 3 + 4 + 6 + 3 blocks of three, and the stem; four shortcuts have a convolution.
     "torchvision resnet50": (lambda: torchvision.models.resnet50(num_classes=CLASSES), 0, 1 + 16 * 3, 4),
     # A stage of n blocks has n - 1 sums, but for the first and last, of one block each: 1 + 2 + 3 + 2 + 2. All else
     # is followed by ReLU6, or by nothing.
     "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES), 0, 10, 0),
+    # A stage of n blocks has n - 1 sums: 1 + 1 + 2 + 2 + 3. All activations are SiLU.
+    "timm efficientnet_b0": (lambda: timm("efficientnet_b0"), 0, 9, 0),
     # Three blocks, each with a ReLU after its first convolution and a sum after the second; the first BatchNorm of the
     # first block is alone behind the stem. Each block changes the shape, so that its shortcut is a convolution.
     "wrn-10-2": (lambda: models.wideresnet(10, 2, CLASSES), 0, 3 * 2 + 1, 3),

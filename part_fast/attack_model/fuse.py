@@ -299,7 +299,7 @@ def _out_shape(conv: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _fuse_calls(graph: Graph, model: nn.Module) -> bool:
     """Put fused calls into the graph in place of what they compute; whether there are any."""
     for node in list(graph.nodes):
-        if type(_module(node, model)) in (nn.Identity, Folded):
+        if _is_identity(_module(node, model)):
             node.replace_all_uses_with(_args(node)[0])
             graph.erase_node(node)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -383,6 +383,12 @@ def _module(node: Node, model: nn.Module) -> nn.Module | None:
     return None if "forward" in vars(layer) else layer
 
 
+def _is_identity(layer: nn.Module | None) -> bool:
+    if isinstance(layer, FoldedAct):
+        return _is_identity(layer.drop) and _is_identity(layer.act)
+    return type(layer) in (nn.Identity, Folded)
+
+
 def _is_packed(node: Node, model: nn.Module) -> bool:
     return type(_module(node, model)) is PackedConv2d
 
@@ -390,7 +396,7 @@ def _is_packed(node: Node, model: nn.Module) -> bool:
 def _is_relu(node: Node, model: nn.Module) -> bool:
     layer = _module(node, model)
     if isinstance(layer, FoldedAct):
-        return type(layer.drop) is nn.Identity and type(layer.act) is nn.ReLU
+        return _is_identity(layer.drop) and type(layer.act) is nn.ReLU
     if node.op == "call_function":
         return node.target in (F.relu, torch.relu, torch.relu_) and len(node.args) >= 1
     return type(layer) is nn.ReLU or (node.op == "call_method" and node.target in ("relu", "relu_"))
