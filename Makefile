@@ -70,7 +70,6 @@ test-torch-%: ## the tests on one more torch, such as test-torch-2.10
 	mkdir -p $(VERSIONS)/torch-$*/checkout
 	rm -rf $(foreach part,part_fast csrc tests,$(VERSIONS)/torch-$*/checkout/$(part)) $(VERSIONS)/torch-$*/checkout/build/*.stamp
 	git ls-files -z | xargs -0 cp --preserve=timestamps --parents --target-directory=$(VERSIONS)/torch-$*/checkout
-	test ! -d ../shared || ln -sfn $(abspath ../shared) $(VERSIONS)/torch-$*/shared
 	printf '%s\n' 'torch==$*.*' 'numpy<2.4' 'setuptools>=77,<82' > $(VERSIONS)/torch-$*/constraints.new
 	cd $(VERSIONS)/torch-$* && { cmp -s constraints.new constraints.txt || mv constraints.new constraints.txt; }
 	$(MAKE) -C $(VERSIONS)/torch-$*/checkout test VENV=$(abspath $(VERSIONS))/torch-$* CONSTRAINTS=../constraints.txt

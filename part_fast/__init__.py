@@ -10,6 +10,7 @@ from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import PGD, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
 from part_fast.budgets.cam import CamBudget
+from part_fast.errors import UsageError
 from part_fast.losses import mart_loss, trades_loss
 from part_fast.ops import (
     PackedEpsilon,
@@ -30,6 +31,7 @@ __all__ = [
     "AttackModel",
     "CamBudget",
     "PackedEpsilon",
+    "UsageError",
     "attacks",
     "available_backends",
     "backend",

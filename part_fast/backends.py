@@ -8,6 +8,7 @@ libraries `_C` and `_C_cuda` only add their dispatch key to it. Triton has an ov
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from part_fast.errors import BadValueError, CannotRunError
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -58,7 +61,7 @@ if torch.version.cuda is not None and _missing["triton"] and _missing["cuda"]:
 
 def _known(name: str, argument: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{argument}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+        raise BadValueError(f"{argument}: unknown backend {name!r}; known: {', '.join(BACKENDS)}")
     return name
 
 
@@ -93,35 +96,61 @@ def _fastest_first(device_type: str) -> tuple[str, ...]:
     return ("cuda", "triton", "reference") if device_type == "cuda" else ("cpp", "reference", "triton")
 
 
+# The choice of the process, and in a block of `backend` that of its thread (or asyncio task), as a tuple of one name.
 _chosen: str | None = None
+_block: contextvars.ContextVar[tuple[str | None] | None] = contextvars.ContextVar("part_fast.backend", default=None)
+# torch.compile traces, and guards on, a ContextVar in torch 2.14. Before, it needs a global: the choice made last.
+_TRACES_BLOCKS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+_latest: str | None = None
 
 
 def set_backend(name: str | None) -> None:
-    """Use one backend for every op of this process; None goes back to the fastest available.
+    """Use one backend for every op of this process, in every thread; None goes back to the fastest available.
 
+    Inside a block of `backend` the block's choice goes before it.
     Errors: ValueError for an unknown name; RuntimeError, saying why, for one that is not available here.
     """
-    global _chosen
+    global _chosen, _latest
+    _check_available(name)
+    _chosen = name
+    _latest = chosen()
+
+
+def _check_available(name: str | None) -> None:
     if name is not None:
         _known(name, "set_backend")
         devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
         reasons = [why_not(name, device_type) for device_type in devices]
         if None not in reasons:
             no_gpu = "" if len(devices) == 2 or _missing[name] else " (and this machine has no CUDA device)"
-            raise RuntimeError(f"backend {name!r} is not available: {reasons[-1]}{no_gpu}")
-    _chosen = name
+            raise CannotRunError(f"backend {name!r} is not available: {reasons[-1]}{no_gpu}")
 
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """`with part_fast.backend("reference"):` uses one backend inside the block; see `set_backend`."""
-    global _chosen
-    before = _chosen
-    set_backend(name)
+    """`with part_fast.backend("reference"):` uses one backend inside the block, in this thread alone.
+
+    A backward runs on the backend of its forward. None is the fastest available. On torch older than 2.14 a compiled
+    function takes the choice that any thread made last.
+    Errors: those of `set_backend`.
+    """
+    global _latest
+    _check_available(name)
+    token = _block.set((name,))
+    _latest = name
     try:
         yield
     finally:
-        _chosen = before
+        _block.reset(token)
+        _latest = chosen()
+
+
+def chosen() -> str | None:
+    """The backend asked for in this thread; None for the fastest available."""
+    if not _TRACES_BLOCKS and torch.compiler.is_compiling():
+        return _latest
+    block = _block.get()
+    return _chosen if block is None else block[0]
 
 
 def current_backend(device: str | torch.device = "cpu") -> str:
@@ -129,17 +158,17 @@ def current_backend(device: str | torch.device = "cpu") -> str:
 
     Errors: RuntimeError, saying why, if the one asked for cannot serve that device.
     """
-    return _select(torch.device(device).type)
+    return _select(chosen(), torch.device(device).type)
 
 
-def _select(device_type: str) -> str:
-    if _chosen is not None:
-        if _chosen not in BACKENDS:  # only the environment is not asked at once
+def _select(asked: str | None, device_type: str) -> str:
+    if asked is not None:
+        if asked not in BACKENDS:  # set_backend checks its argument at once, the environment's is checked here
             check_environment()
-        reason = why_not(_chosen, device_type)
+        reason = why_not(asked, device_type)
         if reason is not None:
-            raise RuntimeError(f"backend {_chosen!r} is not available: {reason}")
-        return _chosen
+            raise CannotRunError(f"backend {asked!r} is not available: {reason}")
+        return asked
     for name in _fastest_first(device_type):
         if why_not(name, device_type) is None:
             return name
@@ -161,15 +190,19 @@ class RawOp:
         self.triton = getattr(packet, "triton", None)
 
     def __call__(self, *args: Any) -> Any:
-        """The first argument is a tensor; its device chooses the backend."""
-        chosen = _select(args[0].device.type)
-        if chosen == "reference":
+        """The first argument is a tensor, whose device must be one of the backend's."""
+        return self.on(chosen(), *args)
+
+    def on(self, asked: str | None, *args: Any) -> Any:
+        """A call on a backend, None for the fastest: a backward's, which torch runs on CUDA in a thread of its own."""
+        name = _select(asked, args[0].device.type)
+        if name == "reference":
             # By name it has a rule for torch.vmap; called plainly its in-place ops would meet torch's rules.
             return (self.by_name if torch._C._are_functorch_transforms_active() else self.reference)(*args)
-        if chosen != "triton":
+        if name != "triton":
             return self.compiled(*args)
         if self.triton is None:
-            raise RuntimeError(f"part_fast::{self.name} runs on CPUs alone and has no triton kernel")
+            raise CannotRunError(f"part_fast::{self.name} runs on CPUs alone and has no triton kernel")
         return self.triton(*args)
 
 
@@ -232,4 +265,4 @@ def check_environment() -> None:
 
 
 # Asked at the first op, whether it is known and can serve a tensor: importing works everywhere.
-_chosen = os.environ.get("PART_FAST_BACKEND") or None
+_chosen = _latest = os.environ.get("PART_FAST_BACKEND") or None

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from part_fast.errors import BadTypeError, BadValueError
+
 Bound = float | Tensor
 # (low, high), each a number or one per channel; None for no clip.
 Clip = tuple[Bound | Sequence[float], Bound | Sequence[float]] | None
@@ -27,55 +29,55 @@ def number(name: str, value: Any, low: float = -math.inf) -> float:
     """A finite Python number, at least `low`."""
     if type(value) is not float:
         if type(value) is bool or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {_kind(value)}")
+            raise BadTypeError(f"{name} must be a number, got {_kind(value)}")
         value = float(value)
     if not (math.isfinite(value) and value >= low):
         takes = "finite" if low == -math.inf else f"finite and >= {low:g}"
-        raise ValueError(f"{name} must be {takes}, got {value}")
+        raise BadValueError(f"{name} must be {takes}, got {value}")
     return value
 
 
 def count(name: str, value: Any, low: int = 0) -> int:
     """A whole number, at least `low`."""
     if type(value) is not int and (type(value) is bool or not isinstance(value, numbers.Integral)):
-        raise TypeError(f"{name} must be a whole number, got {_kind(value)}")
+        raise BadTypeError(f"{name} must be a whole number, got {_kind(value)}")
     if value < low:
-        raise ValueError(f"{name} must be >= {low}, got {value}")
+        raise BadValueError(f"{name} must be >= {low}, got {value}")
     return int(value)
 
 
 def seed(name: str, value: Any) -> int:
     """A whole number that torch's generators take: from 0 to 2**63 - 1."""
     if count(name, value) >= 2**63:
-        raise ValueError(f"{name} must be < 2**63, got {value}")
+        raise BadValueError(f"{name} must be < 2**63, got {value}")
     return int(value)
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode AD is at work."""
+    """Whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode AD is active."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def has_tangent(value: Any) -> bool:
-    """Whether a forward-mode derivative is carried along with a tensor."""
+    """Whether a tensor carries a forward-mode derivative."""
     return forward_ad._current_level >= 0 and isinstance(value, Tensor) and forward_ad.unpack_dual(value)[1] is not None
 
 
 def derivative_of_backward() -> bool:
-    """Whether a derivative of what a backward computes may be asked for; it is then computed in plain PyTorch."""
+    """Whether the result of a backward may be differentiated again; the backward then runs in plain PyTorch."""
     return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
 
 
 def clip_range(clip: Any, x: Tensor | None = None) -> tuple[Any, Any]:
     """(low, high) of a clip argument for images x (N,C,H,W); None is no clip.
 
-    Two floats; or, where either is given per channel, two tensors (1,C,1,1) in the dtype of x. Without x two floats
-    are all it takes.
+    Two floats; or, where either is given per channel, two tensors (1,C,1,1) in the dtype of x. Without x only two
+    floats are allowed.
     """
     if clip is None:
         return -math.inf, math.inf
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
-        raise TypeError(f"clip must be (low, high) or None, got {clip!r}")
+        raise BadTypeError(f"clip must be (low, high) or None, got {clip!r}")
     low, high = clip
     if not (type(low) is type(high) is float):
         if x is not None and (_holds_values(low) or _holds_values(high)):
@@ -83,7 +85,7 @@ def clip_range(clip: Any, x: Tensor | None = None) -> tuple[Any, Any]:
         low, high = (float(bound) if isinstance(bound, numbers.Real) else math.nan for bound in clip)
     if not low <= high:
         channels = "" if x is None else ", or one per channel"
-        raise ValueError(f"clip must be two numbers, low <= high{channels}, got {clip!r}")
+        raise BadValueError(f"clip must be two numbers, low <= high{channels}, got {clip!r}")
     return low, high
 
 
@@ -99,32 +101,32 @@ def _channels(low: Any, high: Any, x: Tensor) -> tuple[Tensor, Tensor]:
             try:
                 bound = torch.as_tensor(bound, dtype=torch.float64).to(x.device)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(f"clip must be two numbers, or a number per channel, got {bound!r}") from error
+                raise BadTypeError(f"clip must be two numbers, or a number per channel, got {bound!r}") from error
         if bound.is_complex() or bound.requires_grad:
             what = bound.dtype if bound.is_complex() else "one that requires a gradient, which no op has for it"
-            raise TypeError(f"clip must be real and constant, got {what}")
+            raise BadTypeError(f"clip must be real and constant, got {what}")
         if bound.device != x.device:
-            raise ValueError(f"clip must be on the device of the images, {x.device}, got {bound.device}")
+            raise BadValueError(f"clip must be on the device of the images, {x.device}, got {bound.device}")
         shape = (1, x.shape[1], 1, 1)
         try:
             wide = (bound.view(-1, 1, 1) if bound.ndim == 1 else bound).expand(shape)
         except RuntimeError:
             got = tuple(bound.shape)
-            raise ValueError(f"clip must be two numbers, or a number per channel, {shape}, got {got}") from None
+            raise BadValueError(f"clip must be two numbers, or a number per channel, {shape}, got {got}") from None
         bounds.append(wide.to(compute_dtype(x)).to(x.dtype))
     if _readable(bounds[0]) and not bool((bounds[0] <= bounds[1]).all()):
-        raise ValueError(f"clip must have low <= high in every channel, got {low!r} and {high!r}".replace("\n", " "))
+        raise BadValueError(f"clip must have low <= high in every channel, got {low!r} and {high!r}".replace("\n", " "))
     return bounds[0], bounds[1]
 
 
 def tensor(name: str, value: Any) -> Tensor:
     """A strided tensor of a floating dtype that part_fast computes with."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {_kind(value)}")
+        raise BadTypeError(f"{name} must be a Tensor, got {_kind(value)}")
     if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+        raise BadTypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in FLOATING:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+        raise BadTypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     return value
 
 
@@ -132,7 +134,7 @@ def images(name: str, value: Any) -> Tensor:
     """(N,C,H,W), floating; returned contiguous or channels_last, copied where it is neither."""
     tensor(name, value)
     if value.ndim != 4:
-        raise ValueError(f"{name} must have shape (N,C,H,W), got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must have shape (N,C,H,W), got {tuple(value.shape)}")
     return dense(value)
 
 
@@ -140,7 +142,7 @@ def maps(name: str, value: Any) -> Tensor:
     """(N,h,w), floating, no element shared, h and w at least 1; returned contiguous."""
     tensor(name, value)
     if value.ndim != 3 or 0 in value.shape[1:]:
-        raise ValueError(f"{name} must have shape (N,h,w), h and w at least 1, got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must have shape (N,h,w), h and w at least 1, got {tuple(value.shape)}")
     unshared(name, value)
     return value.contiguous()
 
@@ -149,7 +151,7 @@ def features(name: str, value: Any) -> Tensor:
     """(N,K,h,w), floating, no element shared, K, h and w at least 1."""
     tensor(name, value)
     if value.ndim != 4 or 0 in value.shape[1:]:
-        raise ValueError(f"{name} must have shape (N,K,h,w), K, h and w at least 1, got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must have shape (N,K,h,w), K, h and w at least 1, got {tuple(value.shape)}")
     unshared(name, value)
     return value
 
@@ -157,11 +159,11 @@ def features(name: str, value: Any) -> Tensor:
 def alike(name: str, value: Tensor, than: str, other: Tensor, dtype: bool = True) -> None:
     """`value` has the shape, device and (if asked) dtype of `other`, the argument called `than`."""
     if value.shape != other.shape:
-        raise ValueError(f"{name} must have the shape of {than}, {tuple(other.shape)}, got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must have the shape of {than}, {tuple(other.shape)}, got {tuple(value.shape)}")
     if value.device != other.device:
-        raise ValueError(f"{name} must be on the device of {than}, {other.device}, got {value.device}")
+        raise BadValueError(f"{name} must be on the device of {than}, {other.device}, got {value.device}")
     if dtype and value.dtype != other.dtype:
-        raise TypeError(f"{name} must have the dtype of {than}, {other.dtype}, got {value.dtype}")
+        raise BadTypeError(f"{name} must have the dtype of {than}, {other.dtype}, got {value.dtype}")
 
 
 def size_of(size: Any, cam: Tensor) -> tuple[int, int]:
@@ -169,10 +171,10 @@ def size_of(size: Any, cam: Tensor) -> tuple[int, int]:
     if type(size) is int:
         size = (size, size)
     if not isinstance(size, (tuple, list)) or len(size) != 2:
-        raise TypeError(f"size must be (H, W), got {size!r}")
+        raise BadTypeError(f"size must be (H, W), got {size!r}")
     height, width = count("size", size[0]), count("size", size[1])
     if height < cam.shape[1] or width < cam.shape[2]:
-        raise ValueError(f"size must be at least the map's {tuple(cam.shape[1:])}, got {(height, width)}")
+        raise BadValueError(f"size must be at least the map's {tuple(cam.shape[1:])}, got {(height, width)}")
     return height, width
 
 
@@ -201,7 +203,7 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value.to(dtype)`, no call where it would change nothing: torch 2.11 compiles an autograd.Function that ends in
+    """`value.to(dtype)`, without a call if the dtype is the same: torch 2.11 compiles an autograd.Function that ends in
     such a call to one whose gradients are all zero."""
     return value if value.dtype == dtype else value.to(dtype)
 
@@ -215,7 +217,7 @@ def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None
 def pixels(name: str, value: Any, clip: Any) -> Tensor:
     """Images (N,C,H,W) as `images` returns them, within clip where values may be read.
 
-    A value may lie outside by rounding, 1e-6 of the larger bound or of 1: un-normalised images do.
+    A value may lie outside by 1e-6 of the larger bound or of 1, as rounding leaves images that were un-normalised.
     """
     value = images(name, value)
     low, high = clip_range(clip, value)
@@ -249,7 +251,7 @@ def image_units(name: str, eps: float | Tensor, clip: Any, stacklevel: int = 2) 
 
 
 def _rounded(bound: float, value: Tensor) -> float:
-    return float(torch.tensor(bound, dtype=value.dtype))  # 0.6 is more in float32
+    return float(torch.tensor(bound, dtype=value.dtype))  # 0.6 rounded to float32 is more than 0.6
 
 
 def _extremes(value: Tensor) -> tuple[float, float]:
@@ -267,11 +269,11 @@ def _within(
         if low == -math.inf == -high:
             takes = "finite"
         got = f"{_digits(least, low)} to {_digits(most, high)}"
-        raise ValueError(f"{name} must be {takes}{where}, got values from {got}")
+        raise BadValueError(f"{name} must be {takes}{where}, got values from {got}")
 
 
 def _digits(value: float, bound: float) -> str:
-    """A value in as many digits as tell it from its bound."""
+    """A value with enough digits to differ from its bound in print."""
     text = f"{value:g}"
     return text if value == bound or text != f"{bound:g}" else f"{value:.9g}"
 
@@ -286,29 +288,29 @@ def labels(name: str, value: Any, x: Tensor, classes: int | None = None, soft: b
     takes = "an int64 tensor of class indices" + (", or a floating one of probabilities (N,classes)" if soft else "")
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be {takes}, got {got}")
+        raise BadTypeError(f"{name} must be {takes}, got {got}")
     if value.shape != x.shape[:1]:
-        raise ValueError(f"{name} must have shape ({x.shape[0]},), one class per image, got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must have shape ({x.shape[0]},), one class per image, got {tuple(value.shape)}")
     if value.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+        raise BadValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
     if _readable(value):
         least, most = (int(bound) for bound in torch.aminmax(value))
         if least < 0 or (classes is not None and most >= classes):
             takes = "class indices >= 0" if classes is None else f"class indices in [0, {classes})"
-            raise ValueError(f"{name} must be {takes}, got values from {least} to {most}")
+            raise BadValueError(f"{name} must be {takes}, got values from {least} to {most}")
     return value
 
 
 def logits(value: Any, x: Tensor) -> Tensor:
-    """What `model` gave for the images x: logits (N,classes), floating."""
+    """The output of `model` for the images x: logits (N,classes), floating."""
     if not isinstance(value, Tensor):
         takes = f"logits ({x.shape[0]}, classes), a Tensor"
         got = type(value).__name__
-        raise TypeError(f"model must give {takes}, got {got}: wrap it in a module that returns the logits alone")
+        raise BadTypeError(f"model must give {takes}, got {got}: wrap it in a module that returns the logits alone")
     if value.ndim != 2 or value.shape[0] != x.shape[0]:
-        raise ValueError(f"model must give logits ({x.shape[0]}, classes), got {tuple(value.shape)}")
+        raise BadValueError(f"model must give logits ({x.shape[0]}, classes), got {tuple(value.shape)}")
     if not value.is_floating_point():
-        raise TypeError(f"model must give floating logits, got {value.dtype}")
+        raise BadTypeError(f"model must give floating logits, got {value.dtype}")
     return value
 
 
@@ -316,15 +318,15 @@ def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> 
     tensor(name, value)
     if value.ndim != 2 or len(value) != len(x) or (classes is not None and value.shape[1] != classes):
         takes = f"({len(x)}, {'classes' if classes is None else classes})"
-        raise ValueError(f"{name} must have shape {takes} if it holds probabilities, got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must have shape {takes} if it holds probabilities, got {tuple(value.shape)}")
     if value.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+        raise BadValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
     values(name, value, 0)
     if _readable(value):
         least, most = _extremes(value.double().sum(1))
-        slack = 1e-3 if value.element_size() >= 4 else 2e-2  # each of a row's values has rounded by up to 0.4% of it
+        slack = 1e-3 if value.element_size() >= 4 else 2e-2  # rounding changes each value of a row by up to 0.4%
         if not (1 - slack <= least and most <= 1 + slack):
-            raise ValueError(f"{name} must have rows that sum to 1, got sums from {least:g} to {most:g}")
+            raise BadValueError(f"{name} must have rows that sum to 1, got sums from {least:g} to {most:g}")
     return value
 
 
@@ -342,7 +344,7 @@ def unshared(name: str, value: Tensor) -> None:
     span = 1
     for stride, extent in dims:
         if stride < span:
-            raise ValueError(f"{name} must not share elements (expanded?), got {_strides(value)}")
+            raise BadValueError(f"{name} must not share elements (expanded?), got {_strides(value)}")
         span = stride * (extent - 1) + span
 
 

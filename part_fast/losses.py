@@ -11,6 +11,7 @@ from part_fast.attacks.ascend import ascend, check_images, clean_logits
 from part_fast.attacks.objectives import Loss, as_target, objective
 from part_fast.budgets.cam import CamBudget
 from part_fast.checks import Clip
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon
 
 Epsilon = float | Tensor | PackedEpsilon | CamBudget
@@ -39,7 +40,7 @@ def trades_loss(
     step_size, epsilon: image units. epsilon: a float, a tensor that broadcasts to the images, a PackedEpsilon, or a
         CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway.
     distance: "l_inf".
-    attack_model: what is attacked in the model's place, an `AttackModel` of it; default: the model.
+    attack_model: an `AttackModel` of the model, which is attacked in its place; default: the model.
     clip: (low, high), what a pixel may be, as in `pgd`; a CamBudget has a clip of its own.
     The attack starts at x + 0.001 N(0,1) and runs in eval mode. A model in eval mode is put in train mode, as
     published; one in train mode keeps what its submodules have (frozen BatchNorm, say). The clean batch is
@@ -135,7 +136,7 @@ def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -
 
 
 def _confidence(probs: Tensor, label: Tensor) -> Tensor:
-    """-log(1 - p) of each image's class `label` (N,): large where it is sure of it."""
+    """-log(1 - p) of each image's class `label` (N,): large where the model is sure of that class."""
     return F.nll_loss((1.0001 - probs + 1e-12).log(), label, reduction="none")
 
 
@@ -152,14 +153,14 @@ def _check(
 ) -> tuple[Tensor, float]:
     """The images contiguous or channels_last, and beta."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if optimizer is not None and not hasattr(optimizer, "zero_grad"):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+        raise BadTypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     if distance != "l_inf":
-        raise ValueError(f"distance must be 'l_inf', got {distance!r}")
+        raise BadValueError(f"distance must be 'l_inf', got {distance!r}")
     x = check_images(x, 0.0 if isinstance(epsilon, CamBudget) else epsilon, clip, name="x_natural", stacklevel=4)
     if x.shape[0] == 0:
-        raise ValueError("x_natural must hold at least one image: the loss of an empty batch is not defined")
+        raise BadValueError("x_natural must hold at least one image: the loss of an empty batch is not defined")
     checks.labels("y", y, x, soft=True)
     checks.count("perturb_steps", steps)
     return x, checks.number("beta", beta, 0)

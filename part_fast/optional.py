@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from part_fast.errors import MissingPackageError
+
 
 @contextlib.contextmanager
 def needs(package: str, extra: str) -> Iterator[None]:
@@ -21,7 +23,7 @@ def needs(package: str, extra: str) -> Iterator[None]:
         # A version of torchvision takes one version of torch alone: named, that one stays as it is.
         torch_too = f" torch=={torch.__version__.partition('+')[0]}" if package == "torchvision" else ""
         reason = " ".join(str(error).split())
-        raise ImportError(
+        raise MissingPackageError(
             f"part_fast needs the package {package} for this ({reason}): pip install {package}{torch_too}, "
             f"or in a checkout of part_fast pip install '.[{extra}]'{torch_too}",
             name=error.name,

@@ -452,7 +452,7 @@ def test_gpu_clock_rotates_inputs_and_replays_a_graph(monkeypatch):
     assert clock.sets(10**6, True) == 2
     # What Python launches gets few: a hundred sets of PIL's masks would take minutes.
     assert clock.sets(10, True) == 200
-    assert clock.sets(10, False) == cases.LAUNCHED_SETS == 8
+    assert clock.sets(10, False) == clocks.LAUNCHED_SETS == 8
     assert clock.sets(300, False) == 7
     for captured in (True, False):
         log.clear()

@@ -126,13 +126,13 @@ def small():
     return config(batch=3, steps=3, alpha=4 / 255)
 
 
-def arena(small):
-    return step_cases.Arena(small, CPU, 16, torch.float64)
+def small_cases(small):
+    return step_cases.StepCases(small, CPU, 16, torch.float64)
 
 
 @pytest.mark.parametrize("pair", step_cases.PAIRS, ids=" = ".join)
 def test_pairs_compute_the_same(small, pair):
-    row = step_cases.compare(arena(small), *pair)
+    row = step_cases.compare(small_cases(small), *pair)
     assert row["images_off"] == 0
     assert row["masks_off"] == (0 if "PART" in pair[0] else None)
     assert row["masked"] is None or 0.05 < row["masked"] < 0.5
@@ -189,25 +189,25 @@ def test_wrong_baseline_is_refused(small, monkeypatch, pair, planted, what):
     with pytest.raises(
         cases.MismatchError, match=rf"{pair[1]} computes something else than {pair[0]}: {what} .*: not timed$"
     ):
-        step_cases.compare(arena(small), *pair)
+        step_cases.compare(small_cases(small), *pair)
 
 
 def test_wrong_training_of_ours_is_refused(small, monkeypatch):
     monkeypatch.setattr(step, "batch_loss", lambda *args, right=step.batch_loss, **more: 1.001 * right(*args, **more))
     with pytest.raises(cases.MismatchError, match="update_off"):
-        step_cases.compare(arena(small), *AT)
+        step_cases.compare(small_cases(small), *AT)
 
 
 def test_attacks_of_the_check_meet_every_bound():
     """So that a pair with another eps anywhere is told apart, from TRADES's start beside the images too."""
-    checked = step_cases.Arena, []
+    checked = step_cases.StepCases, []
 
     def keep(*args):
         checked[1].append(checked[0](*args))
         return checked[1][-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_cases, "Arena", keep)
+        patch.setattr(step_cases, "StepCases", keep)
         step_cases.check(config(), CPU)
     (small,) = {(made.config.steps, made.config.alpha, made.config.precision) for made in checked[1]}
     assert small[0] * small[1] > EPS + 0.004  # TRADES starts some 0.001 N(0,1) away
@@ -220,7 +220,7 @@ def test_attacks_of_the_check_meet_every_bound():
 
 def test_flop_are_in_forwards():
     """PGD-10 is 10 forwards and input gradients, training a forward and twice that; published loops do more."""
-    counted = flop.count_flop(config(), CPU)
+    counted = step_cases.count_flop(config(), CPU)
     forward = counted["clean logits"]
 
     def forwards(name):
@@ -379,19 +379,19 @@ def test_steps_on_a_gpu_are_timed_several_to_a_pair_of_events():
     def never():
         raise AssertionError
 
-    assert steps.together(clocks.CpuClock(), never) == 1
+    assert clocks.calls_per_sample(clocks.CpuClock(), never) == 1
     assert clocks.CudaClock.step_seconds_at_least > 0
-    assert steps.together(Clock(0.5, 6.0), lambda: None) == 4  # one alone takes 1.5 s
-    assert steps.together(Clock(0.5, 1.0), lambda: None) == 1
-    assert steps.together(Clock(0.0, 1e9), lambda: None) == 100
+    assert clocks.calls_per_sample(Clock(0.5, 6.0), lambda: None) == 4  # one alone takes 1.5 s
+    assert clocks.calls_per_sample(Clock(0.5, 1.0), lambda: None) == 1
+    assert clocks.calls_per_sample(Clock(0.0, 1e9), lambda: None) == 100
 
 
 def test_seconds_are_of_one_of_several_steps(monkeypatch):
     monkeypatch.setattr(flop, "MATMUL_SIZE", {"cpu": 8})
     monkeypatch.setattr(steps, "count_flop", lambda config, device, progress: collections.defaultdict(float))
     monkeypatch.setattr(steps, "clock_for", lambda device: Clock(0.25, 5.0))
-    monkeypatch.setattr(step_cases.Arena, "steps", lambda self: dict.fromkeys(names, lambda: None))
-    monkeypatch.setattr(step_cases.Arena, "pieces", lambda self: dict.fromkeys(pieces, lambda: None))
+    monkeypatch.setattr(step_cases.StepCases, "steps", lambda self: dict.fromkeys(names, lambda: None))
+    monkeypatch.setattr(step_cases.StepCases, "pieces", lambda self: dict.fromkeys(pieces, lambda: None))
     names, pieces = ("AT", "PART", "PART, bank"), ("clean logits", "lookup", "refresh")
     rows = {each["name"]: each for each in steps.measure(config(), CPU, 2)}
     for name in (*names, *pieces, "AT fp32"):
@@ -416,7 +416,7 @@ def test_peak_memory_counts_what_graphs_hold(monkeypatch):
 
 def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
     """Before a step's peak is read the graphs of the others are gone, and it has captured its own."""
-    made = step_cases.Arena(config(), CPU)
+    made = step_cases.StepCases(config(), CPU)
     held = made.engine.attack_model.graphs = GraphedSteps()
     made.forget_graphs()
     assert made.engine.attack_model.graphs is not held

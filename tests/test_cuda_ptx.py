@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: their compiled PTX run on the CPU by ptx_cpu, their SASS read.
+"""The CUDA kernels without a GPU: their compiled PTX run on the CPU by tools/ptx_cpu, their SASS read.
 
 The launch code is the real one: csrc/*.cu is compiled by nvcc with the flags of setup.py and linked with
 cuda_recorder.cpp instead of the CUDA run time, so an op called on CPU tensors gives the kernel, grid, block, shared
@@ -20,7 +20,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -36,6 +35,7 @@ from conftest import (
     repeated_halfword_adds,
     with_nan,
 )
+from tools.ptx_cpu import Kernel, memory
 from torch import Tensor
 
 # Modules, not the functions of these names.
@@ -43,7 +43,6 @@ CAM, CAM_MASK, EPSILON_MAP, PACKED, PGD_STEP, PROJECT, UPSAMPLE = (
     sys.modules[f"part_fast.ops.{name}"]
     for name in ("cam", "cam_mask", "epsilon_map", "packed_epsilon", "pgd_step", "project_linf", "upsample_cam")
 )
-TOOLS = ROOT.parent / "shared" / "tools"
 STEMS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 CCS = (80, 90)
 SASS_ARCHS = (80, 90, 100, 120)
@@ -90,8 +89,8 @@ CALLBACK = ctypes.CFUNCTYPE(
 class Recorder:
     """The ops of csrc/*.cu on CPU tensors, each launch run through its PTX."""
 
-    def __init__(self, folder: Path, ptx_cpu, stems=STEMS):
-        self.folder, self.ptx_cpu = folder, ptx_cpu
+    def __init__(self, folder: Path, stems=STEMS):
+        self.folder = folder
         self.launches, self.kernels, self.entries = [], {}, {}
         self.stems = {name: stem for stem in stems for name in self._entries_of(stem, 90)}
         # Number of blocks to run, counted from the last one; None: all.
@@ -142,24 +141,8 @@ class Recorder:
         # Unoptimised translations are compiled in half the time; only traffic is counted long enough for -O1.
         if (kernel, cc, opt) not in self.kernels:
             text, name, _ = self.entry(kernel, cc)
-            self.kernels[kernel, cc, opt] = self.ptx_cpu.Kernel(text, name, opt=opt)
+            self.kernels[kernel, cc, opt] = Kernel(text, name, opt=opt)
         return self.kernels[kernel, cc, opt]
-
-    def _only_last(self, kernel: str, cc: int):
-        """The kernel, of which only the last blocks run."""
-        text, name, _ = self.entry(kernel, cc)
-        limited = self.ptx_cpu.Kernel(text, name, opt="-O0")
-        run, count = limited.lib.em_launch, self.last_blocks
-
-        class Library:
-            def __getattr__(self, name):
-                return getattr(library, name)
-
-            def em_launch(self, launch, first, last, order):
-                return run(launch, ctypes.c_uint64(last.value - count), last, order)
-
-        library, limited.lib = limited.lib, Library()
-        return limited
 
     def __call__(self, op, *arguments, cc=90, opt="-O0", **options):
         """op(*arguments), a raw op; its launches are run on PTX for `cc`. Returns (result, reports)."""
@@ -167,45 +150,19 @@ class Recorder:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
         result = op.compiled.redispatch(keys, *arguments)
         outputs = [result] if isinstance(result, Tensor) else list(result or ())
-        self.regions = [memory(t) for t in (*arguments, *outputs) if isinstance(t, Tensor) and t.numel()]
-        options = {"race": 2, "seed": 1 + len(self.kernels), **options}
+        tensors = [t for t in (*arguments, *outputs) if isinstance(t, Tensor) and t.numel()]
+        options = {"race": True, "seed": 1 + len(self.kernels), **options}
         reports = []
         for launch in self.launches:
             assert launch.on_stream, "the stream that is current"
             assert launch.guards == 1, "under a device guard"
-            kernel = self.kernel(launch.kernel, cc, opt)
             if self.last_blocks is not None:
-                kernel, options["seed"] = self._only_last(launch.kernel, cc), 0
-            reports.append(
-                kernel(launch.grid, launch.block, [launch.arguments], launch.shared_bytes, extra=self.regions,
-                       aligned=False, **options)
-            )  # fmt: skip
+                count = launch.grid[0] * launch.grid[1] * launch.grid[2]
+                options["blocks"] = range(count - self.last_blocks, count)
+            run = self.kernel(launch.kernel, cc, opt)
+            report = run(launch.grid, launch.block, [launch.arguments], launch.shared_bytes, extra=tensors, **options)
+            reports.append(report)
         return result, reports
-
-    def again_counting_atomics(self) -> dict:
-        """Report of the last launch run once more, with a load before each atomic, of the same word.
-
-        ptx_cpu counts requests and bank conflicts of loads and stores, not those of atomics.
-        """
-        (launch,) = self.launches
-        key = (launch.kernel, 90, "atomics")
-        if key not in self.kernels:
-            text, name, _ = self.entry(launch.kernel, 90)
-            atomic = r"^((?:@\S+ )?)atom\.shared\.add\.u32 (%r\d+), (\[%r\d+\]), 1;"
-            with_loads, count = re.subn(atomic, r"\1ld.shared.u32 \2, \3;\n\g<0>", text, flags=re.MULTILINE)
-            assert count == len(re.findall(r"\b(?:atom|red)\.", text)), "every atomic"
-            self.kernels[key] = self.ptx_cpu.Kernel(with_loads, name, opt="-O1")
-        return self.kernels[key](
-            launch.grid, launch.block, [launch.arguments], launch.shared_bytes, extra=self.regions, aligned=False,
-            stats=True,
-        )  # fmt: skip
-
-
-def memory(tensor: Tensor) -> np.ndarray:
-    """The bytes that a tensor's elements span, no more."""
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    count = span * tensor.element_size()
-    return np.ctypeslib.as_array((ctypes.c_uint8 * count).from_address(tensor.data_ptr()))
 
 
 def run(*command: object) -> str:
@@ -249,8 +206,6 @@ def build(folder: Path, stems=STEMS) -> None:
 
 
 def why_not() -> str | None:
-    if not (TOOLS / "ptx_cpu").is_dir():
-        return f"ptx_cpu is not in {os.path.relpath(TOOLS, ROOT)}"
     toolkit = setup_module_of().find_toolkit()
     if toolkit is None:
         return "no CUDA compiler (nvcc): set CUDA_HOME"
@@ -264,16 +219,13 @@ def cuda() -> Recorder:
     """Compiled once for each state of the sources, below build/."""
     if reason := why_not():
         pytest.skip(reason)
-    sys.path.insert(0, str(TOOLS))
-    import ptx_cpu
-
     digest = hashlib.sha256()
     for path in sorted([*ROOT.glob("csrc/*"), ROOT / "setup.py", Path(__file__).with_name("cuda_recorder.cpp")]):
         digest.update(path.read_bytes() if path.suffix in (".h", ".cuh", ".cu", ".py", ".cpp") else b"")
     folder = ROOT / "build" / "ptx" / digest.hexdigest()[:16]
     if not (folder / "recorder.so").exists():
         build(folder)
-    return Recorder(folder, ptx_cpu)
+    return Recorder(folder)
 
 
 def assert_equal(actual: Tensor, expected: Tensor, what: object) -> None:
@@ -769,16 +721,10 @@ def test_traffic(cuda):
     """docs/traffic-cuda.csv: bytes moved by each launch over the least possible; each input is read once."""
     rows, worst = [], 0.0
     for shape, of, what, op, arguments, least in traffic_cases():
-        result, (report,) = cuda(op, *arguments, stats=True, race=0, opt="-O1")
+        result, (report,) = cuda(op, *arguments, stats=True, race=False, opt="-O1")
         footprint = [r for r in report["footprint"] if r["param"] == "extra"]
         moved = sum(r["read_bytes"] + r["written_bytes"] for r in footprint)
         accesses = [m for m in report["mem"] if re.search(r"\b(ld|st)\.(\w+\.)*global", m["instr"])]
-        conflicts, requests = report["shared_bank_conflict_extra"], report["shared_requests"]
-        atomics = of_atomics = 0
-        if report["by_op"].keys() & {"atom", "red"}:
-            again = cuda.again_counting_atomics()
-            atomics = again["shared_requests"] - requests
-            of_atomics = again["shared_bank_conflict_extra"] - conflicts
         # The columns of docs/traffic-triton.csv, and two more.
         row = {
             "kernel": f"{op.name.strip('_')} {what}",
@@ -789,10 +735,10 @@ def test_traffic(cuda):
             "asked for / least": f"{sum(m['bytes'] for m in accesses) / least:.2f}",
             "sectors per load": sectors([m for m in accesses if re.search(r"\bld\.", m["instr"])]),
             "sectors per store": sectors([m for m in accesses if re.search(r"\bst\.", m["instr"])]),
-            "shared bank conflicts": conflicts,
-            "shared requests": requests,
-            "bank conflicts of atomics": of_atomics,
-            "atomics": atomics,
+            "shared bank conflicts": report["shared_bank_conflict_extra"],
+            "shared requests": report["shared_requests"],
+            "bank conflicts of atomics": report["shared_atomic_conflict_extra"],
+            "atomics": report["shared_atomics"],
         }
         worst = max(worst, moved / least)
         rows.append(row)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from part_fast import AttackModel
-from part_fast.attack_model.fold import foldable, folded_weights
+from part_fast.attack_model.fold import foldable, folded_weights, trace
 
 CLASSES = 4
 
@@ -361,7 +361,7 @@ def test_it_leaves_the_model_as_it_was():
 
     model = made(Keeps)
     before = {name: dict(part.__dict__) for name, part in model.named_modules()}
-    assert foldable(model)[0] == [("conv", "bn"), ("layer4.0", "layer4.1")]
+    assert foldable(trace(model))[0] == [("conv", "bn"), ("layer4.0", "layer4.1")]
     assert {name: dict(part.__dict__) for name, part in model.named_modules()} == before
     copy.deepcopy(model)
 
@@ -373,7 +373,7 @@ def test_torchvisions_networks(name, folded):
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    pairs, why_not = foldable(model.eval())
+    pairs, why_not = foldable(trace(model.eval()))
     assert (len(pairs), norms, why_not) == (folded, folded, None)
 
 

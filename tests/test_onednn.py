@@ -83,6 +83,23 @@ def repeated(call):
 
 
 @needs_onednn
+@needs_onednn
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "padding"), [(1, 3, 1, 1), (1, 1, 1, 0), (2, 3, 2, 1), (3, 3, 1, 0)]
+)
+def test_a_sum_of_one_pixel(side, kernel, stride, padding, relu):
+    """torch 2.10 raises "could not create a memory" where it is to add within such a convolution."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 8, side, side), torch.randn(16, 8, kernel, kernel), torch.randn(16)
+    other = torch.randn(2, 16, 1, 1)
+    sizes = (padding, padding), (stride, stride), (1, 1), 1
+    found = onednn.convolve(x, onednn.pack(weight, sizes, x.shape), bias, sizes, other, relu)
+    expected = torch.nn.functional.conv2d(x, weight, bias, stride, padding) + other
+    # Sums of at most 8 * 9 products, in another order.
+    torch.testing.assert_close(found, expected.relu() if relu else expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("fault", ["raises", "gives another result"])
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_that_fails_leaves_convolutions_to_torch_with_one_warning(stand_in, name, fault):

@@ -129,6 +129,21 @@ def test_every_declared_dependency_is_pinned():
             assert requirement.specifier.contains(version), f"{requirement} against {version}"
 
 
+def test_source_distribution_holds_the_tests_and_what_they_use(monkeypatch):
+    """As setuptools reads MANIFEST.in."""
+    from setuptools.command.egg_info import FileList
+
+    monkeypatch.chdir(ROOT)
+    listed = FileList()
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        listed.process_template_line(line)
+    packed = set(listed.files)
+    wanted = [path for path in (ROOT / "tests").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    missing = {str(path.relative_to(ROOT)) for path in [*wanted, ROOT / "CONTRIBUTING.md"]} - packed
+    assert not missing
+    assert {"tests/tools/ptx_cpu/runtime.h", "tests/tools/triton_guard.py", "tests/golden/cam.safetensors"} <= packed
+
+
 def test_package_is_marked_as_typed():
     assert resources.files("part_fast").joinpath("py.typed").is_file()
 

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: their compiled PTX run on the CPU by ptx_cpu, their SASS read.
+"""The Triton kernels without a GPU: their compiled PTX run on the CPU by tools/ptx_cpu, their SASS read.
 
 The launch code is the real one: the launchers of part_fast/kernels are called on CPU tensors, and the fixture `ptx`
 puts itself in the place of `Launch.run`, so that grid, arguments, constexprs and options are those of a GPU.
@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,8 @@ from conftest import (
     repeated_halfword_adds,
     with_nan,
 )
+from tools import ptx_cpu
+from tools.ptx_cpu import memory
 from torch import Tensor
 
 import part_fast.ops  # noqa: F401 - so that sys.modules has the ops
@@ -38,7 +39,6 @@ CAM, CAM_MASK, EPSILON_MAP, PGD_STEP, PROJECT, UPSAMPLE = (
     sys.modules[f"part_fast.ops.{name}"]
     for name in ("cam", "cam_mask", "epsilon_map", "pgd_step", "project_linf", "upsample_cam")
 )
-TOOLS = ROOT.parent / "shared" / "tools"
 ALPHA = 2 / 255
 SCALARS = (ALPHA, 0.0, 1.0)
 NVIDIA = (80, 90, 100, 120)
@@ -92,22 +92,11 @@ def compiled(launch, cc=80, backend="cuda"):
     return _compiled[key]
 
 
-def memory(tensor: Tensor) -> Tensor:
-    """One-dimensional, all that the tensor's elements span and no more."""
-    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.as_strided((span if tensor.numel() else 0,), (1,))
-
-
-# Instructions of sm_90 that ptx_cpu does not run: a comparison of two bfloat16 at once, a sum of two 16-bit integers at
-# once (indices of small tables), and a store of fragments. Any other that it does not know is an error.
-MISSING = (r"setp\.\w+\.bf16x2", r"add\.s16x2", "stmatrix")
-
-
 class Runner:
     """In the place of `Launch.run`: keeps the launches, and runs them on their PTX unless told not to."""
 
-    def __init__(self, ptx_cpu):
-        self.ptx_cpu, self.cc, self.execute, self.options = ptx_cpu, 80, True, {}
+    def __init__(self):
+        self.cc, self.execute, self.options = 80, True, {}
         self.launches, self.reports, self.kernels, self.twins = [], [], {}, {}
 
     def run(self, launch) -> None:
@@ -115,34 +104,22 @@ class Runner:
         if not self.execute or launch.programs == 0:
             return
         arguments = [memory(a) if isinstance(a, Tensor) else a for a in source_of(launch)[1]]
-        before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
-        try:
-            report = self.run_on(launch, self.cc, arguments)
-        except self.ptx_cpu.PtxError as error:
-            if self.cc == 80 or not any(re.search(f"UNSUPPORTED INSTRUCTION.*{what}", str(error)) for what in MISSING):
-                raise
-            warnings.warn(f"run as compiled for sm_80: {error}", stacklevel=2)
-            for argument, was in zip(arguments, before, strict=True):
-                if isinstance(argument, Tensor):
-                    argument.copy_(was)  # it stopped halfway
-            report = self.run_on(launch, 80, arguments)
-        self.reports.append(report)
-
-    def run_on(self, launch, cc: int, arguments: list[object]):
-        compiled_ = compiled(launch, cc)
+        compiled_ = compiled(launch, self.cc)
         text, name = compiled_.asm["ptx"], compiled_.metadata.name
-        options = {"race": 2, "seed": len(self.launches), **self.options}
+        options = {"race": True, "seed": len(self.launches), **self.options}
         before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
         while True:
             changed = with_exchanges(text, self.twins.get(text, ()))
             if changed not in self.kernels:
                 # -O0: translating takes longer than running.
-                self.kernels[changed] = self.ptx_cpu.Kernel(changed, name, opt="-O0")
+                self.kernels[changed] = ptx_cpu.Kernel(changed, name, opt="-O0")
             try:
-                return self.kernels[changed](
+                report = self.kernels[changed](
                     launch.programs, 32 * launch.num_warps, arguments, compiled_.metadata.shared, **options
                 )
-            except self.ptx_cpu.PtxError as error:
+                self.reports.append(report)
+                return
+            except ptx_cpu.PtxError as error:
                 store = re.search(r"shared-memory race.*instr: (.*st\.shared.*)", str(error))
                 if store is None or launch.kernel.__name__ not in TWINS:
                     raise
@@ -183,16 +160,11 @@ def with_exchanges(text: str, stores: list[str]) -> str:
 
 @pytest.fixture
 def ptx(monkeypatch):
-    if not (TOOLS / "ptx_cpu").is_dir():
-        pytest.skip(f"ptx_cpu is not in {os.path.relpath(TOOLS, ROOT)}")
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import ptx_cpu
-
     from part_fast import kernels
 
-    runner = Runner(ptx_cpu)
+    runner = Runner()
     monkeypatch.setattr(kernels.Launch, "run", lambda launch: runner.run(launch))
     return runner
 
@@ -623,7 +595,7 @@ def traffic_row(name: str, shape: str, run: str, launch, report) -> dict[str, ob
     stores = [m for m in report["mem"] if re.search(r"\b(?:st|atom|red)\.", m["instr"])]
     least = least_bytes(launch)
     # 32-byte sectors of device memory that were read or written at all: what is read again comes from the caches.
-    touched = sum(f["read_bytes"] + f["written_bytes"] for f in report["footprint"] if f["param"] != "<params>")
+    touched = sum(f["read_bytes"] + f["written_bytes"] for f in report["footprint"])
 
     def sectors(accesses: list) -> str:
         requests = sum(m["warp_requests"] for m in accesses)
@@ -645,7 +617,7 @@ def test_traffic_table(ptx):
     """Writes docs/traffic-triton.csv. Every image is treated alike, so few of a batch are run for the large shapes."""
     import csv
 
-    ptx.options = {"race": 0, "stats": True}
+    ptx.options = {"race": False, "stats": True}
     rows = []
 
     def measure(label: str, shape: str, run: int, name: str, *arguments) -> None:

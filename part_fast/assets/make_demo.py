@@ -22,6 +22,7 @@ import numpy as np
 from part_fast.data.catalogue import load
 from part_fast.data.fashion_mnist import DEMO_FILE
 from part_fast.data.memory import balanced_indices
+from part_fast.errors import BadValueError
 
 SIZES = {"train": 6_000, "test": 1_000}
 SEED = 0
@@ -37,7 +38,7 @@ def make(root: str | None = None) -> bytes:
     for split, size in SIZES.items():
         full = load("fashion-mnist", split, root)
         if len(full) != (60_000 if split == "train" else 10_000):
-            raise ValueError(
+            raise BadValueError(
                 f"the demo is made from the full Fashion-MNIST, {full.source} has {len(full)} {split} images"
             )
         indices = balanced_indices(full.labels, size, SEED)

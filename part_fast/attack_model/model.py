@@ -16,10 +16,13 @@ from torch.profiler import record_function
 from part_fast import checks
 from part_fast.attack_model.batch_sizes import BatchSizes
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_weights, has_hooks, still_folded
+from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_weights, has_hooks, still_folded, trace
 from part_fast.attack_model.follow import Change, Watch, flat
 from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_
+from part_fast.attack_model.fuse import fuse, fused_convolutions, unfuse
 from part_fast.attack_model.graph import GraphedSteps
+from part_fast.attack_model.trace import Trace
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, switches, unwrapped
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,9 +46,10 @@ class AttackModel(nn.Module):
     where it is none. Submodules keep their names, so CamBudget finds the target layer in it too; a
     convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
     `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
-    quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); gradients
-    have no second derivative then. Under torch.func transforms and forward-mode AD it computes plainly, as the model
-    does, with every derivative.
+    quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); sums and
+    ReLUs after convolutions are computed in their pass (as torch.fx finds them, see `fuse`): `fused` says of how many
+    convolutions. Gradients have no second derivative then. Under torch.func transforms and forward-mode AD it computes
+    plainly, as the model does, with every derivative.
 
     The copy follows the model. Once an attack, and once in every forward outside of one, it takes over weights, buffers
     and plain attributes that have changed: by an optimizer, fused or not, in place, through `p.data = ...`, by new
@@ -71,15 +75,15 @@ class AttackModel(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         model = _unwrapped(model)
         if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+            raise BadValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         device = next(itertools.chain(model.parameters(), model.buffers()), torch.zeros(0)).device
         if precision == "fp16" and device.type != "cuda":
-            raise ValueError(f"precision fp16 needs a CUDA model, got one on {device.type}: take bf16 or fp32")
+            raise BadValueError(f"precision fp16 needs a CUDA model, got one on {device.type}: take bf16 or fp32")
         if cuda_graph and device.type != "cuda":
-            raise ValueError(f"cuda_graph needs a CUDA model, got one on {device.type}")
+            raise BadValueError(f"cuda_graph needs a CUDA model, got one on {device.type}")
         self.precision = precision
         self.compiled, self.cuda_graph = compile, cuda_graph
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
@@ -95,13 +99,14 @@ class AttackModel(nn.Module):
         """Copy the model, fold, pack, cast and compile; says why no BatchNorm could be folded, if there are any."""
         model = self.source
         if self.precision != "fp32" and (dtype := _whereabouts(model)[0]) == torch.float64:
-            raise ValueError(
+            raise BadValueError(
                 f"precision {self.precision} needs a float32 model, got {dtype}: take fp32, which keeps it"
             )
         module = frozen_copy(model)
         self._switches = any(map(switches, model.modules()))
         # Of the copy: in train mode a model may take another way.
-        self._pairs, why_not = foldable(module)
+        forward = trace(module)
+        self._pairs, why_not = foldable(forward)
         norms = sum(isinstance(part, BATCH_NORMS) for part in module.modules())
         for conv, bn in self._pairs:
             absorb(module, conv, bn)
@@ -117,7 +122,7 @@ class AttackModel(nn.Module):
         lay_(module, self._format)
         self.__dict__["module"] = module  # not as a submodule: it is nobody's to save, to train and to move
         self._hooks = _hooks(module)
-        self._set_up()
+        self._set_up(forward)
         self._watch: Watch | None = None
         self.refresh()
         if why_not is None or norms == 0:
@@ -125,8 +130,11 @@ class AttackModel(nn.Module):
         which = f"none of the {norms} BatchNorms of {type(model).__name__}"
         return f"AttackModel folded {which}, and is slower for it: {why_not}"
 
-    def _set_up(self) -> None:
-        """What cannot be copied or pickled."""
+    def _set_up(self, forward: Trace | str | None = None) -> None:
+        """What cannot be copied or pickled. forward: the copy's, where it has been traced already."""
+        if self._packs:
+            unfuse(self.module)  # what was copied along
+            fuse(forward or trace(self.module))
         # Sizes are few, and each is faster than one for all.
         self.__dict__["_fast"] = torch.compile(self.module, dynamic=False) if self.compiled else self.module
         self.batch_sizes = BatchSizes() if self.compiled else None
@@ -145,6 +153,15 @@ class AttackModel(nn.Module):
     def folded(self) -> int:
         """How many BatchNorms are part of their convolution."""
         return len(self._pairs)
+
+    @property
+    def fused(self) -> int:
+        """How many convolutions compute what is added to them, or their ReLU, in their own pass; on a CPU alone."""
+        return fused_convolutions(self.module)
+
+    @property
+    def _packs(self) -> bool:
+        return any(isinstance(part, PackedConv2d) for part in self.module.modules())
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -246,18 +263,23 @@ class AttackModel(nn.Module):
         for name, key in attributes:
             part = self.module.get_submodule(name)
             if (name, key) in self._watch.attributes:
-                value = self._watch.attributes[name, key]
-                decides |= not any(isinstance(part, Tensor) for part in flat(value))
-                setattr(part, key, _detached(value))
+                values = getattr(part, key, None), self._watch.attributes[name, key]
+                decides |= not all(any(isinstance(item, Tensor) for item in flat(value)) for value in values)
+                setattr(part, key, _detached(values[1]))
             else:
                 decides = True
                 part.__dict__.pop(key, None)
-        return not (decides and self._pairs) or still_folded(self.module, self._pairs)
+        if not decides or not (self._pairs or self._packs):
+            return True
+        unfuse(self.module)
+        forward = trace(self.module)
+        fuse(forward)
+        return not self._pairs or still_folded(forward, self._pairs)
 
     def _rebuild(self) -> None:
         model = self.source
         if _hooks(self.module) != self._hooks:
-            raise ValueError(
+            raise BadValueError(
                 f"model, the {type(model).__name__} of this AttackModel, has other modules, shapes, dtypes or another "
                 "device now, and hooks hang on its copy, which would be lost: make a new AttackModel"
             )
@@ -336,7 +358,7 @@ class AttackModel(nn.Module):
     def _check_moved(self, dtype: torch.dtype, device: torch.device) -> None:
         at = _whereabouts(self.source)
         if at != (dtype, device):
-            raise ValueError(
+            raise BadValueError(
                 f"model must be moved, and its AttackModel follows: the model is {at[0]} on {at[1]}, "
                 f"and the AttackModel was to become {dtype} on {device}"
             )
@@ -344,7 +366,7 @@ class AttackModel(nn.Module):
 
     def extra_repr(self) -> str:
         """What is shown of it."""
-        return f"{type(self.source).__name__}, precision={self.precision}, folded={self.folded}"
+        return f"{type(self.source).__name__}, precision={self.precision}, folded={self.folded}, fused={self.fused}"
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_source": (self.source,), "_watch": None}

@@ -15,6 +15,7 @@ from part_fast.attack_model import AttackModel
 from part_fast.attack_model.graph import surroundings
 from part_fast.attacks.objectives import Loss
 from part_fast.checks import Bound, Clip
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
 from part_fast.ops.pgd_step import pgd_step_
@@ -27,7 +28,7 @@ STARTS = ("uniform", "zero")
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
     with record_function("part_fast: attack forward"), eval_mode(model), torch.no_grad(), uncached_autocast():
-        return checks.logits(model(x.clone()), x)  # some normalise in place
+        return checks.logits(model(x.clone()), x)  # some models normalise in place
 
 
 def ascend(
@@ -43,7 +44,7 @@ def ascend(
     *,
     clip: Clip = (0.0, 1.0),
 ) -> Tensor:
-    """`steps` PGD steps from x_adv, which is overwritten and returned; what every attack here runs.
+    """Take `steps` PGD steps from x_adv, which is overwritten and returned; every attack here runs this loop.
 
     loss: callable(logits, y, *extra), increased; its result is summed, so that no image's step depends on the batch.
     With an AttackModel that captures CUDA graphs the steps are one launch; `loss` is then hashable, stays the same
@@ -65,7 +66,7 @@ def ascend(
                 with record_function("part_fast: attack backward"):
                     grad = input_gradient(loss(logits, y, *others).sum(), leaf)
                 if grad is None:
-                    raise ValueError(
+                    raise BadValueError(
                         "model must lead from its input to the loss, got a loss that does not depend on x_adv"
                     )
                 del logits, leaf  # the graph is done; x_adv may be overwritten
@@ -74,7 +75,7 @@ def ascend(
 
     forward = model
     if isinstance(model, AttackModel):
-        model.refresh_if_changed()  # once an attack
+        model.refresh_if_changed()  # once per attack
         forward = functools.partial(model, follow=False, kind=loss)
     rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
@@ -95,15 +96,15 @@ def _graph_key(
     loss: Loss,
     clip: Hashable,
 ) -> Hashable:
-    """All that decides what the steps of an attack do, but its tensors."""
+    """Everything but its tensors that decides what the steps of an attack do."""
     if not isinstance(loss, Hashable):
-        raise TypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
+        raise BadTypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
     numbers = (steps, checks.number("alpha", alpha), clip, _eps_numbers(eps))
     return (loss, numbers, surroundings(model.module, x.device))
 
 
 def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
-    """What of an eps argument is a tensor; `_held_eps` puts it together again from others in their place."""
+    """The tensors of an eps argument; `_held_eps` makes an eps argument from other tensors in their place."""
     return (eps.bits,) if isinstance(eps, PackedEpsilon) else (eps,) if isinstance(eps, Tensor) else ()
 
 
@@ -129,7 +130,7 @@ def _clip_numbers(low: Bound, high: Bound) -> Hashable:
 
 
 def _held_clip(low: Bound, high: Bound, tensors: tuple[Tensor, ...]) -> tuple[Clip, tuple[Tensor, ...]]:
-    """As `_held_eps`."""
+    """As `_held_eps`, for a clip argument."""
     return ((tensors[0], tensors[1]), tensors[2:]) if isinstance(low, Tensor) else ((low, high), tensors)
 
 
@@ -140,12 +141,12 @@ def _capturing(x: Tensor) -> bool:
 def check_images(
     x: Tensor, eps: float | Tensor | PackedEpsilon, clip: Clip, name: str = "x", stacklevel: int = 4
 ) -> Tensor:
-    """Images within clip and an eps for them, values included: once, where an attack or loss is entered.
+    """Check images and their eps, values included: once, where an attack or loss is entered.
 
     Returns the images contiguous or channels_last.
     """
     if checks.transformed():
-        raise ValueError(f"{name} must be a tensor outside torch.func transforms: an attack runs its own backward")
+        raise BadValueError(f"{name} must be a tensor outside torch.func transforms: an attack runs its own backward")
     x = checks.pixels(name, x, clip)
     eps_arguments(eps, x)
     if isinstance(eps, Tensor):
@@ -155,7 +156,7 @@ def check_images(
 
 
 def starting_point(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | Tensor, clip: Clip) -> Tensor:
-    """A new tensor like x to begin at."""
+    """The start of an attack, a new tensor like x."""
     if isinstance(start, Tensor):
         start = checks.images("start", start)
         checks.alike("start", start, "x", x)
@@ -164,7 +165,7 @@ def starting_point(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | 
     if start == "zero":
         return torch.clamp(x, *bounds)  # x may lie outside by rounding
     if start != "uniform":
-        raise ValueError(f"start must be one of {', '.join(STARTS)} or a tensor, got {start!r}")
+        raise BadValueError(f"start must be one of {', '.join(STARTS)} or a tensor, got {start!r}")
     bound = eps.dense() if isinstance(eps, PackedEpsilon) else eps
     noise = torch.rand_like(x, dtype=checks.compute_dtype(x)).mul_(2).sub_(1)
     bound = bound.detach() if isinstance(bound, Tensor) else bound
@@ -172,5 +173,5 @@ def starting_point(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | 
 
 
 def plain(value: Tensor) -> Tensor:
-    """`value` outside any graph, and no inference tensor, which autograd could not save."""
+    """`value` without a graph, and copied if it is an inference tensor, which autograd cannot save."""
     return value.clone() if value.is_inference() else value.detach()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attacks.ascend import check_images, plain
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, grads_kept, input_gradient
 from part_fast.ops.project_linf import project_linf
 from part_fast.optional import needs
@@ -26,11 +27,12 @@ def autoattack(
     *,
     clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Adversarial images like x: APGD-CE, targeted APGD, targeted FAB, Square, each on what the last ones left right.
+    """Adversarial images like x: APGD-CE, targeted APGD, targeted FAB, Square, each on the images
+    that the ones before did not fool.
 
     x: images (N,C,H,W) within clip. y: class indices (N,). eps: image units, one for all pixels. seed: of every attack;
-    the random generators are as before. The model runs in eval mode and gets its mode back; no .grad is touched.
-    clip: (low, high), two numbers. The attacks know [0,1] alone, to which the images and eps are scaled and back.
+    the random generators are put back. The model runs in eval mode and gets its mode back; no .grad is touched.
+    clip: (low, high), two numbers. The attacks work in [0,1]: images and eps are scaled to it, and the result back.
     With fewer than ten classes the targeted attacks take every wrong one. With fewer than four there is no targeted
     APGD, whose loss divides by a difference from the third and fourth largest logit: the other three run, and a warning
     says so.
@@ -41,11 +43,11 @@ def autoattack(
     """
     kind = load_autoattack()
     if not (isinstance(clip, (tuple, list)) and all(isinstance(bound, numbers.Real) for bound in clip)):
-        raise TypeError(f"clip must be two numbers for AutoAttack: normalise inside the model, got {clip!r}")
+        raise BadTypeError(f"clip must be two numbers for AutoAttack: normalise inside the model, got {clip!r}")
     low, high = checks.clip_range(clip)
     span = high - low
     if not 0 < span < math.inf:
-        raise ValueError(f"clip must be two finite numbers for AutoAttack, low < high, got {clip!r}")
+        raise BadValueError(f"clip must be two finite numbers for AutoAttack, low < high, got {clip!r}")
     x = check_images(x, checks.number("eps", eps, 0), (low, high))
     checks.labels("y", y, x)
     if x.shape[0] == 0:
@@ -59,11 +61,11 @@ def autoattack(
             leaf = x.clone().requires_grad_()
             logits = checks.logits(model(leaf), x)
             if input_gradient(logits.sum(), leaf) is None:
-                raise ValueError("model must lead from its input to the logits, got logits that do not depend on x")
+                raise BadValueError("model must lead from its input to the logits, got logits that do not depend on x")
         classes = logits.shape[1]
         checks.labels("y", y, x, classes)
         if classes < 2:
-            raise ValueError("model must give at least 2 classes for AutoAttack, got 1")
+            raise BadValueError("model must give at least 2 classes for AutoAttack, got 1")
         attack = kind(attacked, eps=eps / span, seed=seed, device=x.device)
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
         if classes < 4:
@@ -77,7 +79,7 @@ def autoattack(
         if not scaled:
             return z_adv
         x_adv = torch.where(z_adv == z, x, z_adv * span + low)
-        return project_linf(x_adv, x, eps).clamp(low, high)  # scaling has rounded
+        return project_linf(x_adv, x, eps).clamp(low, high)  # scaling rounds
 
 
 def load_autoattack() -> Any:

@@ -9,6 +9,7 @@ from part_fast import checks
 from part_fast.attacks.ascend import Model, ascend, check_images, clean_logits, plain, starting_point
 from part_fast.attacks.objectives import logit_of, towards
 from part_fast.checks import Clip
+from part_fast.errors import BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon
 
 
@@ -27,8 +28,9 @@ def mma(
     """Minimum-margin attack: PGD towards each of the k most likely wrong classes, the best result kept per image.
 
     Arguments, modes and errors as in `pgd`, y class indices alone. k: how many classes, all wrong ones if there are
-    fewer; ranked by the clean logits. For each class c the attack increases -max(z_y - z_c + 50, 0); kept is the
-    result with the largest z_c - z_y, ties by the more likely class. The k attacks run as one batch of k*N images.
+    fewer; ranked by the clean logits. For each class c the attack increases -max(z_y - z_c + 50, 0); the result
+    with the largest z_c - z_y is kept, at ties that of the more likely class.
+    The k attacks run as one batch of k*N images.
 
     Equivalent to: `pgd(model, x, y, eps, alpha, steps, start=start, loss=towards_c, clip=clip)` for every c, then the
     choice.
@@ -46,7 +48,7 @@ def mma(
         checks.labels("y", y, x, logits.shape[1])
         k = min(k, logits.shape[1] - 1)
         if k == 0:
-            raise ValueError("model must give at least 2 classes for a minimum-margin attack, got 1")
+            raise BadValueError("model must give at least 2 classes for a minimum-margin attack, got 1")
         wrong = logits.float().scatter(1, y[:, None], -torch.inf).topk(k, dim=1).indices
         n, target = x.shape[0], wrong.T.reshape(-1)
 

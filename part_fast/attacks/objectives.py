@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from part_fast.errors import BadValueError
+
 Loss = Callable[..., Tensor]
 
 LOSSES = ("ce", "kl", "margin")
@@ -19,13 +21,13 @@ def objective(loss: str | Loss, clean: Tensor | None = None) -> tuple[Loss, tupl
         return loss, ()
     if loss == "kl":
         if clean is None:
-            raise ValueError("clean must be the clean logits for loss 'kl', got None")
+            raise BadValueError("clean must be the clean logits for loss 'kl', got None")
         return divergence, (clean.detach().float().softmax(1),)
     if loss == "ce":
         return cross_entropy, ()
     if loss == "margin":
         return margin, ()
-    raise ValueError(f"loss must be one of {', '.join(LOSSES)} or callable(logits, y), got {loss!r}")
+    raise BadValueError(f"loss must be one of {', '.join(LOSSES)} or callable(logits, y), got {loss!r}")
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def as_target(y: Tensor) -> Tensor:
-    """Labels as `F.cross_entropy` takes them beside float32 logits."""
+    """Labels for `F.cross_entropy` with float32 logits: probabilities become float32."""
     return y.float() if y.is_floating_point() else y
 
 

@@ -1,4 +1,4 @@
-"""The cases of every op, and the providers that are compared in them."""
+"""The cases of every op that `bench ops` times, the providers that compute one, and whether they compute the same."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from part_fast import backends
+from part_fast.errors import CannotRunError
 from part_fast.ops import (
     PackedEpsilon,
     cam,
@@ -38,10 +39,8 @@ OWN = ("cpp", "triton", "cuda")
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-LAUNCHED_SETS = 8
 
-
-class MismatchError(RuntimeError):
+class MismatchError(CannotRunError):
     """A provider computes something else than the reference, so its speed means nothing."""
 
 
@@ -93,9 +92,6 @@ class Case:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-# --- the cases --------------------------------------------------------------------------------------------------------
 
 
 def all_cases() -> list[Case]:
@@ -305,9 +301,6 @@ def _weights(size_in: int, size_out: int, device: torch.device) -> Tensor:
     return weight.new_zeros(size_out, size_in).scatter_add_(1, index, weight)
 
 
-# --- providers, bytes, correctness ------------------------------------------------------------------------------------
-
-
 def names_of(case: Case, device: torch.device) -> list[str]:
     """Names of all providers but `copy` that can run the case on that device, the reference first."""
     baselines = {"reference": True, "published": case.published, "vectorised": case.vectorised, "torch.compile": True}
@@ -358,11 +351,10 @@ def moved_bytes(inputs: Iterable[Any], result: Any) -> int:
 
 
 def check(case: Case, providers: Sequence[Provider], device: torch.device) -> int:
-    """Compare every provider with the first one; the case's bytes.
+    """Compare every provider with the first one; returns the case's bytes.
 
     Errors: MismatchError, naming the provider and how many values differ.
     """
-
     inputs = case.inputs(device, 0)
 
     def result_of(provider: Provider) -> Tensor:
@@ -376,10 +368,10 @@ def check(case: Case, providers: Sequence[Provider], device: torch.device) -> in
         if got.shape != wanted.shape or got.dtype != wanted.dtype:
             is_, due = (f"{tuple(t.shape)} {dtype_name(t.dtype)}" for t in (got, wanted))
             raise MismatchError(f"{case.name}: {provider.name} returns {is_}, the reference {due}: not timed")
-        right = wanted.double()
-        near = 0.0 if provider.exact or wanted.numel() == 0 else case.near * float(right.abs().max())
+        reference = wanted.double()
+        near = 0.0 if provider.exact or wanted.numel() == 0 else case.near * float(reference.abs().max())
         # Not `difference > near`: a NaN is a mismatch.
-        wrong = int((~((got.double() - right).abs() <= near)).sum())
+        wrong = int((~((got.double() - reference).abs() <= near)).sum())
         if wrong > (0 if provider.exact else case.away * wanted.numel()):
             share = f"{wrong} of {wanted.numel()} values"
             raise MismatchError(f"{case.name}: {provider.name} differs from the reference in {share}: not timed")

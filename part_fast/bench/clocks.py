@@ -1,4 +1,4 @@
-"""Clocks for CPU and GPU, interleaved rounds, and the memory that a call allocates."""
+"""Clocks for CPU and GPU: the seconds and the peak memory of calls, how many are timed together, rounds in turn."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from typing import Any
 import torch
 
 from part_fast import backends
-from part_fast.bench.cases import LAUNCHED_SETS, Provider
+from part_fast.bench.cases import Provider
+from part_fast.errors import CannotRunError
 
-# --- clocks -----------------------------------------------------------------------------------------------------------
+LAUNCHED_SETS = 8  # of inputs, for what a GPU is given from Python
 
 Pass = Callable[[], Any]
 # Takes what is being done, and how many calls it takes; the result is called after each.
 Progress = Callable[[str, int], Callable[[], object]]
+
+
+def silent(what: str, total: int) -> Callable[[], object]:
+    """A Progress that shows nothing."""
+    return lambda: None
 
 
 def traced(call: Pass, *, device: torch.device | None = None, profile_memory: bool = False) -> list[dict[str, Any]]:
@@ -139,9 +145,6 @@ def clock_for(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -180,7 +183,7 @@ def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock)
         passes = 1
         while (taken := min(clock.seconds(one_pass, passes) for _ in range(3))) < clock.seconds_at_least:
             if passes >= 10**6:
-                raise RuntimeError(f"{provider.name} takes no time: {passes} passes of its calls took {taken:g} s")
+                raise CannotRunError(f"{provider.name} takes no time: {passes} passes of its calls took {taken:g} s")
             passes = min(100 * passes, math.ceil(passes * 1.2 * clock.seconds_at_least / max(taken, 1e-9)))
 
     def sample() -> float:
@@ -188,6 +191,26 @@ def sampler(provider: Provider, inputs: Sequence[tuple[Any, ...]], clock: Clock)
             return clock.seconds(one_pass, passes) / (passes * len(inputs))
 
     return sample, passes * len(inputs)
+
+
+def calls_per_sample(clock: Clock, call: Pass) -> int:
+    """How often in a row a whole step is timed, so that its first launches, for which a GPU waits, count for little."""
+    if clock.step_seconds_at_least == 0:
+        return 1
+    return min(100, math.ceil(clock.step_seconds_at_least / clock.seconds(call, 1)))
+
+
+def time_in_turn(
+    calls: Mapping[str, Pass], clock: Clock, rounds: int, progress: Progress = silent
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """(seconds of one call, a value for each round; how many calls a round times together), both by name.
+
+    The calls have run before, so that nothing is compiled or allocated for the first time.
+    """
+    times = {name: calls_per_sample(clock, call) for name, call in calls.items()}
+    samples = {name: partial(clock.seconds, call, times[name]) for name, call in calls.items()}
+    values = interleave(ticking(samples, progress, f"{rounds} rounds", rounds), rounds)
+    return {name: [value / times[name] for value in found] for name, found in values.items()}, times
 
 
 @contextlib.contextmanager

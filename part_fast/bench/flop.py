@@ -1,8 +1,7 @@
-"""Operations of a training step, counted, and the rate of a large matrix product to hold them against."""
+"""FLOP of convolutions and matrix products, counted while they run; and a large product, whose rate is the measure."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +12,14 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from part_fast.attack_model import PRECISIONS
 from part_fast.attack_model.cpu import onednn
-from part_fast.bench.clocks import Progress
-from part_fast.bench.step_cases import Arena, Step, silent
-from part_fast.config import TrainConfig
+from part_fast.bench.clocks import Pass
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 MATMULS = 3  # timed together
 
 
-def matmul(precision: str, device: torch.device) -> tuple[Step, float]:
+def matmul(precision: str, device: torch.device) -> tuple[Pass, float]:
     """A large matrix product, and its FLOP."""
     n = MATMUL_SIZE["cuda" if device.type == "cuda" else "cpu"]
     a, b = (torch.randn(n, n, device=device).to(PRECISIONS[precision]) for _ in range(2))
@@ -69,18 +66,3 @@ class FlopCount(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
-
-
-def count_flop(config: TrainConfig, device: torch.device, progress: Progress = silent) -> dict[str, float]:
-    """FLOP of each step and piece of an Arena at the config's batch size, counted on one image."""
-    eager = dataclasses.replace(config, batch_size=1, compile=False, cuda_graph=False)
-    arena = Arena(eager, device)
-    found = {}
-    counted = {**arena.steps(), **arena.pieces()}
-    tick = progress("counting FLOP", len(counted))
-    for name, step in counted.items():
-        with FlopCount() as count:
-            step()
-        tick()
-        found[name] = float(count.total * config.batch_size)
-    return found

@@ -32,7 +32,6 @@ and numpy and a thread's scratch memory in C++ are not in it, so `published` has
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -46,8 +45,10 @@ from torch import Tensor
 from part_fast import backends
 from part_fast.bench.cases import OPS, OWN, Case, Provider, all_cases, check, dtype_name, providers_of, why_not
 from part_fast.bench.clocks import clock_for, interleave, keep_freed_memory, sampler, threads_of
-from part_fast.bench.tables import KEY, RATIO_COLUMNS, draw, environment_line, ratio_table, speed_table
+from part_fast.bench.command import at_least_one, check_threads, current_device, environment_line, result_paths
+from part_fast.bench.tables import KEY, RATIO_COLUMNS, draw, ratio_table, speed_table
 from part_fast.config import find_device
+from part_fast.errors import BadValueError
 from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
@@ -129,9 +130,6 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def ops(
     out: Path,
     *,
@@ -155,23 +153,16 @@ def ops(
         from tqdm import tqdm
     unknown = [name for name in only if name not in OPS]
     if unknown:
-        raise ValueError(f"only must name ops among {', '.join(OPS)}, got {', '.join(unknown)}")
+        raise BadValueError(f"only must name ops among {', '.join(OPS)}, got {', '.join(unknown)}")
     rounds = (7 if quick else 21) if rounds is None else rounds
-    if rounds < 1:
-        raise ValueError(f"rounds must be >= 1, got {rounds}")
+    at_least_one("rounds", rounds)
     where = find_device(device)
-    if any(count < 1 for count in threads):
-        raise ValueError(f"threads must be >= 1, got {', '.join(map(str, threads))}")
-    if threads and where.type != "cpu":
-        raise ValueError(f"threads are a CPU's, got {', '.join(map(str, threads))} for {where}")
-    paths = [out / name for name in ("ops.csv", "ratios.csv", "ops.png", "environment.json")]
-    there = [path.name for path in paths if path.exists()]
-    if there and not overwrite:
-        raise ValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
+    check_threads(threads, where)
+    paths = result_paths(out, ("ops.csv", "ratios.csv", "ops.png", "environment.json"), overwrite)
     chosen = list(all_cases()) if cases is None else list(cases)
     chosen = [case for case in chosen if (not only or case.op in only) and (case.quick or not quick)]
     if not chosen:
-        raise ValueError("cases must hold one to measure, got none")
+        raise BadValueError("cases must hold one to measure, got none")
     out.mkdir(parents=True, exist_ok=True)
 
     record = environment()
@@ -180,8 +171,7 @@ def ops(
         if reason:
             print(f"not measured: {reason}")
     rows: list[dict[str, Any]] = []
-    current = torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext()
-    with current, tqdm(chosen, unit="case", leave=False) as progress:
+    with current_device(where), tqdm(chosen, unit="case", leave=False) as progress:
         for op, group in itertools.groupby(progress, lambda case: case.op):
             of_op = []
             for case in group:

@@ -1,4 +1,4 @@
-"""Where a step's time goes: the named ranges of a trace, part by part."""
+"""Where a training step's time goes: by the ranges that part_fast names in a trace of torch's profiler."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from part_fast.bench.clocks import Progress, interleave, ticking, traced
-from part_fast.bench.step_cases import METHODS, Arena, silent
+from part_fast.bench.clocks import Progress, interleave, silent, ticking, traced
+from part_fast.bench.step_cases import METHODS, StepCases
 from part_fast.config import TrainConfig
 from part_fast.data.memory import draw_augmentation
-
-# --- where a step's time goes -----------------------------------------------------------------------------------------
 
 PREFIX = "part_fast: "  # of the names that the library gives to its ranges
 
@@ -124,15 +122,15 @@ def profile(
 
     A step here begins with uint8 images. Columns: model, batch, method, part, median_s, percent (of the total), rounds.
     """
-    arena = Arena(config, device)
+    cases = StepCases(config, device)
     laps: dict[str, list[dict[str, float]]] = {method: [] for method in METHODS}
 
     def step(method: str) -> None:
-        with named_forward(arena.engine.trained, "training forward"), record_function(PREFIX + "other"):
+        with named_forward(cases.engine.trained, "training forward"), record_function(PREFIX + "other"):
             with record_function(PREFIX + "augmentation"):
                 drawn = draw_augmentation(config.batch_size, device=device)
-                x = drawn.apply(arena.images[arena.indices])
-            arena.our_step(arena.engine, method, None, x)
+                x = drawn.apply(cases.images[cases.indices])
+            cases.our_step(cases.engine, method, None, x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

@@ -1,4 +1,5 @@
-"""The steps that `bench step` compares, ours and published ones, on one network and batch: do they do the same?"""
+"""The training steps that `bench step` times, ours and published ones, on one network and batch; whether ours compute
+what the published ones do; and the FLOP of each."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast import methods
 from part_fast.attack_model.graph import GraphedSteps
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench.cases import MismatchError
-from part_fast.bench.clocks import Progress
+from part_fast.bench.clocks import Progress, silent
+from part_fast.bench.flop import FlopCount
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig
 from part_fast.data.memory import draw_augmentation
@@ -27,7 +30,11 @@ from part_fast.training.step import batch_epsilon, train_step
 with needs("pillow", "train"):
     from part_fast.bench import published
 
-METHODS = ("at", "part", "trades", "part-t", "mart", "part-m")
+MODELS = ("resnet18", "wrn-34-10")
+
+BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
+
+METHODS = tuple(methods.METHODS)
 
 REFRESHES = (1, 10)  # epochs
 
@@ -51,15 +58,16 @@ PAIRS = (
 # logits as float32, so what is learned from the same images agrees to some 1e-7.
 NEAR, LEARNED, AWAY = 1e-9, 1e-5, 1e-3
 
+# Of what is compared: steps so large that three of them meet the bounds of eps, also from TRADES's start beside the
+# images.
+SMALL: dict[str, Any] = {"steps": 3, "alpha": 4 / 255, "precision": "fp32"}
 
-# --- the steps --------------------------------------------------------------------------------------------------------
 
-
-class Arena:
-    """A model in our Engine, its twin for the published loops, a batch, and every step as a call without arguments.
+class StepCases:
+    """A network in our Engine, its twin for the published loops, a batch, and every step as a call without arguments.
 
     config: model, batch size, attack, precision. size: images are (batch,3,size,size). dtype: of weights and images.
-    Both models start with the same weights and with the batch's own BatchNorm statistics.
+    Both networks start with the same weights and with the batch's own BatchNorm statistics.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device, size: int = SIZE, dtype: torch.dtype = torch.float32):
@@ -120,7 +128,7 @@ class Arena:
         return partial(self.our_step, engine or self.engine, method, bank)
 
     def our_step(self, engine: Engine, method: str, bank: MaskBank | None = None, x: Tensor | None = None) -> Tensor:
-        """One update as `train` does it; the loss. x: default the arena's batch."""
+        """One update as `train` does it; the loss. x: default: the batch of all."""
         x = self.x if x is None else x
         epsilon = batch_epsilon(method, engine.budget, bank, self.indices, self.drawn, engine.config)
         return train_step(engine, method, x, self.y, epsilon)
@@ -147,6 +155,11 @@ class Arena:
         layer = self.engine.budget.target_layer
         assert layer is not None  # a method of ours has one
         return layer
+
+
+def default_batch(model: str, device: str) -> int:
+    """The batch size that a network is measured at, and has goals for, on "cpu" or "cuda"."""
+    return GPU_BATCH if device == "cuda" else BATCHES.get(model, BATCH)
 
 
 def configuration(model: str, batch: int, **changed: Any) -> TrainConfig:
@@ -178,14 +191,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-# --- the same result --------------------------------------------------------------------------------------------------
-
-
-def silent(what: str, total: int) -> Step:
-    """A Progress that shows nothing."""
-    return lambda: None
-
-
 def check(config: TrainConfig, device: torch.device, progress: Progress = silent) -> list[dict[str, Any]]:
     """Compare every pair on the config's model; a row for each with what was found.
 
@@ -194,26 +199,24 @@ def check(config: TrainConfig, device: torch.device, progress: Progress = silent
     length; loss_off.
     Errors: MismatchError, naming the pair and what differs.
     """
-    # Steps so large that three of them meet the bounds of eps, from TRADES's start beside the images too.
-    changed: dict[str, Any] = {"batch_size": 3, "steps": 3, "alpha": 4 / 255, "precision": "fp32"}
-    small = dataclasses.replace(config, **changed, compile=False, cuda_graph=False)
+    small = dataclasses.replace(config, batch_size=3, compile=False, cuda_graph=False, **SMALL)
     tick = progress("comparing", len(PAIRS))
     rows = []
     for pair in PAIRS:
-        rows.append(compare(Arena(small, device, 16, torch.float64), *pair))
+        rows.append(compare(StepCases(small, device, 16, torch.float64), *pair))
         tick()
     return rows
 
 
-def compare(arena: Arena, step: str, published: str) -> dict[str, Any]:
+def compare(cases: StepCases, step: str, published: str) -> dict[str, Any]:
     """One pair, from the same start; the row of `check`. Both models are updated."""
     method = {"AT fp32": "at", "PART": "part", "PART-T": "part-t"}[step]
-    x, config = arena.x, arena.config
-    eps: Any = config.eps if method == "at" else arena.engine.budget(x)
+    x, config = cases.x, cases.config
+    eps: Any = config.eps if method == "at" else cases.engine.budget(x)
     row: dict[str, Any] = {"step": step, "published": published, "masks_off": None, "masked": None}
     if method != "at":
         row["masked"] = float((eps == eps.max()).double().mean())
-        row["masks_off"] = float((arena.published_eps_map() != eps).double().mean())
+        row["masks_off"] = float((cases.published_eps_map() != eps).double().mean())
 
     # Ours draws its start by itself: this is the same draw.
     torch.manual_seed(0)
@@ -222,8 +225,8 @@ def compare(arena: Arena, step: str, published: str) -> dict[str, Any]:
     else:
         start = (x + (2 * torch.rand_like(x) - 1) * eps).clamp(0, 1)
     torch.manual_seed(0)
-    ours = _outcome(arena.engine.model, x, partial(arena.our_step, arena.engine, method))
-    theirs = _outcome(arena.published, x, partial(arena.published_step, published, start))
+    ours = _outcome(cases.engine.model, x, partial(cases.our_step, cases.engine, method))
+    theirs = _outcome(cases.published, x, partial(cases.published_step, published, start))
     # Not `difference > NEAR`: a NaN is a mismatch.
     row["images_off"] = float((~((ours[0] - theirs[0]).abs() <= NEAR)).double().mean())
     row["update_off"] = float((ours[1] - theirs[1]).norm() / theirs[1].norm())
@@ -254,3 +257,19 @@ def _outcome(model: nn.Module, x: Tensor, step: Step) -> tuple[Tensor, Tensor, T
         handle.remove()
     update = torch.cat([(p.detach() - was).flatten() for p, was in zip(model.parameters(), before, strict=True)])
     return seen[-1], update, loss
+
+
+def count_flop(config: TrainConfig, device: torch.device, progress: Progress = silent) -> dict[str, float]:
+    """FLOP of each step and piece of StepCases at the config's batch size, counted on one image."""
+    eager = dataclasses.replace(config, batch_size=1, compile=False, cuda_graph=False)
+    cases = StepCases(eager, device)
+    found = {}
+    counted = {**cases.steps(), **cases.pieces()}
+    tick = progress("counting FLOP", len(counted))
+    for name, step in counted.items():
+        step()  # before the first forward, an AttackModel compares what it runs fused
+        with FlopCount() as count:
+            step()
+        tick()
+        found[name] = float(count.total * config.batch_size)
+    return found

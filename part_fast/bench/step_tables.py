@@ -1,4 +1,4 @@
-"""Tables and figure of `bench step`."""
+"""What `bench step` shows of its rows: tables as text and Markdown, and a figure."""
 
 from __future__ import annotations
 

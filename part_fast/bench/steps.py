@@ -28,10 +28,10 @@ runs, two for a multiplication and addition; a step that computes what nobody ne
 the rate of a large matrix product in the step's precision, timed in the same rounds.
 
 Peak memory is what one step has allocated at most above what was there before: weights, momentum, the batch, the copy
-that is attacked; gradients count. It is PyTorch's allocator's, as in `bench`, plus the memory that a step's CUDA graphs
-hold, which a replay needs and does not allocate: what PIL, numpy and the convolution library take for themselves is not
-in it. The largest resident memory of a process would be, but that also has whatever
-ran before, and grows in steps larger than what PART adds.
+that is attacked; gradients count. It is PyTorch's allocator's, as in `bench ops`, plus the memory that a step's CUDA
+graphs hold, which a replay needs and does not allocate: what PIL, numpy and the convolution library take for themselves
+is not in it. The largest resident memory of a process would be, but that also has whatever ran before, and grows in
+steps larger than what PART adds.
 
 The cost of PART over AT is small beside what a busy machine does to either, so it is given twice: by the medians of
 both steps, and by what PART adds timed alone (the mask; the lookup and the share of a refresh; for PART-T a mask with
@@ -46,10 +46,8 @@ graph": a replay is one launch, and says nothing of what is in it. A profile wit
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,21 +58,27 @@ import torch
 from torch import nn
 
 from part_fast.attack_model import AttackModel
-from part_fast.bench.clocks import Clock, Progress, clock_for, interleave, ticking
-from part_fast.bench.flop import MATMULS, count_flop, matmul
+from part_fast.bench.clocks import Progress, calls_per_sample, clock_for, interleave, silent, ticking
+from part_fast.bench.command import at_least_one, current_device, environment_line, result_paths
+from part_fast.bench.flop import MATMULS, matmul
 from part_fast.bench.profile import profile
-from part_fast.bench.step_cases import BANK_BATCHES, REFRESHES, Arena, Step, check, configuration, silent
+from part_fast.bench.step_cases import (
+    BANK_BATCHES,
+    MODELS,
+    REFRESHES,
+    Step,
+    StepCases,
+    check,
+    configuration,
+    count_flop,
+    default_batch,
+)
 from part_fast.bench.step_tables import draw, markdown, ratio_table, tables_of
-from part_fast.bench.tables import environment_line
 from part_fast.config import TrainConfig, find_device
 from part_fast.models.catalogue import build_model
 from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.report.environment import environment
-
-MODELS = ("resnet18", "wrn-34-10")
-
-BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
 
 PROFILE_ROUNDS = 3
 
@@ -102,11 +106,6 @@ class Goal:
         return (self.goals if device == "cpu" or self.on_gpu is None else self.on_gpu).get(model)
 
 
-def default_batch(model: str, device: str) -> int:
-    """The batch size for which there are goals, on "cpu" or "cuda"."""
-    return GPU_BATCH if device == "cuda" else BATCHES.get(model, BATCH)
-
-
 def _goals(resnet: float, wide: float) -> dict[str, float]:
     return dict(zip(MODELS, (resnet, wide), strict=True))
 
@@ -125,9 +124,6 @@ GOALS = (
     Goal("AT, images/s", "rate", "AT", None, {}, _goals(7100, 1170)),
     Goal("PART, images/s, refresh every batch", "rate", "PART", None, {}, _goals(6800, 1100)),
 )
-
-
-# --- times ------------------------------------------------------------------------------------------------------------
 
 
 def auto_precision(device: torch.device) -> tuple[str, str]:
@@ -149,23 +145,23 @@ def measure(
     (timed together in a round), seconds (of every round).
     """
     flop = count_flop(config, device, progress)
-    arena, clock = Arena(config, device), clock_for(device)
-    steps, pieces = arena.steps(), arena.pieces()
+    cases, clock = StepCases(config, device), clock_for(device)
+    steps, pieces = cases.steps(), cases.pieces()
     ours = {"PART", "AT", "PART, bank", "TRADES", "PART-T"}
     precisions = {name: config.precision if name in ours or name in pieces else "fp32" for name in (*steps, *pieces)}
     # Momentum is allocated, and what is compiled is compiled, before anything is measured.
     for name in ("AT", "AT fp32", "published AT"):
         if name in steps:
             steps[name]()
-    arena.bank.fill(arena.engine.budget, arena.images)
+    cases.bank.fill(cases.engine.budget, cases.images)
     peaks = {}
     tick = progress("peak memory", len(steps))
     for name, step in steps.items():
-        arena.forget_graphs()
+        cases.forget_graphs()
         # The second counts. The profiler subtracts what is freed only where it saw it allocated, and a step frees what
         # the last one kept, such as packed weights; and a CUDA graph is captured in the first.
         for _ in range(2):
-            for optimizer in (arena.engine.optimizer, arena.fp32.optimizer, arena.optimizer):
+            for optimizer in (cases.engine.optimizer, cases.fp32.optimizer, cases.optimizer):
                 optimizer.zero_grad()
             peaks[name] = clock.peak_bytes(step)
         peaks[name] += graph_pool_bytes(device)
@@ -175,7 +171,7 @@ def measure(
         step()
 
     products = {f"matmul {precision}": matmul(precision, device) for precision in sorted(set(precisions.values()))}
-    calls = {name: together(clock, step) for name, step in {**steps, **pieces}.items()} | dict.fromkeys(
+    calls = {name: calls_per_sample(clock, step) for name, step in {**steps, **pieces}.items()} | dict.fromkeys(
         products, MATMULS
     )
 
@@ -210,7 +206,7 @@ def measure(
     rows = []
     for name, kind in kinds.items():
         p20, median, p80 = (float(value) for value in np.percentile(seconds[name], (20, 50, 80)))
-        images = None if kind == "matmul" else len(arena.images) if name == "refresh" else config.batch_size
+        images = None if kind == "matmul" else len(cases.images) if name == "refresh" else config.batch_size
         rows.append(
             {
                 "model": config.model,
@@ -233,13 +229,6 @@ def measure(
             }
         )
     return rows
-
-
-def together(clock: Clock, call: Step) -> int:
-    """How often in a row a step is timed, so that its first launches, for which a GPU waits, count for little."""
-    if clock.step_seconds_at_least == 0:
-        return 1
-    return min(100, math.ceil(clock.step_seconds_at_least / clock.seconds(call, 1)))
 
 
 def graph_pool_bytes(device: torch.device) -> int:
@@ -305,8 +294,6 @@ def ratios(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
 FILES = ("step.csv", "step_ratios.csv", "step_profile.csv", "step.json", "step.md", "step.png")
 
 
@@ -337,9 +324,9 @@ def steps(
     with needs("tqdm", "train"):
         from tqdm import tqdm
     rounds = (3 if quick else 7) if rounds is None else rounds
-    for argument, value in (("rounds", rounds), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{argument} must be >= 1, got {value}")
+    at_least_one("rounds", rounds)
+    if batch_size is not None:
+        at_least_one("batch_size", batch_size)
     where = find_device(device)
     chosen, why = auto_precision(where) if precision == "auto" else (precision, "as asked")
     names = tuple(models) or (("resnet-small",) if quick else MODELS)
@@ -358,10 +345,7 @@ def steps(
         with torch.device("meta"):
             build_model(config.model)
     AttackModel(nn.Linear(1, 1, device=where), precision=chosen, cuda_graph=cuda_graph)  # whether the device can
-    paths = [out / name for name in FILES]
-    there = [path.name for path in paths if path.exists()]
-    if there and not overwrite:
-        raise ValueError(f"out must be a folder without results, got {out} with {', '.join(there)}: use --overwrite")
+    paths = result_paths(out, FILES, overwrite)
     out.mkdir(parents=True, exist_ok=True)
 
     record = environment()
@@ -384,8 +368,7 @@ def steps(
     rows: list[dict[str, Any]] = []
     checked: list[dict[str, Any]] = []
     profiled: list[dict[str, Any]] = []
-    current = torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext()
-    with current, tqdm(unit="step", leave=False, disable=None) as bar:
+    with current_device(where), tqdm(unit="step", leave=False, disable=None) as bar:
 
         def progress(what: str, total: int) -> Step:
             bar.reset(total)

@@ -1,4 +1,4 @@
-"""Tables and figure of `bench ops`."""
+"""What `bench ops` shows of its rows: tables as text and a figure."""
 
 from __future__ import annotations
 
@@ -7,19 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from part_fast.report import figures, files
-
-
-def environment_line(record: Mapping[str, Any], device: torch.device) -> str:
-    """Where the numbers come from, in one line."""
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = f"{record['cpu']} ({record['cpu_capability']}), {record['threads']} threads"
-    commit = f" ({record['commit'][:8]})" if record["commit"] else ""
-    return f"part_fast {record['part_fast']}{commit}, torch {record['torch']}, {device}: {hardware}"
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> str:

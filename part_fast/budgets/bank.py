@@ -10,6 +10,7 @@ from torch import Tensor
 from part_fast import checks, distributed
 from part_fast.budgets.cam import CamBudget
 from part_fast.data.memory import Augmentation, to_float
+from part_fast.errors import BadValueError
 from part_fast.ops.epsilon_map import packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, bytes_per_mask
 
@@ -50,16 +51,16 @@ class MaskBank:
     ) -> None:
         """Compute every mask anew by the budget, before its control. images: uint8 (samples,C,H,W), unaugmented.
 
-        Of several processes each computes its share, and all have all masks then.
+        Each of several processes computes its share, and every process then has all masks.
 
         progress: called with the number of images after each batch.
         Errors: ValueError if the images are not as many and as large as the bank's; rule "soft" has no bits.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images must be uint8 (N,C,H,W), got {images.dtype} {tuple(images.shape)}")
+            raise BadValueError(f"images must be uint8 (N,C,H,W), got {images.dtype} {tuple(images.shape)}")
         if len(images) != len(self._masks) or tuple(images.shape[2:]) != self._masks.size:
             expected = (len(self._masks), "C", *self._masks.size)
-            raise ValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
+            raise BadValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
         starts = range(0, len(images), batch_size)
         self.bits.zero_()
         for start in (starts[i] for i in distributed.shares(len(starts))):
@@ -80,7 +81,7 @@ class MaskBank:
         return eps if augmentation is None else augmentation.apply(eps, fill=self._masks.eps_low)
 
     def load_bits(self, bits: Tensor) -> None:
-        """Take the bits of a checkpoint. Errors: ValueError if they are another set's."""
+        """Take the bits of a checkpoint. Errors: ValueError if they belong to another data set."""
         if bits.dtype != torch.uint8 or bits.shape != self.bits.shape:
-            raise ValueError(f"bits must be uint8 {tuple(self.bits.shape)}, got {bits.dtype} {tuple(bits.shape)}")
+            raise BadValueError(f"bits must be uint8 {tuple(self.bits.shape)}, got {bits.dtype} {tuple(bits.shape)}")
         self.bits.copy_(bits)

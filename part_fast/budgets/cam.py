@@ -1,4 +1,4 @@
-"""CamBudget: from images to each pixel's eps, by what the model itself looks at."""
+"""CamBudget: each pixel's eps, from class activation maps of the model that is attacked."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from part_fast.attack_model import AttackModel
 from part_fast.budgets.controls import check_control, control_map
 from part_fast.budgets.external import Explain, check_method, external_cam
 from part_fast.checks import Clip
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast, unwrapped
 from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
 
-# Where ResNets and WideResNets have their last feature map.
+# Names of the layer that gives the last feature map in ResNets and WideResNets.
 DEFAULT_LAYERS = ("layer4", "block3")
 
 # A call changes its model's mode and hooks, so one model serves one call at a time, whatever budgets it has.
@@ -31,21 +32,22 @@ class CamBudget:
     """Per-pixel eps from class activation maps of `model`: `budget(x) -> (N,M,H,W)`, float32.
 
     model: images (N,C,H,W) in [0,1] -> logits (N,classes). An AttackModel takes the names and modules of the model that
-        it copies; of DataParallel, DistributedDataParallel and compiled models what they wrap runs, uncompiled.
+        it copies. In place of DataParallel, DistributedDataParallel and compiled models, the module they wrap runs.
     eps, eps_low: image units, 0 <= eps_low <= eps: for the pixels that matter, and for the rest.
-    method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; or, at whatever they cost, a class
+    method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; or, as slow as they are, a class
         of the `grad-cam` package, or callable(model, x, target) -> (N,h,w), run in eval mode, which needs no layer.
     rule: "zscore", "released" (for images of three channels), "quantile:q" or "soft", see `part_fast.epsilon_map`.
     target_layer: the module, or its name in `model.named_modules()`, whose output (N,K,h,w) is explained;
         default: the module called `layer4`, else `block3`, under any prefix. docs/target_layers.md lists those of
         other networks. An output (N,h,w,K), such as Swin's, is known by its shape and the model's LayerNorms.
-    control: "none", "permuted", "random", "inverted" or "uniform": what is done to the map afterwards, to tell
+    control: "none", "permuted", "random", "inverted" or "uniform": how the map is changed afterwards, to test
         whether the CAM matters; see `part_fast.budgets.controls`. "permuted" and "random" draw from torch's generators.
     clip: (low, high), what a pixel may be, as in `pgd`.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
     before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
-    random generators are as before, also after an exception. Threads that ask budgets of one model take turns.
+    random generators are as before, also after an exception. Calls for one model from several threads
+    take turns.
 
     Equivalent to: `epsilon_map(cam(A, dA, method), x.shape[2:], eps, eps_low, rule)`, where A is the target
     layer's output and dA the gradient of each image's target logit for it.
@@ -67,7 +69,7 @@ class CamBudget:
         clip: Clip = (0.0, 1.0),
     ):
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if method not in METHODS:
             check_method(method, METHODS)
         self.eps, self.eps_low = eps_pair(eps, eps_low)
@@ -100,9 +102,9 @@ class CamBudget:
             return control_map(eps, self.control, self.eps, self.eps_low), logits
 
     def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
-        """The eps map as one bit per value: what a call gives, by every rule but "soft" and control but "uniform"."""
+        """The eps map of a call with one bit per value; rule "soft" and control "uniform" have no such map."""
         if self.control == "uniform":
-            raise ValueError(
+            raise BadValueError(
                 "control must not be uniform in a packed map, which has two values: call the budget itself"
             )
         with record_function("part_fast: CAM"):
@@ -117,7 +119,9 @@ class CamBudget:
         """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""
         x = checks.pixels("x", x, self.clip)
         if self.channels == 3 and x.shape[1] != 3:
-            raise ValueError(f"rule released must have images of 3 channels, whose colours it masks, got {x.shape[1]}")
+            raise BadValueError(
+                f"rule released must have images of 3 channels, whose colours it masks, got {x.shape[1]}"
+            )
         if target is not None:
             checks.labels("target", target, x)
         if x.shape[0] == 0:  # layers disagree on empty batches
@@ -130,7 +134,7 @@ class CamBudget:
             if not isinstance(self.method, str):
                 return self._external(self.method, model, x, target)
             if isinstance(model, AttackModel):
-                # Here and not in its forward, where our hook would hang on a copy that is made anew.
+                # Refreshed before the hook is set: a refresh in the forward would replace the hooked copy.
                 model.refresh_if_changed()
                 if _run(model) is not self._ran:
                     self.target_layer, self._ran = _find_layer(model, self._asked), _run(model)
@@ -140,7 +144,7 @@ class CamBudget:
                 score = logits.gather(1, target[:, None].clone()).sum()
             gradient = input_gradient(score, activation)
         if gradient is None:
-            raise ValueError(
+            raise BadValueError(
                 "target_layer must lead to the logits, got a layer whose output they do not depend on, or only through "
                 "what the model detaches or runs under its own no_grad: name a later layer"
             )
@@ -151,13 +155,13 @@ class CamBudget:
     def _external(
         self, method: type | Explain, model: nn.Module, x: Tensor, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The maps of a method of others, and the logits."""
+        """The maps of a method that part_fast does not have, and the logits."""
         with torch.no_grad(), uncached_autocast():
             logits = checks.logits(model(x), x)
         target = _target(target, logits, x).clone()
         layer = self.target_layer
         if isinstance(method, type) and isinstance(model, AttackModel):
-            # A copy that is packed and asks for no gradients has none of the hooks that grad-cam needs.
+            # grad-cam needs hooks for gradients, which a packed copy without gradients does not run.
             layer, model = _theirs(model, layer)
         with eval_mode(model):
             return external_cam(method, model, layer, x, target), logits
@@ -168,11 +172,11 @@ class CamBudget:
         thread = threading.get_ident()
 
         def cut(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
-            if threading.get_ident() != thread:  # somebody else's forward
+            if threading.get_ident() != thread:  # the forward of another thread
                 return None
             if not isinstance(output, Tensor) or output.ndim != 4:
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise ValueError(f"target_layer must give a tensor (N,K,h,w), got {got}")
+                raise BadValueError(f"target_layer must give a tensor (N,K,h,w), got {got}")
             torch.set_grad_enabled(True)  # until the no_grad block below ends
             last = _channels_are_last(output, x, model)
             activation = (output.permute(0, 3, 1, 2) if last else output).detach()
@@ -190,7 +194,7 @@ class CamBudget:
         finally:
             handle.remove()
         if not found:
-            raise ValueError("target_layer must be run by the model's forward, got a layer that was not")
+            raise BadValueError("target_layer must be run by the model's forward, got a layer that was not")
         return found[-1], checks.logits(logits, x)
 
 
@@ -219,7 +223,7 @@ def _channels_are_last(output: Tensor, x: Tensor, model: nn.Module) -> bool:
         multiplied = any(isinstance(m, nn.Linear) and c in (m.in_features, m.out_features) for m in model.modules())
         return normalised or multiplied
     if normalised:
-        raise ValueError(
+        raise BadValueError(
             f"target_layer must give a map that is plainly (N,K,h,w), got (N,{a},{b},{c}), which a model with a "
             f"LayerNorm of {c} can mean as (N,h,w,K): name another layer"
         )
@@ -233,22 +237,22 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _run(model: nn.Module) -> nn.Module:
-    """What a forward of `model` runs, under the same names: an AttackModel's copy, without wrappers."""
+    """The module that a forward of `model` runs, without wrappers: of an AttackModel, its copy."""
     model = unwrapped(model)
     return _run(model.module) if isinstance(model, AttackModel) else model
 
 
 def _theirs(fast: AttackModel, layer: nn.Module | None) -> tuple[nn.Module, nn.Module]:
-    """The layer of the model that `fast` copies whose counterpart `layer` is, and the model."""
+    """The layer of the copied model that corresponds to `layer` of the copy `fast`, and that model."""
     model, runs = _copied(fast), _run(fast)
     name = next(name for name, module in runs.named_modules() if module is layer)
     return model.get_submodule(name), model
 
 
 def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Module:
-    """The module that is hooked, by the names and modules that the user knows; of an AttackModel, in its copy."""
+    """The module to hook, which the user names as in the model; of an AttackModel, its counterpart in the copy."""
     if isinstance(_copied(model), torch.jit.ScriptModule):
-        raise TypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
+        raise BadTypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
     names = {name: module for name, module in _copied(model).named_modules() if name}
     name = _layer_name(model, names, target_layer)
     if name is None:
@@ -259,13 +263,13 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
         folded |= dict(fast._pairs)
         fast = unwrapped(fast.source)
     if name in folded:
-        raise ValueError(
+        raise BadValueError(
             f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "
             f"BatchNorm: name that, {folded[name]!r}, or a later layer"
         )
     layer = dict(_run(model).named_modules())[name]
     if isinstance(layer, torch.jit.ScriptModule):
-        raise ValueError(
+        raise BadValueError(
             "target_layer must be a module that takes hooks, got one of TorchScript: give the model as it was before "
             "torch.jit, or method=callable(model, x, target) -> maps (N,h,w)"
         )
@@ -277,27 +281,29 @@ def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.
     if isinstance(target_layer, nn.Module):
         found = next((name for name, module in names.items() if module is target_layer), None)
         if found is None and not any(module is target_layer for module in model.modules()):
-            raise ValueError(f"target_layer must be a module of the model, got another {type(target_layer).__name__}")
+            raise BadValueError(
+                f"target_layer must be a module of the model, got another {type(target_layer).__name__}"
+            )
         return found
     if isinstance(target_layer, str):
         plain = target_layer
-        while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # a wrapper's name for it
+        while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # the name that a wrapper gives it
             plain = plain.partition(".")[2]
         if plain not in names:
-            raise ValueError(f"target_layer must be one of {_candidates(names)}, got {target_layer!r}")
+            raise BadValueError(f"target_layer must be one of {_candidates(names)}, got {target_layer!r}")
         return plain
     if target_layer is not None:
-        raise TypeError(f"target_layer must be a module or its name, got {type(target_layer).__name__}")
+        raise BadTypeError(f"target_layer must be a module or its name, got {type(target_layer).__name__}")
     for layer in DEFAULT_LAYERS:
         matches = [name for name in names if name.rpartition(".")[2] == layer]
         if len(matches) == 1:
             return matches[0]
     none = f"the model has no {' or '.join(DEFAULT_LAYERS)}"
-    raise ValueError(f"target_layer must be given, {none}; candidates: {_candidates(names)}")
+    raise BadValueError(f"target_layer must be given, {none}; candidates: {_candidates(names)}")
 
 
 def _candidates(names: dict[str, nn.Module]) -> str:
-    """Names of the parts that hold convolutions, the deepest last, at most a line of them; else what to do."""
+    """Names of the parts that hold convolutions, the deepest last, at most a line of them; without any, what to do."""
     convolutions = [name for name, module in names.items() if isinstance(module, nn.Conv2d)]
     tokens = any(isinstance(module, nn.LayerNorm | nn.MultiheadAttention) for module in names.values())
     patches = [name for name in convolutions if _cuts_patches(names[name])]
@@ -308,7 +314,7 @@ def _candidates(names: dict[str, nn.Module]) -> str:
             f"name a layer whose output is (N,h,w,K), as the stages of Swin are"
         )
     prefix = ""
-    while True:  # down to where the convolutions part
+    while True:  # down to the module that holds several parts with convolutions
         parts = list(dict.fromkeys(name[len(prefix) :].partition(".")[0] for name in convolutions))
         if len(parts) > 1 or prefix + parts[0] in convolutions:
             return ", ".join(prefix + part for part in parts[-12:])

@@ -1,4 +1,4 @@
-"""Class activation maps that others compute: a class of the grad-cam package, or any callable."""
+"""Class activation maps from other code: a class of the grad-cam package, or any callable."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import checks
+from part_fast.errors import BadValueError
 from part_fast.eval_mode import grads_kept
 
 Explain = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -25,7 +26,7 @@ def check_method(method: object, native: Sequence[str]) -> None:
         got = f"an instance of {type(method).__name__}: give the class itself, it is called with each batch"
     elif callable(method):
         return
-    raise ValueError(
+    raise BadValueError(
         f"method must be one of {', '.join(native)}, a class of grad-cam or a callable(model, x, target) -> (N,h,w), "
         f"got {got}"
     )
@@ -41,14 +42,14 @@ def external_cam(
     """Maps (N,h,w), detached, of images x (N,C,H,W) for class indices target (N,).
 
     method: a class of the `grad-cam` package, whose own output (N,H,W) is taken; or callable(model, x, target).
-    Every parameter's .grad is as before, whatever the method does to it, also after an exception.
+    Every parameter's .grad is put back afterwards, also after an exception.
     Errors: ValueError or TypeError for a result that is no map of every image.
     """
     with grads_kept(model), torch.enable_grad():
         maps = _grad_cam(method, model, layer, x, target) if isinstance(method, type) else method(model, x, target)
     checks.tensor("the result of method", maps)
     if maps.ndim != 3 or maps.shape[0] != x.shape[0]:
-        raise ValueError(f"method must give maps ({x.shape[0]},h,w), got {tuple(maps.shape)}")
+        raise BadValueError(f"method must give maps ({x.shape[0]},h,w), got {tuple(maps.shape)}")
     return maps.detach().to(x.device)
 
 

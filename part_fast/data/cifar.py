@@ -8,13 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from part_fast.data.files import (
-    read_cifar_binary,
-    read_cifar_pickle,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import read_cifar_binary, read_cifar_pickle
+from part_fast.data.memory import Dataset
 from part_fast.data.places import dataset_of, download_class, first_found, not_found, roots, say_if_partial
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

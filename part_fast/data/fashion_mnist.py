@@ -12,13 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data.files import (
-    read_idx,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import read_idx
+from part_fast.data.memory import Dataset
 from part_fast.data.places import dataset_of, download_class, first_found, not_found, roots, say_if_partial
+from part_fast.errors import BadValueError, MissingFileError
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -42,11 +39,11 @@ DEMO_SHA256 = "e4fdb7f30402130a263384057821a6b51670d184434067a217b37f6c0856fb22"
 
 def load_demo(split: str, root: Path | None, download: bool) -> Dataset:
     if not DEMO_FILE.is_file():
-        raise FileNotFoundError(f"the demo images are missing at {DEMO_FILE}: reinstall part_fast")
+        raise MissingFileError(f"the demo images are missing at {DEMO_FILE}: reinstall part_fast")
     packed = DEMO_FILE.read_bytes()
     digest = hashlib.sha256(packed).hexdigest()
     if digest != DEMO_SHA256:
-        raise ValueError(f"{DEMO_FILE} is damaged: sha256 {digest}, expected {DEMO_SHA256}; reinstall part_fast")
+        raise BadValueError(f"{DEMO_FILE} is damaged: sha256 {digest}, expected {DEMO_SHA256}; reinstall part_fast")
     with np.load(io.BytesIO(lzma.decompress(packed)), allow_pickle=False) as arrays:
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     return dataset_of("demo", split, _pad_gray(images), labels, FASHION_MNIST_CLASSES, DEMO_FILE)
@@ -76,9 +73,9 @@ def load_fashion_mnist(split: str, root: Path | None, download: bool) -> Dataset
         )
     images, labels = read_idx(files[0], 3), read_idx(files[1], 1)
     if images.shape[1:] != (28, 28):
-        raise ValueError(f"{files[0]} holds images of {images.shape[1]}x{images.shape[2]}, Fashion-MNIST has 28x28")
+        raise BadValueError(f"{files[0]} holds images of {images.shape[1]}x{images.shape[2]}, Fashion-MNIST has 28x28")
     if len(images) != len(labels):
-        raise ValueError(f"{files[0].parent} holds {len(images)} {split} images but {len(labels)} labels")
+        raise BadValueError(f"{files[0].parent} holds {len(images)} {split} images but {len(labels)} labels")
     say_if_partial("fashion-mnist", split, len(labels), 60_000 if split == "train" else 10_000, files[0].parent)
     return dataset_of("fashion-mnist", split, _pad_gray(images), labels, FASHION_MNIST_CLASSES, files[0].parent)
 

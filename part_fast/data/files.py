@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from part_fast.errors import BadValueError
 from part_fast.optional import needs
 
 __all__ = ["image_size", "read_cifar_binary", "read_cifar_pickle", "read_idx", "read_images", "read_lines", "read_mat"]
@@ -44,7 +45,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file: {first_line(error)}") from error
+        raise BadValueError(f"{path} is not a text file: {first_line(error)}") from error
 
 
 def read_idx(path: Path, dims: int) -> npt.NDArray[np.uint8]:
@@ -54,15 +55,15 @@ def read_idx(path: Path, dims: int) -> npt.NDArray[np.uint8]:
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+            raise BadValueError(f"{path} is not a whole gzip file: {error}") from error
     header = 4 + 4 * dims
     if len(content) < header or content[:4] != bytes((0, 0, 8, dims)):
         start = content[:4].hex(" ")
-        raise ValueError(f"{path} is not an idx file of uint8 with {dims} dimensions: it starts {start}")
+        raise BadValueError(f"{path} is not an idx file of uint8 with {dims} dimensions: it starts {start}")
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
     expected = header + int(np.prod(shape, dtype=object))
     if len(content) != expected:
-        raise ValueError(f"{path} has {len(content)} bytes, its header {shape} says {expected}")
+        raise BadValueError(f"{path} has {len(content)} bytes, its header {shape} says {expected}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
@@ -70,7 +71,9 @@ def read_cifar_binary(path: Path, title: str, label_bytes: int) -> tuple[npt.NDA
     """Pixels (N,3072) and labels (N,): records of `label_bytes`, the last of which is the label, and 3072 pixels."""
     content, record = path.read_bytes(), label_bytes + 3072
     if not content or len(content) % record:
-        raise ValueError(f"{path} has {len(content)} bytes, {title}'s binary files hold images of {record} bytes each")
+        raise BadValueError(
+            f"{path} has {len(content)} bytes, {title}'s binary files hold images of {record} bytes each"
+        )
     records = np.frombuffer(content, np.uint8).reshape(-1, record)
     return records[:, label_bytes:].copy(), records[:, label_bytes - 1].astype(np.int64)
 
@@ -84,7 +87,7 @@ class _PickledDtype:
             raise pickle.UnpicklingError(f"an array of {text!r}, expected uint8")
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: nothing to know of uint8."""
+        """Ignore byte order and alignment, which uint8 does not have."""
 
 
 class _PickledArray:
@@ -123,7 +126,7 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, strings and uint8 arrays; every global it meets is one of ours or an error.
+    """Reads dictionaries, lists, numbers, strings and uint8 arrays; any global but the classes above is an error.
 
     Even numpy's own constructors are not called: what a file names is only looked up in this table.
     """
@@ -154,18 +157,18 @@ def read_cifar_pickle(
         batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     # A damaged pickle can raise nearly any exception, none of which ran anything but the stand-ins above.
     except Exception as error:
-        raise ValueError(f"{path} is not a {title} batch: {first_line(error)}") from error
+        raise BadValueError(f"{path} is not a {title} batch: {first_line(error)}") from error
     items = batch.items() if isinstance(batch, dict) else ()
     fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in items}
     data, labels = fields.get("data"), fields.get(field)
     if not isinstance(data, _PickledArray) or not isinstance(labels, list):
-        raise ValueError(f"{path} is not a {title} batch: it takes an array 'data' and a list '{field}'")
+        raise BadValueError(f"{path} is not a {title} batch: it takes an array 'data' and a list '{field}'")
     if data.shape != (len(labels), 3072) or len(data.content) != 3072 * len(labels):
-        raise ValueError(
+        raise BadValueError(
             f"{path} is not a {title} batch: {len(labels)} labels, data {data.shape} in {len(data.content)} bytes"
         )
     if not all(type(label) is int and 0 <= label < classes for label in labels):
-        raise ValueError(f"{path} is not a {title} batch: {field} takes integers from 0 to {classes - 1}")
+        raise BadValueError(f"{path} is not a {title} batch: {field} takes integers from 0 to {classes - 1}")
     return np.frombuffer(data.content, np.uint8).reshape(data.shape), np.array(labels, dtype=np.int64)
 
 
@@ -180,21 +183,21 @@ def read_mat(path: Path, *names: str) -> dict[str, npt.NDArray[Any]]:
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
     if order is None:
         hdf5 = " (version 7.3 is HDF5: save it as version 7)" if bytes(content[:10]) == b"MATLAB 7.3" else ""
-        raise ValueError(f"{path} is not a MATLAB 5 file{hdf5}")
+        raise BadValueError(f"{path} is not a MATLAB 5 file{hdf5}")
     found: dict[str, npt.NDArray[Any]] = {}
     try:
         if struct.unpack_from(f"{order}H", content, 124)[0] != 0x0100:
-            raise ValueError("another version than 5 to 7 (save it as version 7)")
+            raise BadValueError("another version than 5 to 7 (save it as version 7)")
         for kind, element in _mat_elements(content[128:], order):
             inner = _mat_elements(zlib.decompress(element), order) if kind == _MAT_COMPRESSED else [(kind, element)]
             for inner_kind, matrix in inner:
                 if inner_kind == _MAT_MATRIX:
                     found.update(_mat_array(matrix, order, names))
     except (ValueError, struct.error, zlib.error) as error:
-        raise ValueError(f"{path} is a damaged MATLAB file: {first_line(error)}") from error
+        raise BadValueError(f"{path} is a damaged MATLAB file: {first_line(error)}") from error
     missing = [name for name in names if name not in found]
     if missing:
-        raise ValueError(f"{path} has no numeric array {' and no '.join(missing)}")
+        raise BadValueError(f"{path} has no numeric array {' and no '.join(missing)}")
     return found
 
 
@@ -210,7 +213,7 @@ def _mat_elements(content: bytes | memoryview, order: str) -> Iterator[tuple[int
             # All but packed elements are padded to 8 bytes; the last one of a file may go without.
             end = start + size + (0 if kind == _MAT_COMPRESSED else -size % 8)
         if start + size > min(end, len(view)):
-            raise ValueError(f"an element of {size} bytes where {len(view) - start} are left")
+            raise BadValueError(f"an element of {size} bytes where {len(view) - start} are left")
         yield kind, view[start : start + size]
         at = end
 
@@ -218,7 +221,7 @@ def _mat_elements(content: bytes | memoryview, order: str) -> Iterator[tuple[int
 def _mat_array(matrix: memoryview, order: str, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     """The array by its name, or nothing if it is no numeric array or not one of `names`."""
     parts = list(_mat_elements(matrix, order))
-    # What is no plain array (opaque objects) may have fewer parts or others.
+    # Elements that are no plain array (opaque objects) may have fewer or other parts.
     if len(parts) < 4 or len(parts[0][1]) != 8 or parts[0][1][0 if order == "<" else 3] not in _MAT_NUMERIC:
         return {}
     name = bytes(parts[2][1]).decode("latin1")
@@ -227,10 +230,10 @@ def _mat_array(matrix: memoryview, order: str, names: Sequence[str]) -> dict[str
     dims = np.frombuffer(parts[1][1], f"{order}i4").tolist()
     kind, data = parts[3]
     if kind not in _MAT_STORAGE or len(parts) > 4:
-        raise ValueError(f"{name} is not an array of real numbers")
+        raise BadValueError(f"{name} is not an array of real numbers")
     values = np.frombuffer(data, f"{order}{_MAT_STORAGE[kind]}")
     if min(dims, default=-1) < 0 or math.prod(dims) != len(values):
-        raise ValueError(f"{name} is {'x'.join(map(str, dims))} but has {len(values)} values")
+        raise BadValueError(f"{name} is {'x'.join(map(str, dims))} but has {len(values)} values")
     return {name: values.reshape(dims, order="F")}
 
 
@@ -243,14 +246,14 @@ def image_size(path: Path) -> tuple[int, int]:
             return image.height, image.width
     # Each format has its own exceptions for a damaged file; the first line of any of them says what happened.
     except Exception as error:
-        raise ValueError(f"{path} is not an image that can be read: {first_line(error)}") from error
+        raise BadValueError(f"{path} is not an image that can be read: {first_line(error)}") from error
 
 
 def read_images(paths: Sequence[Path], size: tuple[int, int], *, fit: bool = False, hint: str = "") -> Tensor:
     """The images as one uint8 tensor (N,3,H,W) with (H,W) = `size`; gray ones get three equal channels.
 
     With `fit` an image of another size is scaled (bicubic) to cover `size` and cropped at its centre; without, it is
-    refused, and `hint` ends the message. A progress bar appears where this takes more than a second.
+    refused, in a message that ends with `hint`. A progress bar appears where this takes more than a second.
     """
     with needs("tqdm", "train"):
         from tqdm import tqdm
@@ -267,13 +270,13 @@ def _read_rgb(path: Path, size: tuple[int, int], fit: bool, hint: str) -> npt.ND
         with Image.open(path) as image:
             # Modes I and F hold more than 8 bits a pixel, which a conversion would silently clip.
             if image.mode[0] in "IF":
-                raise ValueError(f"its pixels are of mode {image.mode}, not of 8 bits")
+                raise BadValueError(f"its pixels are of mode {image.mode}, not of 8 bits")
             rgb = image.convert("RGB")
     except Exception as error:
-        raise ValueError(f"{path} is not an image that can be read: {first_line(error)}") from error
+        raise BadValueError(f"{path} is not an image that can be read: {first_line(error)}") from error
     height, width = size
     if fit:
         rgb = ImageOps.fit(rgb, (width, height), Image.Resampling.BICUBIC)
     if rgb.size != (width, height):
-        raise ValueError(f"{path} is {rgb.height}x{rgb.width} (height x width), expected {height}x{width}{hint}")
+        raise BadValueError(f"{path} is {rgb.height}x{rgb.width} (height x width), expected {height}x{width}{hint}")
     return np.asarray(rgb)

@@ -9,16 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from part_fast.data.files import (
-    IMAGE_SUFFIXES,
-    image_size,
-    read_images,
-    read_lines,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import IMAGE_SUFFIXES, image_size, read_images, read_lines
+from part_fast.data.memory import Dataset
 from part_fast.data.places import dataset_of, first_found, listed, roots, say_if_partial
+from part_fast.errors import BadValueError, MissingFileError
 
 
 def load_tinyimagenet(split: str, root: Path | None, download: bool) -> Dataset:
@@ -28,7 +22,7 @@ def load_tinyimagenet(split: str, root: Path | None, download: bool) -> Dataset:
     places = [place for base in roots(root) for place in (base / "tiny-imagenet-200", base)]
     found = first_found(places, find)
     if found is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"tinyimagenet not found: looked for wnids.txt, train and val in {listed(places)}; unzip "
             f"tiny-imagenet-200.zip in one of these or set PART_FAST_DATA or root to the folder that holds it "
             f"(torchvision has no download of it)"
@@ -42,7 +36,7 @@ def load_tinyimagenet(split: str, root: Path | None, download: bool) -> Dataset:
     else:
         files = _val_files(folder / "val", of)
     if not files:
-        raise ValueError(f"{folder} holds no {split} images")
+        raise BadValueError(f"{folder} holds no {split} images")
     say_if_partial("tinyimagenet", split, len(files), 100_000 if split == "train" else 10_000, folder)
     size = image_size(files[0][0])
     images = read_images([path for path, _ in files], size, hint=f" as {files[0][0].name}: all images share one size")
@@ -55,19 +49,19 @@ def _val_files(val: Path, of: dict[str, int]) -> list[tuple[Path, int]]:
     together, classes = _images_in(val / "images"), [name for name in _subfolders(val) if name != "images"]
     if classes:
         if together:
-            raise ValueError(f"{val} holds both {classes[0]} and {len(together)} images in images, sort all or none")
+            raise BadValueError(f"{val} holds both {classes[0]} and {len(together)} images in images, sort all or none")
         _no_others(val, [*of, "images"], "wnids.txt")
         return [(path, of[wnid]) for wnid in classes for path in _images_in(val / wnid, deep=True)]
     annotated = _val_annotations(val / "val_annotations.txt", of)
     for path in together:
         if path.name not in annotated:
-            raise ValueError(f"{path} has no line in val_annotations.txt")
+            raise BadValueError(f"{path} has no line in val_annotations.txt")
     return [(path, annotated[path.name]) for path in together]
 
 
 def _val_annotations(path: Path, of: dict[str, int]) -> dict[str, int]:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"tinyimagenet takes its test images' labels from {path}, which is missing, or from folders named by their "
             f"wnids in {path.parent}"
         )
@@ -76,9 +70,9 @@ def _val_annotations(path: Path, of: dict[str, int]) -> dict[str, int]:
         name, *rest = line.split("\t")
         wnid = rest[0].strip() if rest else ""
         if wnid not in of:
-            raise ValueError(f"{path}, line {number}: takes a file and a wnid of wnids.txt, got {line[:80]!r}")
+            raise BadValueError(f"{path}, line {number}: takes a file and a wnid of wnids.txt, got {line[:80]!r}")
         if annotated.setdefault(name, of[wnid]) != of[wnid]:
-            raise ValueError(f"{path}, line {number}: a second label for {name!r}")
+            raise BadValueError(f"{path}, line {number}: a second label for {name!r}")
     return annotated
 
 
@@ -94,13 +88,13 @@ def load_folder(path: str, split: str, root: Path | None, download: bool) -> Dat
     sized = re.fullmatch(r"(.+)@(\d+)", path)
     plain, size = sized.groups() if sized else (path, "")
     if sized and not int(size):
-        raise ValueError(f"{name}: a size takes an integer >= 1, got {size}")
+        raise BadValueError(f"{name}: a size takes an integer >= 1, got {size}")
     base = Path(plain).expanduser()
     base = base if root is None else root / base
     places = [base / "train"] if split == "train" else [base / "test", base / "val"]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{name} not found: looked for a folder of images per class in {listed(places)}; "
             f"give the folder that holds train and test (or val), nothing is downloaded"
         )
@@ -109,7 +103,7 @@ def load_folder(path: str, split: str, root: Path | None, download: bool) -> Dat
     _no_others(folder, classes, str(of_train))
     files = [(image, i) for i, c in enumerate(classes) for image in _images_in(folder / c, deep=True)]
     if not files:
-        raise ValueError(f"{folder} holds no {split} images: takes a folder of images per class")
+        raise BadValueError(f"{folder} holds no {split} images: takes a folder of images per class")
     if sized:
         side = (int(size), int(size))
         images = read_images([image for image, _ in files], side, fit=True)
@@ -130,7 +124,7 @@ def _subfolders(folder: Path) -> list[str]:
 def _no_others(folder: Path, classes: Sequence[str], where: str) -> None:
     others = [name for name in _subfolders(folder) if name not in classes]
     if others:
-        raise ValueError(f"{folder / others[0]} is a class that is not in {where}")
+        raise BadValueError(f"{folder / others[0]} is a class that is not in {where}")
 
 
 def _images_in(folder: Path, deep: bool = False) -> list[Path]:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from part_fast.errors import BadValueError
+
 
 class Batch(NamedTuple):
     """Images (B,C,H,W) uint8, labels (B,) int64 and their positions (B,) int64 in the data set."""
@@ -46,20 +48,20 @@ class Dataset:
     def __post_init__(self) -> None:
         where = self.source or self.name
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
-            raise ValueError(
+            raise BadValueError(
                 f"images takes a uint8 tensor (N,C,H,W), got {self.images.dtype} {tuple(self.images.shape)} ({where})"
             )
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
+            raise BadValueError(
                 f"labels takes an int64 tensor ({len(self.images)},), one per image, "
                 f"got {self.labels.dtype} {tuple(self.labels.shape)} ({where})"
             )
         if len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names takes {self.num_classes} names, got {len(self.class_names)} ({where})")
+            raise BadValueError(f"class_names takes {self.num_classes} names, got {len(self.class_names)} ({where})")
         if len(self.labels):
             low, high = int(self.labels.min()), int(self.labels.max())
             if low < 0 or high >= self.num_classes:
-                raise ValueError(
+                raise BadValueError(
                     f"labels takes values from 0 to {self.num_classes - 1}, got {low if low < 0 else high} ({where})"
                 )
 
@@ -99,7 +101,7 @@ class Dataset:
             ValueError: batch_size < 1.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size takes an integer >= 1, got {batch_size!r}")
+            raise BadValueError(f"batch_size takes an integer >= 1, got {batch_size!r}")
         if order is not None:
             order = order.to(self.images.device)
         elif shuffle:
@@ -116,9 +118,9 @@ class Dataset:
 
 
 def batch_length(left: int, batch_size: int, batches: int = 1) -> int:
-    """Images in the next `batches` training batches, of `left` that are left: a single last one joins the batch before.
+    """Images in the next `batches` training batches, of `left` images: a single last one joins the batch before.
 
-    By itself it would stop BatchNorm where the map is one pixel, and be half noise elsewhere.
+    Alone it would make BatchNorm raise where the map is one pixel, and give noisy statistics elsewhere.
     """
     full = batch_size * batches
     return left if left <= full + (batch_size > 1) else full
@@ -131,7 +133,7 @@ def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
         ValueError: n is not from 1 to N.
     """
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(labels):
-        raise ValueError(f"n takes an integer from 1 to {len(labels)}, the number of images, got {n!r}")
+        raise BadValueError(f"n takes an integer from 1 to {len(labels)}, the number of images, got {n!r}")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     drawn = labels.cpu()[shuffled]
     by_class = torch.argsort(drawn, stable=True)
@@ -139,7 +141,7 @@ def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
     first = torch.cumsum(counts, 0) - counts
     rank = torch.empty_like(by_class)
     rank[by_class] = torch.arange(len(labels)) - first[drawn[by_class]]
-    # Everybody's first sample, then everybody's second, and so on: any prefix is as balanced as it can be.
+    # The first sample of every class, then the second, and so on: any prefix is as balanced as it can be.
     chosen = shuffled[torch.argsort(rank, stable=True)[:n]]
     return chosen.sort().values.to(labels.device)
 
@@ -172,7 +174,9 @@ class Augmentation:
             ValueError: images is not (N,C,H,W) with the N that was drawn for.
         """
         if images.dim() != 4 or len(images) != len(self.dy):
-            raise ValueError(f"images takes ({len(self.dy)},C,H,W), as many as were drawn, got {tuple(images.shape)}")
+            raise BadValueError(
+                f"images takes ({len(self.dy)},C,H,W), as many as were drawn, got {tuple(images.shape)}"
+            )
         n, channels, height, width = images.shape
         device = images.device
         dy, dx, flip = (t.to(device).unsqueeze(1) for t in (self.dy, self.dx, self.flip))
@@ -204,7 +208,7 @@ def draw_augmentation(
         ValueError: crop_padding < 0.
     """
     if isinstance(crop_padding, bool) or not isinstance(crop_padding, int) or crop_padding < 0:
-        raise ValueError(f"crop_padding takes an integer >= 0, got {crop_padding!r}")
+        raise BadValueError(f"crop_padding takes an integer >= 0, got {crop_padding!r}")
     drawn_on = generator.device if generator is not None else device
     shifts = torch.randint(-crop_padding, crop_padding + 1, (2, n), generator=generator, device=drawn_on).to(device)
     if flip:

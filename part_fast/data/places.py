@@ -1,4 +1,4 @@
-"""Where data sets may lie, and how to get what lies nowhere."""
+"""Where data sets are looked for, and how a missing one is downloaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data.files import (
-    first_line,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import first_line
+from part_fast.data.memory import Dataset
+from part_fast.errors import BadValueError, MissingFileError
 from part_fast.optional import needs
 
 
@@ -26,7 +23,7 @@ def dataset_of(
     name: str, split: str, images: Tensor, labels: npt.NDArray[Any], classes: Sequence[str], source: Path
 ) -> Dataset:
     if not len(labels):
-        raise ValueError(f"{source} holds no {split} images")
+        raise BadValueError(f"{source} holds no {split} images")
     return Dataset(
         images, torch.from_numpy(labels.astype(np.int64)), len(classes), tuple(classes), name, split, str(source)
     )
@@ -47,8 +44,8 @@ def first_found(places: Sequence[Path], find: Callable[[Path], list[Path] | None
     return next((files for place in places if (files := find(place)) is not None), None)
 
 
-def not_found(name: str, wanted: str, places: Sequence[Path], install: str) -> FileNotFoundError:
-    return FileNotFoundError(
+def not_found(name: str, wanted: str, places: Sequence[Path], install: str) -> MissingFileError:
+    return MissingFileError(
         f"{name} not found: looked for {wanted} in {listed(places)}; "
         f"{install}set PART_FAST_DATA or root to the folder that holds it, or fetch it with download=True (--download)"
     )

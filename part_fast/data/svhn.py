@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from part_fast.data.files import (
-    read_mat,
-)
-from part_fast.data.memory import (
-    Dataset,
-)
+from part_fast.data.files import read_mat
+from part_fast.data.memory import Dataset
 from part_fast.data.places import dataset_of, download_by, first_found, not_found, roots, say_if_partial
+from part_fast.errors import BadValueError
 
 SVHN_CLASSES = tuple("0123456789")
 
@@ -42,12 +39,12 @@ def load_svhn(split: str, root: Path | None, download: bool) -> Dataset:
     # MATLAB drops the last dimension of a single image.
     pixels = pixels[..., np.newaxis] if pixels.ndim == 3 else pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
-        raise ValueError(f"{files[0]}: X takes uint8 (32,32,3,N), got {pixels.dtype} {arrays['X'].shape}")
+        raise BadValueError(f"{files[0]}: X takes uint8 (32,32,3,N), got {pixels.dtype} {arrays['X'].shape}")
     if pixels.shape[3] != len(digits):
-        raise ValueError(f"{files[0]} holds {pixels.shape[3]} images but {len(digits)} labels")
+        raise BadValueError(f"{files[0]} holds {pixels.shape[3]} images but {len(digits)} labels")
     wrong = digits[~np.isin(digits, np.arange(1, 11))]
     if len(wrong):
-        raise ValueError(f"{files[0]}: y takes integers from 1 to 10 (the digit 0), got {wrong[0]}")
+        raise BadValueError(f"{files[0]}: y takes integers from 1 to 10 (the digit 0), got {wrong[0]}")
     say_if_partial("svhn", split, len(digits), 73_257 if split == "train" else 26_032, files[0].parent)
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
     return dataset_of("svhn", split, images, digits % 10, SVHN_CLASSES, files[0])

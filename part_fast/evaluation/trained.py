@@ -12,6 +12,7 @@ from torch import nn
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load
 from part_fast.data.memory import Dataset
+from part_fast.errors import BadValueError, MissingFileError
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
 
@@ -40,27 +41,28 @@ def load_trained(
     n: a balanced subset of the test images; default: those of the run.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such thing, or the weights do not fit.
+        FileNotFoundError: there is no such run folder, checkpoint or data set.
+        ValueError: an argument is missing, or the weights do not fit.
     """
     if where.is_dir():
         config, weights = read_config(where), where / "model.safetensors"
         if not weights.is_file():
-            raise FileNotFoundError(f"{where} holds a run without model.safetensors: no epoch of it is finished")
+            raise MissingFileError(f"{where} holds a run without model.safetensors: no epoch of it is finished")
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     elif where.is_file():
         config, weights = TrainConfig(), where
         if (where.parent / "config.json").is_file():  # a run's, such as its averaged weights
             config = read_config(where.parent)
         elif dataset is None or model is None:
-            raise ValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
+            raise BadValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     else:
-        raise FileNotFoundError(f"there is no run folder or checkpoint at {where}")
+        raise MissingFileError(f"there is no run folder or checkpoint at {where}")
     config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
     config.check()
     place = find_device(device)
     data = evaluation_data(config, n).to(place)
-    with torch.random.fork_rng(devices=[]):  # the first weights, overwritten at once, are no draw of the caller's
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
         net = build_model(config.model, data.num_classes)
     load_weights(net, weights)
     return Trained(net.eval().requires_grad_(False).to(place), config, data, weights)

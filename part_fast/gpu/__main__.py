@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from part_fast.errors import UsageError
 from part_fast.gpu import battery
 
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs=args.runs,
         )
         return battery.run(settings, _names(args.only))
-    except ValueError as error:
+    except UsageError as error:
         print(f"part_fast.gpu: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from part_fast.atomic import replacing
+from part_fast.errors import BadValueError
 from part_fast.gpu import page
 from part_fast.gpu.checkout import ROOT
 from part_fast.gpu.record import CASES_FAILED, RESULTS, append
-from part_fast.report.files import replacing
 
 LOG, LOG_CHARACTERS = "log.txt", 200_000  # of each process
 SANITIZERS = ("/usr/local/cuda*/bin/compute-sanitizer", "/opt/nvidia/*/compute-sanitizer")
@@ -203,9 +204,9 @@ def run(settings: Settings, only: Sequence[str] = (), groups: Sequence[Sequence[
     parts = {part.name: part for group in groups for part in group}
     unknown = [name for name in only if name not in parts]
     if unknown:
-        raise ValueError(f"only must name parts among {', '.join(parts)}, got {', '.join(unknown)}")
+        raise BadValueError(f"only must name parts among {', '.join(parts)}, got {', '.join(unknown)}")
     if not settings.minutes > 0:
-        raise ValueError(f"minutes must be > 0, got {settings.minutes}")
+        raise BadValueError(f"minutes must be > 0, got {settings.minutes}")
     _same_machine(settings)
     end = time.time() + 60 * settings.minutes - RESERVE
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -235,7 +236,7 @@ def _same_machine(settings: Settings) -> None:
     different = [key for key in now if before[key] != now[key]]
     if different:
         pairs = "; ".join(f"{key} {before[key]} there, {now[key]} here" for key in different)
-        raise ValueError(f"out must be a folder without results of another machine, got {settings.out}: {pairs}")
+        raise BadValueError(f"out must be a folder without results of another machine, got {settings.out}: {pairs}")
 
 
 def run_group(settings: Settings, parts: Sequence[Part], limit: float) -> None:
@@ -370,7 +371,7 @@ def default_settings(device: str | None, dry: bool, **given: Any) -> Settings:
     if device is None:
         device = "cpu" if dry else "cuda"
     if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"device must be one that is there, got {device}: torch sees no CUDA device; try --dry-run")
+        raise BadValueError(f"device must be one that is there, got {device}: torch sees no CUDA device; try --dry-run")
     if device == "cpu" and not dry:
-        raise ValueError("device must be cuda but for a --dry-run, got cpu")
+        raise BadValueError("device must be cuda but for a --dry-run, got cpu")
     return dataclasses.replace(Settings(Path("runs/gpu"), device, 9.0, dry), **given)

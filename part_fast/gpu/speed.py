@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from part_fast.attacks.objectives import cross_entropy
-from part_fast.bench import cases, flop, published, step_cases, steps
+from part_fast.bench import cases as op_cases
 from part_fast.bench import ops as bench_ops
-from part_fast.bench.step_cases import Arena
+from part_fast.bench import published, step_cases, steps
+from part_fast.bench.step_cases import StepCases
 from part_fast.data.memory import draw_augmentation
 from part_fast.gpu.page import PROFILED
 from part_fast.gpu.record import ALPHA, EPS, Recorder, parser, synchronize, timed
@@ -66,18 +67,18 @@ KERNELS = {
 
 def ops(recorder: Recorder, rounds: int) -> None:
     """`bench.measure` of one case after another, the quick ones first, those with published code last; ops.csv."""
-    every = cases.all_cases()
+    every = op_cases.all_cases()
     bare = [dataclasses.replace(case, published=None) for case in every]
     chosen = [case for case in bare if case.quick] + [case for case in bare if not case.quick]
     chosen += [case for case in every if case.published is not None]
     if recorder.dry:
-        chosen = [cases.step_case("pgd_step", (2, 3, 8, 8), torch.float32, False, quick=True)]
+        chosen = [op_cases.step_case("pgd_step", (2, 3, 8, 8), torch.float32, False, quick=True)]
     rows: list[dict[str, Any]] = []
     for case in chosen:
         name = f"{case.name}{' beside published code' if case.published is not None else ''}"
         providers = None
         if recorder.dry:  # compiling takes seconds
-            providers = [p for p in cases.providers_of(case, recorder.device) if p.name != "torch.compile"]
+            providers = [p for p in op_cases.providers_of(case, recorder.device) if p.name != "torch.compile"]
         found = recorder.case(name, bench_ops.measure, case, recorder.device, rounds, providers)
         if found is not None:
             rows += found
@@ -195,7 +196,7 @@ def fused(recorder: Recorder, x: Tensor, w: Tensor) -> None:
 
 
 class Network:
-    """One network: its arenas by setting, and the rows measured so far."""
+    """One network: its steps in one setting after the other, and the rows measured so far."""
 
     def __init__(self, recorder: Recorder, model: str, batch: int, rate: float, rows: list[dict[str, Any]]) -> None:
         self.recorder, self.model, self.batch, self.rate, self.rows = recorder, model, batch, rate, rows
@@ -203,38 +204,38 @@ class Network:
         self.steps = 1 if recorder.dry else 10
         self.flop: dict[str, float] = {}
         self.until = recorder.until
-        self.arena: Arena | None = None
+        self.cases: StepCases | None = None
         self.settings: dict[str, Any] = {}
 
     def config(self, **changed: Any) -> Any:
         given = {"precision": "bf16", "cuda_graph": self.device.type == "cuda", "compile": False, **changed}
         return step_cases.configuration(self.model, self.batch, steps=self.steps, **given)
 
-    def of(self, **changed: Any) -> Arena:
-        """The arena in bf16 with CUDA graphs, or as changed; only the last one is kept."""
-        if self.arena is None or self.settings != changed:
-            self.arena = None
+    def of(self, **changed: Any) -> StepCases:
+        """The steps in bf16 with CUDA graphs, or as changed; only the last ones are kept."""
+        if self.cases is None or self.settings != changed:
+            self.cases = None
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.arena, self.settings = Arena(self.config(**changed), self.device), changed
-        return self.arena
+            self.cases, self.settings = StepCases(self.config(**changed), self.device), changed
+        return self.cases
 
     def ours(self, method: str, bank: bool = False, **changed: Any) -> Step:
         """A training step as the trainer does it, augmentation included."""
-        arena = self.of(**changed)
+        cases = self.of(**changed)
 
         def step() -> object:
-            arena.drawn = draw_augmentation(self.batch, device=self.device)
-            x = arena.drawn.apply(arena.images[arena.indices])
-            return arena.our_step(arena.engine, method, arena.bank if bank else None, x)
+            cases.drawn = draw_augmentation(self.batch, device=self.device)
+            x = cases.drawn.apply(cases.images[cases.indices])
+            return cases.our_step(cases.engine, method, cases.bank if bank else None, x)
 
         return step
 
     def published(self, name: str) -> Step:
-        arena = self.arena or self.of()
+        cases = self.cases or self.of()
         if name != "published TRADES":
-            return partial(arena.published_step, name)
-        given = (arena.published, arena.optimizer, arena.x, arena.y, EPS, ALPHA, self.steps, None, arena.config.beta)
+            return partial(cases.published_step, name)
+        given = (cases.published, cases.optimizer, cases.x, cases.y, EPS, ALPHA, self.steps, None, cases.config.beta)
         return partial(published.trades_step, *given)
 
     def measure(self, setting: str, make: Callable[[], Step], counted: str | None = None, choose: bool = False) -> None:
@@ -281,10 +282,10 @@ class Network:
 
     def refresh(self) -> None:
         """Images a second of a refresh of all masks."""
-        arena = self.of()
-        arena.bank.fill(arena.engine.budget, arena.images)
-        seconds, _, _ = timed(lambda: arena.bank.fill(arena.engine.budget, arena.images), self.device, rounds=3)
-        self.recorder.value(f"{self.model}: refresh of masks", images_per_s=len(arena.images) / seconds)
+        cases = self.of()
+        cases.bank.fill(cases.engine.budget, cases.images)
+        seconds, _, _ = timed(lambda: cases.bank.fill(cases.engine.budget, cases.images), self.device, rounds=3)
+        self.recorder.value(f"{self.model}: refresh of masks", images_per_s=len(cases.images) / seconds)
 
     def kernels(self, **changed: Any) -> None:
         """Kernels of one eager step of AT, by kind, and the longest by name."""
@@ -311,11 +312,11 @@ class Network:
 
     def whole_step(self, compile: bool) -> Step:
         """AT with attack, loss, backward and update in one CUDA graph: a bound, and not how part_fast trains."""
-        arena = self.of(cuda_graph=False, compile=compile)
-        engine: Engine = arena.engine
+        cases = self.of(cuda_graph=False, compile=compile)
+        engine: Engine = cases.engine
         fast, model = engine.attack_model, engine.model
         trained = torch.compile(model) if compile else model
-        x, y = arena.x.clone(), arena.y.clone()
+        x, y = cases.x.clone(), cases.y.clone()
         autocast = partial(torch.autocast, self.device.type, torch.bfloat16, cache_enabled=False)
 
         def step() -> None:
@@ -347,7 +348,7 @@ class Network:
     def main_settings(self) -> None:
         """What needs no compiler, the main numbers first."""
         counted = self.recorder.case(
-            f"{self.model}: FLOP", flop.count_flop, self.config(cuda_graph=False), self.device, quiet=True
+            f"{self.model}: FLOP", step_cases.count_flop, self.config(cuda_graph=False), self.device, quiet=True
         )
         self.flop = counted or {}
         measure, graph = self.measure, "" if self.device.type != "cuda" else ", graph"
@@ -364,7 +365,7 @@ class Network:
         if self.recorder.dry:
             return
         measure("published AT, cudnn.benchmark", lambda: self.published("published AT"), "published AT", True)
-        # `seed` makes an arena of its own, whose graphs are captured with the algorithms chosen anew.
+        # `seed` makes steps of their own, whose graphs are captured with the algorithms chosen anew.
         measure(f"AT bf16{graph}, cudnn.benchmark", lambda: self.ours("at", seed=1), "AT", True)
         measure("AT bf16, eager", lambda: self.ours("at", cuda_graph=False), "AT")
         self.recorder.case(f"{self.model}: kernels", self.kernels, quiet=True)
@@ -400,7 +401,7 @@ def settings(recorder: Recorder, models: list[str], batch: int) -> None:
         now = time.time()
         network.until = now + (recorder.until - now) / (len(turns) - i)
         turn(network)
-        network.arena = None
+        network.cases = None
 
 
 @contextlib.contextmanager

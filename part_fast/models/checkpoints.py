@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast.atomic import replacing
+from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
 from part_fast.models.resnet import ResNet
 from part_fast.models.wideresnet import WideResNet
@@ -60,7 +62,7 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
         if keys
     ]
     if problems:
-        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
+        raise BadValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
     _check_normalisation(model, others, source)
     with torch.no_grad():
         for key, value in state.items():
@@ -102,24 +104,24 @@ def export_weights(
     """
     path = Path(path)
     if not isinstance(model, ResNet | WideResNet):
-        raise TypeError(f"model takes a ResNet or WideResNet of part_fast.models, got {type(model).__name__}")
+        raise BadTypeError(f"model takes a ResNet or WideResNet of part_fast.models, got {type(model).__name__}")
     if format is None:
         format = next((name for name, endings in FORMATS.items() if path.suffix in endings), None)
         if format is None:
             endings = ", ".join(ending for endings in FORMATS.values() for ending in endings)
-            raise ValueError(f"path takes a name that ends in one of {endings}, got {str(path)!r}")
+            raise BadValueError(f"path takes a name that ends in one of {endings}, got {str(path)!r}")
     elif format not in FORMATS:
-        raise ValueError(f"format takes one of {', '.join(FORMATS)}, got {format!r}")
+        raise BadValueError(f"format takes one of {', '.join(FORMATS)}, got {format!r}")
     elif path.suffix not in FORMATS[format]:
-        raise ValueError(
+        raise BadValueError(
             f"path takes a name that ends in {' or '.join(FORMATS[format])} for {format}, got {str(path)!r}"
         )
     if sub_block1 and not isinstance(model, WideResNet):
-        raise ValueError(f"sub_block1 takes a WideResNet, got {type(model).__name__}, which has no block1")
+        raise BadValueError(f"sub_block1 takes a WideResNet, got {type(model).__name__}, which has no block1")
     if format == "robustbench" and not isinstance(model.normalize, nn.Identity):
-        raise ValueError("format robustbench takes a model without mean and std: RobustBench's does not normalise")
+        raise BadValueError("format robustbench takes a model without mean and std: RobustBench's does not normalise")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder at {path.parent} to write {path.name} in")
+        raise MissingFileError(f"no folder at {path.parent} to write {path.name} in")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already: pass overwrite=True (--overwrite) to replace it")
 
@@ -135,21 +137,17 @@ def export_weights(
         key: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
         for key, value in state.items()
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         if format == "safetensors":
             save_file(state, temporary)
         else:
             torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, object]:
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file at {path}")
+        raise MissingFileError(f"no checkpoint file at {path}")
     try:
         if path.suffix == ".safetensors":
             with needs("safetensors", "train"):
@@ -161,9 +159,9 @@ def _read_checkpoint(path: Path) -> Mapping[str, object]:
     # Each reader has its own exceptions for a damaged file; the first line of any of them says what happened.
     except Exception as error:
         reason = _why_unread(path, error)
-        raise ValueError(f"{path} is not a checkpoint that loads without running code: {reason}") from error
+        raise BadValueError(f"{path} is not a checkpoint that loads without running code: {reason}") from error
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, a checkpoint is a dictionary of tensors")
+        raise BadValueError(f"{path} holds a {type(raw).__name__}, a checkpoint is a dictionary of tensors")
     return raw
 
 
@@ -207,7 +205,7 @@ def _match_keys(
     others: dict[str, Tensor] = {}
     for original, value in chosen.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{source} holds a {type(value).__name__} at {original!r}, a state_dict holds tensors")
+            raise BadValueError(f"{source} holds a {type(value).__name__} at {original!r}, a state_dict holds tensors")
         key = original.removeprefix(prefix)
         if original.startswith(prefix) and key in own:
             state[key] = value
@@ -216,7 +214,7 @@ def _match_keys(
     for original in list(others):
         key = next((short for p in prefixes if (short := original.removeprefix(p)) in state), "")
         if key and not _equal(others.pop(original), state[key]):
-            raise ValueError(f"{source} holds {key!r} twice, with and without a prefix")
+            raise BadValueError(f"{source} holds {key!r} twice, with and without a prefix")
     return state, others
 
 
@@ -244,7 +242,7 @@ def _find_weights(
     for _, other_where, other_prefix, other in whole[1:]:
         unlike = [key for key in required if not _equal(chosen[prefix + key], other[other_prefix + key])]
         if unlike and other is chosen:
-            raise ValueError(
+            raise BadValueError(
                 f"{source} holds {unlike[0]!r} twice and not alike, under the prefixes {prefix!r} and "
                 f"{other_prefix!r}: give a mapping with one of them"
             )
@@ -288,7 +286,7 @@ def _check_normalisation(model: nn.Module, others: Mapping[str, Tensor], source:
         if not torch.allclose(theirs, own.detach().flatten().float().cpu(), rtol=0, atol=1e-4):
             has = "does not normalise" if inside is None else f"has {own.flatten().tolist()}"
             numbers = ", ".join(f"{number:.4f}" for number in theirs.tolist())
-            raise ValueError(
+            raise BadValueError(
                 f"{source} normalises its images, {key} ({numbers}), and the model {has}: "
                 f"build it with that mean and std"
             )

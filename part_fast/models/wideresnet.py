@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast.models.layers import _cast, _fused, check_num_classes, conv3x3, normalization
+from part_fast.errors import BadValueError
+from part_fast.models.layers import check_num_classes, conv3x3, normalization
 
 
 class _WideBlock(nn.Module):
@@ -23,10 +24,8 @@ class _WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
         # Where the shape changes, the shortcut too starts after the activation.
-        out = _cast(self.conv1, out)
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = _fused(self.conv1, self.bn2, out)
-        return _fused(self.conv2, None, out, shortcut, relu=False)
+        shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
 class _WideStage(nn.Module):
@@ -54,9 +53,9 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got {depth!r}")
+            raise BadValueError(f"depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got {depth!r}")
         if isinstance(widen_factor, bool) or not isinstance(widen_factor, int) or widen_factor < 1:
-            raise ValueError(f"widen_factor takes an integer >= 1, got {widen_factor!r}")
+            raise BadValueError(f"widen_factor takes an integer >= 1, got {widen_factor!r}")
         check_num_classes(num_classes)
         self.num_classes = num_classes
         self.normalize = normalization(mean, std)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from part_fast import backends, checks
+from part_fast.errors import BadValueError
 
 # The raw op's `method` argument is the place in this tuple.
 METHODS = ("gradcam", "xgradcam", "layercam", "hirescam")
@@ -51,7 +52,7 @@ def cam(activation: Tensor, gradient: Tensor, method: str = "gradcam") -> Tensor
     NotImplementedError for an argument with a forward-mode tangent.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise BadValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if any(checks.has_tangent(value) for value in (activation, gradient)):
         raise NotImplementedError("cam is not differentiable, and has no forward-mode derivative: detach its arguments")
     checks.features("activation", activation)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from part_fast import backends, checks
+from part_fast.errors import BadValueError
 from part_fast.ops.cam_mask import RULES, _cam_mask, parse_rule
 from part_fast.ops.cam_mask import reference as mask_reference
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair, refuse_columns
@@ -44,7 +45,7 @@ class _SoftWeight(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         cam, ctx.height, ctx.width, eps, eps_low = inputs
-        ctx.spread = eps - eps_low
+        ctx.spread, ctx.backend = eps - eps_low, backends.chosen()
         ctx.save_for_backward(cam)
 
     @staticmethod
@@ -52,9 +53,9 @@ class _SoftWeight(torch.autograd.Function):
         (cam,) = ctx.saved_tensors
         wide = cam.to(checks.compute_dtype(cam))
         # On a bound the gradient passes, as in project_linf; torch's own clamp differs between its forms.
-        u = _upsample_cam(wide.detach(), ctx.height, ctx.width)
+        u = _upsample_cam.on(ctx.backend, wide.detach(), ctx.height, ctx.width)
         grad = torch.where((u >= 0) & (u <= 1), grad_out[:, 0] * ctx.spread, torch.zeros_like(u))
-        return upsample_gradient(grad, wide).to(cam.dtype), None, None, None, None
+        return upsample_gradient(ctx.backend, grad, wide).to(cam.dtype), None, None, None, None
 
 
 class _SoftWeightTransformed(_SoftWeight):
@@ -126,9 +127,9 @@ def _budget(name: str, value: Any, shape: tuple[int, ...], cam: Tensor) -> Tenso
         return checks.number(name, value, 0)
     checks.tensor(name, value)
     if value.device != cam.device:
-        raise ValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
+        raise BadValueError(f"{name} must be on the device of cam, {cam.device}, got {value.device}")
     refuse_columns(name, value, shape[3])
     dims = zip(reversed(value.shape), reversed(shape), strict=False)
     if value.ndim > 4 or any(d not in (1, full) for d, full in dims):
-        raise ValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")
+        raise BadValueError(f"{name} must broadcast to (N,M,H,W), {shape}, got {tuple(value.shape)}")
     return value.to(checks.compute_dtype(cam))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from part_fast import checks
+from part_fast.errors import BadTypeError, BadValueError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,12 +32,12 @@ class PackedEpsilon:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, Tensor) or self.bits.dtype != torch.uint8:
             got = self.bits.dtype if isinstance(self.bits, Tensor) else type(self.bits).__name__
-            raise TypeError(f"bits must be a uint8 tensor, got {got}")
+            raise BadTypeError(f"bits must be a uint8 tensor, got {got}")
         if not isinstance(self.size, (tuple, list)) or len(self.size) != 2:
-            raise TypeError(f"size must be (H, W), got {self.size!r}")
+            raise BadTypeError(f"size must be (H, W), got {self.size!r}")
         size = (checks.count("size", self.size[0]), checks.count("size", self.size[1]))
         if self.bits.ndim != 3 or self.bits.shape[2] != bytes_per_mask(*size):
-            raise ValueError(
+            raise BadValueError(
                 f"bits must have shape (N, M, {bytes_per_mask(*size)}) for size {size}, got {tuple(self.bits.shape)}"
             )
         eps, eps_low = eps_pair(self.eps, self.eps_low)
@@ -50,9 +51,9 @@ class PackedEpsilon:
         Equivalent to: `numpy.packbits(mask.flatten(2), axis=2, bitorder="little")`.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
+            raise BadTypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
         if mask.ndim != 4:
-            raise ValueError(f"mask must have shape (N,M,H,W), got {tuple(mask.shape)}")
+            raise BadValueError(f"mask must have shape (N,M,H,W), got {tuple(mask.shape)}")
         return cls(pack_bits(mask), (mask.shape[2], mask.shape[3]), eps, eps_low)
 
     def dense(self) -> Tensor:
@@ -92,14 +93,14 @@ class PackedEpsilon:
             index = slice(index % len(self), index % len(self) + 1)
         elif not isinstance(index, (slice, list, Tensor)) or (isinstance(index, Tensor) and index.ndim != 1):
             got = f"a tensor of shape {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
-            raise TypeError(f"index must choose samples: an int, slice, list or 1-D tensor, got {got}")
+            raise BadTypeError(f"index must choose samples: an int, slice, list or 1-D tensor, got {got}")
         return dataclasses.replace(self, bits=self.bits[index])
 
     def index_select(self, *dim_and_index: Any) -> PackedEpsilon:
         """`index_select(index)`, or as torch spells it, `index_select(0, index)`: the samples of a 1-D int tensor."""
         dim, index = dim_and_index if len(dim_and_index) == 2 else (0, *dim_and_index)
         if dim != 0:
-            raise ValueError(f"dim must be 0 (samples), got {dim}")
+            raise BadValueError(f"dim must be 0 (samples), got {dim}")
         return dataclasses.replace(self, bits=self.bits.index_select(0, index))
 
     def __repr__(self) -> str:
@@ -111,7 +112,7 @@ def eps_pair(eps: Any, eps_low: Any) -> tuple[float, float]:
     """Checked floats eps, eps_low: finite, 0 <= eps_low <= eps."""
     eps, eps_low = checks.number("eps", eps, 0), checks.number("eps_low", eps_low, 0)
     if eps_low > eps:
-        raise ValueError(f"eps_low must be <= eps, {eps:g}, got {eps_low:g}")
+        raise BadValueError(f"eps_low must be <= eps, {eps:g}, got {eps_low:g}")
     return eps, eps_low
 
 
@@ -154,27 +155,27 @@ def eps_arguments(eps: Any, x_adv: Tensor) -> EpsArguments:
     if isinstance(eps, PackedEpsilon):
         n, channels, height, width = x_adv.shape
         if len(eps) != n or eps.size != (height, width) or eps.shape[1] not in (1, channels):
-            raise ValueError(f"eps must broadcast to the images, {tuple(x_adv.shape)}, got {eps!r}")
+            raise BadValueError(f"eps must broadcast to the images, {tuple(x_adv.shape)}, got {eps!r}")
         if eps.device != x_adv.device:
-            raise ValueError(f"eps must be on the device of x_adv, {x_adv.device}, got {eps.device}")
+            raise BadValueError(f"eps must be on the device of x_adv, {x_adv.device}, got {eps.device}")
         return eps.bits, eps.eps, eps.eps_low
     if not isinstance(eps, Tensor):
         return None, checks.number("eps", eps, 0), 0.0
     checks.tensor("eps", eps)
     if eps.device != x_adv.device:
-        raise ValueError(f"eps must be on the device of x_adv, {x_adv.device}, got {eps.device}")
+        raise BadValueError(f"eps must be on the device of x_adv, {x_adv.device}, got {eps.device}")
     refuse_columns("eps", eps, x_adv.shape[3])
     try:
         return eps.expand(x_adv.shape), 0.0, 0.0
     except RuntimeError:  # asking first, dimension by dimension, takes longer than all other checks together
         shapes = f"{tuple(x_adv.shape)}, got {tuple(eps.shape)}"
-    raise ValueError(f"eps must broadcast to the images, {shapes}")
+    raise BadValueError(f"eps must broadcast to the images, {shapes}")
 
 
 def refuse_columns(name: str, eps: Tensor, width: int) -> None:
     """An eps per image, (N,) or (N,1), would broadcast to columns or rows of pixels."""
     if (eps.ndim == 1 or (eps.ndim == 2 and eps.shape[1] == 1 != width)) and eps.shape[0] != 1:
-        raise ValueError(
+        raise BadValueError(
             f"{name} must broadcast to (N,C,H,W) by its own dimensions: (N,1,1,1) for one per image, (1,1,1,W) for "
             f"one per column, got {tuple(eps.shape)}"
         )

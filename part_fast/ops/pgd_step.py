@@ -10,6 +10,7 @@ from torch import Tensor
 
 from part_fast import backends, checks
 from part_fast.checks import Clip
+from part_fast.errors import BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon, dense_eps, eps_arguments
 from part_fast.ops.project_linf import clamped, fake_bwd, split_gradient, split_tangent
 
@@ -78,17 +79,17 @@ class _PGDStep(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.scalars = inputs[4:]
+        ctx.scalars, ctx.backend = inputs[4:], backends.chosen()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, grad, x, eps = ctx.saved_tensors
-        gradient: Any = _pgd_step_bwd
         if checks.derivative_of_backward():
-            gradient = _reference_bwd
+            gradients = _reference_bwd(grad_out, x_adv, grad, x, eps, *ctx.scalars)
         else:
             grad_out = checks.same_format(grad_out, x_adv)
-        grad_x_adv, grad_x, grad_eps = gradient(grad_out, x_adv, grad, x, eps, *ctx.scalars)
+            gradients = _pgd_step_bwd.on(ctx.backend, grad_out, x_adv, grad, x, eps, *ctx.scalars)
+        grad_x_adv, grad_x, grad_eps = gradients
         grad_grad = torch.zeros_like(grad) if ctx.needs_input_grad[1] else None
         return grad_x_adv, grad_grad, grad_x, grad_eps if ctx.needs_input_grad[3] else None, *(None,) * 5
 
@@ -134,7 +135,7 @@ def pgd_step(
     eps: image units (8/255); a float, a tensor that broadcasts to the images, or a PackedEpsilon.
     alpha: step size, image units; negative to descend.
     clip: (low, high), or None for no clip; each a number or one per channel, (C,), (C,1,1) or (1,C,1,1), which is
-        rounded as a number is, gives the same bits, and takes a pass of its own.
+        rounded as a number is and gives the same bits, but takes one more pass.
     Returns a new tensor like x_adv. A zero or NaN in grad moves nothing; NaN in x_adv, x or eps stays NaN.
     Differentiable in x_adv, x and a tensor eps (grad gets zeros), forward and in reverse, to any order; exactly on a
     bound the gradient belongs to x_adv. torch.vmap maps it over any dimension.
@@ -166,7 +167,7 @@ def pgd_step_(
     """`pgd_step` written into x_adv, which is returned. For attacks: no new memory, but for a strided x_adv, such as a
     crop, whose copy is written back.
 
-    Where a gradient is asked for it is recorded as for any in-place op of torch, at the price of two copies.
+    If a gradient is needed, autograd records the call as any in-place op of torch, at the price of two copies.
     Errors: those of `pgd_step`; ValueError for an x_adv that shares elements (expanded), and for grad, x or eps that
     overlaps x_adv without being the same.
     """
@@ -175,7 +176,7 @@ def pgd_step_(
         checks.unshared("x_adv", x_adv)
         return x_adv.copy_(pgd_step(x_adv, grad, x, eps, alpha, clip))
     for name, value in zip(("grad", "x", "eps"), tensors[1:], strict=True):
-        _apart(name, value, x_adv)
+        refuse_overlap(name, value, x_adv)
     if checks.transformed() or (torch.is_grad_enabled() and _asks_gradient(*tensors)):
         # The backward reads x_adv as it was, also where it is another argument too.
         kept = x_adv.clone()
@@ -194,10 +195,10 @@ def _asks_gradient(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None) -
     return x_adv.requires_grad or grad.requires_grad or x.requires_grad or (eps is not None and eps.requires_grad)
 
 
-def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
+def refuse_overlap(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     """`value` shares no memory with x_adv, or is the same elements: an in-place kernel reads and writes one by one."""
     if value is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # a compiled graph has no memory yet, and writes last, as a transform does
+        return  # a graph that is traced or transformed has no memory yet, and writes last
     if value.untyped_storage()._cdata != x_adv.untyped_storage()._cdata or x_adv.numel() == 0:
         return
     spans = []
@@ -207,7 +208,7 @@ def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     (start, end), (x_adv_start, x_adv_end) = spans
     same = start == x_adv_start and value.stride() == x_adv.stride() and value.dtype == x_adv.dtype
     if start < x_adv_end and x_adv_start < end and not same:
-        raise ValueError(
+        raise BadValueError(
             f"{name} must not overlap x_adv in part, got bytes {start} to {end} and {x_adv_start} to {x_adv_end}"
         )
 

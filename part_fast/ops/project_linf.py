@@ -88,17 +88,17 @@ class _ProjectLinf(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:3])
-        ctx.eps_values = inputs[3:]
+        ctx.eps_values, ctx.backend = inputs[3:], backends.chosen()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x_adv, x, eps = ctx.saved_tensors
-        gradient: Any = _project_linf_bwd
         if checks.derivative_of_backward():
-            gradient = _reference_bwd
+            gradients = _reference_bwd(grad_out, x_adv, x, eps, *ctx.eps_values)
         else:
             grad_out = checks.same_format(grad_out, x_adv)
-        grad_x_adv, grad_x, grad_eps = gradient(grad_out, x_adv, x, eps, *ctx.eps_values)
+            gradients = _project_linf_bwd.on(ctx.backend, grad_out, x_adv, x, eps, *ctx.eps_values)
+        grad_x_adv, grad_x, grad_eps = gradients
         return grad_x_adv, grad_x, grad_eps if ctx.needs_input_grad[2] else None, None, None
 
 

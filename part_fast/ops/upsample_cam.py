@@ -73,11 +73,11 @@ def _reference_bwd(grad_out: Tensor, cam: Tensor) -> Tensor:
     return torch.where(flat, torch.zeros_like(result), result).to(cam.dtype)
 
 
-def upsample_gradient(grad_out: Tensor, cam: Tensor) -> Tensor:
-    """Gradient for cam of `upsample_cam`: fused, or in plain PyTorch where a derivative of it may be asked for."""
+def upsample_gradient(backend: str | None, grad_out: Tensor, cam: Tensor) -> Tensor:
+    """Gradient for cam of `upsample_cam`: by a backend, or in plain PyTorch where its derivative may be asked for."""
     if checks.derivative_of_backward():
         return _reference_bwd(grad_out, cam)
-    return _upsample_cam_bwd(grad_out.contiguous(), cam)
+    return _upsample_cam_bwd.on(backend, grad_out.contiguous(), cam)
 
 
 def _matrix(size_in: int, size_out: int, like: Tensor) -> Tensor:
@@ -109,11 +109,12 @@ class _UpsampleCam(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
+        ctx.backend = backends.chosen()
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (cam,) = ctx.saved_tensors
-        return upsample_gradient(grad_out, cam), None, None
+        return upsample_gradient(ctx.backend, grad_out, cam), None, None
 
 
 class _UpsampleCamTransformed(_UpsampleCam):

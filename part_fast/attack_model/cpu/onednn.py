@@ -34,6 +34,9 @@ def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes, other
     given = packed, bias, *sizes
     if other is None:
         return mkldnn._convolution_pointwise(x, *given, "relu" if relu else "none", [], "")
+    if other.shape[2:] == (1, 1):  # torch 2.10 cannot add where the result is one pixel
+        out = mkldnn._convolution_pointwise(x, *given, "none", [], "") + other
+        return out.relu_() if relu else out
     # "add", then alpha; "relu", then what else an activation may need.
     return mkldnn._convolution_pointwise.binary(x, other, *given, "add", None, "relu" if relu else None, [], None)
 

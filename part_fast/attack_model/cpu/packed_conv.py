@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attack_model.cpu import onednn, winograd
+from part_fast.errors import CannotRunError
 
 # Of one tensor of the images that a residual block works on at once: 2 MB, of which each of two threads reads half.
 CACHED_VALUES = 1 << 19
@@ -85,7 +86,7 @@ class PackedConv2d(nn.Conv2d):
 
     def with_relu(self, x: Tensor, other: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """`relu(self(x) + other)` in one pass, which rounds once; without `other` or without ReLU, the rest of it."""
-        x = self.cast(x)
+        x = x.to(self.computes_in(x))
         unpacked = not self.packs or torch.compiler.is_compiling() or checks.transformed()
         if unpacked or x.device.type != "cpu" or x.numel() == 0:
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
@@ -94,9 +95,9 @@ class PackedConv2d(nn.Conv2d):
             return F.relu(out) if relu else out
         return _Convolve.apply(x, other if other is None else other.to(x.dtype), self, relu)
 
-    def cast(self, x: Tensor) -> Tensor:
-        """x in the dtype that is computed in."""
-        return x.to(torch.float32 if self.winograd_takes(x) else self.dtype)
+    def computes_in(self, x: Tensor) -> torch.dtype:
+        """The dtype that x is brought to."""
+        return torch.float32 if self.winograd_takes(x) else self.dtype
 
     def convolve(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
         """`with_relu` without autograd."""
@@ -165,7 +166,7 @@ class _Convolve(torch.autograd.Function):
 
 def _check_version(conv: PackedConv2d, version: int) -> None:
     if conv.version != version:
-        raise RuntimeError(
+        raise CannotRunError(
             "the weights of a PackedConv2d have changed between its forward and its backward: "
             "take gradients before the model's next update, or run the forward again"
         )

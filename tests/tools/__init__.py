@@ -1,0 +1,1 @@
+"""Tools that prove GPU kernels without a GPU."""
