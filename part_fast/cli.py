@@ -15,14 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from typing_extensions import Doc
+
 import part_fast
 from part_fast import backends
+from part_fast.attacks.catalogue import for_evaluation
+from part_fast.choices import described, either
 from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
+from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, UsageError
+from part_fast.models.catalogue import MODELS
+from part_fast.ops.cam_mask import RULE_HELP
 from part_fast.optional import needs
 
 with needs("tyro", "train"):
     import tyro
+
+# None stands for what the run was trained with.
+DatasetOfRun = Annotated[str | None, Doc(f"{described(DATASETS)}; default: the run's.")]
+ModelOfRun = Annotated[str | None, Doc(f"{described(MODELS)}; default: the run's.")]
 
 
 @dataclass
@@ -56,8 +67,7 @@ class Evaluate:
 
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
     """A run folder, or a checkpoint file: in a run folder, or together with --dataset and --model."""
-    attacks: str = "natural,pgd20"
-    """Separated by commas: natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa (AutoAttack, standard)."""
+    attacks: Annotated[str, Doc(f"Separated by commas: {described(for_evaluation())}.")] = "natural,pgd20"
     n: int | None = None
     """A balanced subset of so many test images; default: those of the run."""
     out: Path | None = None
@@ -66,10 +76,8 @@ class Evaluate:
     """Replace an evaluation with other settings."""
     resume: bool = False
     """Do not repeat an attack whose result the folder holds."""
-    dataset: str | None = None
-    """demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]; default: the run's."""
-    model: str | None = None
-    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    dataset: DatasetOfRun = None
+    model: ModelOfRun = None
     root: str | None = None
     """The only folder to look for the data set in."""
     download: bool = False
@@ -113,14 +121,11 @@ class Masks:
     """The PNG file to make; a JSON file with the titles' contents goes beside it."""
     n: int = 8
     """Images, from a balanced subset."""
-    rule: str | None = None
-    """zscore, released, quantile:Q or soft; default: the run's. With commas: an eps map by each."""
+    rule: Annotated[str | None, Doc(f"{described(RULE_HELP)}; default: the run's. With commas: a map by each.")] = None
     overwrite: bool = False
     """Replace the files."""
-    dataset: str | None = None
-    """demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]; default: the run's."""
-    model: str | None = None
-    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    dataset: DatasetOfRun = None
+    model: ModelOfRun = None
     root: str | None = None
     """The only folder to look for the data set in."""
     download: bool = False
@@ -151,8 +156,7 @@ class Export:
     """Replace the file."""
     dataset: str | None = None
     """The data set that the checkpoint was trained on; default: the run's."""
-    model: str | None = None
-    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    model: ModelOfRun = None
     root: str | None = None
     """The only folder to look for the data set in."""
 
@@ -316,16 +320,16 @@ def _bench(measure: Callable[..., Any], flags: Bench) -> None:
 class Reproduce:
     """Train and evaluate every row of one of the poster's tables, or go on with it; ours beside the poster's."""
 
-    table: str
-    """cifar10, svhn or tinyimagenet."""
+    table: Annotated[str, Doc(f"{either(_poster())}.")]
     out: Path = Path("runs/reproduce")
     """The folder to make or to go on with: a run folder per row and seed, reproduce.json, reproduce.csv."""
     seeds: int | None = None
     """Runs of each row; default: 3, with --scale small 1."""
     scale: str = "full"
     """full: the poster's setting; small: the same rows on the demo's images and small network, 32 test images."""
-    attacks: str = "natural,pgd20,mma,aa"
-    """Separated by commas: natural, pgdSTEPS, mma, aa."""
+    attacks: Annotated[
+        str | None, Doc(f"Separated by commas: {described(for_evaluation())}; default: the poster's.")
+    ] = None
     dry_run: bool = False
     """Print the commands and an estimate of the time from a measured step."""
     root: str | None = None
@@ -336,11 +340,17 @@ class Reproduce:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
     def run(self) -> None:
-        from part_fast.experiments.reproduce import reproduce
+        from part_fast.experiments.reproduce import MEASURES, reproduce
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["attacks"] = _names(self.attacks)
+        values["attacks"] = MEASURES if self.attacks is None else _names(self.attacks)
         reproduce(**values)
+
+
+def _poster() -> Iterable[str]:
+    from part_fast.experiments.reproduce import POSTER
+
+    return POSTER
 
 
 @dataclass

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 
 import part_fast
 from part_fast import cli
+from part_fast.attacks.catalogue import for_training
 from part_fast.cli import main
-from part_fast.config import PRESETS, preset, read_config
+from part_fast.config import PRESETS, TrainConfig, preset, read_config
 from part_fast.data.catalogue import load
 from part_fast.evaluation import accuracy
 from part_fast.evaluation import trained as reading
@@ -133,7 +135,7 @@ def test_flags_change_the_preset(name, trained, tmp_path):
 
 
 def test_every_number_takes_a_fraction(trained, tmp_path):
-    floats = [field.name for field in dataclasses.fields(preset("demo")) if field.type == "float"]
+    floats = [name for name, kind in get_type_hints(TrainConfig).items() if kind is float]
     assert len(floats) == 7
     flags = [part for name in floats for part in (f"--{name.replace('_', '-')}", "3/255")]
     assert main(["train", f"--out={tmp_path}", "--preset=demo", *flags]) == 0
@@ -161,7 +163,7 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
     ("flags", "says"),
     [
         ("--method free", "method must be one of at, part, trades, part-t, mart, part-m, got 'free'"),
-        ("--attack fgsm", "attack must be one of pgd, mma, got 'fgsm'"),
+        ("--attack deepfool", f"attack must be one of {', '.join(for_training())}, got 'deepfool'"),
         ("--rule otsu", "rule must be one of zscore, released, quantile:q with 0 < q < 1, soft, got 'otsu'"),
         ("--cam eigencam", "cam must be one of gradcam, xgradcam, layercam, hirescam"),
         ("--model vgg", "model takes one of resnet18, resnet-small"),

@@ -160,7 +160,7 @@ def check(arguments):
     command = parsed(arguments)
     if isinstance(command, cli.Train):
         command.config.check()
-    elif isinstance(command, (cli.Evaluate, cli.Reproduce)):
+    elif isinstance(command, (cli.Evaluate, cli.Reproduce)) and command.attacks is not None:
         check_attacks(cli._names(command.attacks))
     elif isinstance(command, cli.Masks):
         for rule in (command.rule or "zscore").split(","):

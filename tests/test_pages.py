@@ -49,6 +49,11 @@ def test_every_file_is_in_the_tree_and_the_other_way_round():
     assert set(named) == there
 
 
+def test_files_that_the_guide_names_are_there():
+    named = re.findall(r"`((?:part_fast|csrc|tests|benchmarks)/[\w./]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
+
+
 def test_the_citation_is_the_packages():
     text = (ROOT / "CITATION.cff").read_text()
     values = dict(re.findall(r"^([a-z-]+): (.+)$", text, re.MULTILINE))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast import methods
 from part_fast.attack_model.graph import GraphedSteps
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench.cases import MismatchError
@@ -33,7 +34,7 @@ MODELS = ("resnet18", "wrn-34-10")
 
 BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
 
-METHODS = ("at", "part", "trades", "part-t", "mart", "part-m")
+METHODS = tuple(methods.METHODS)
 
 REFRESHES = (1, 10)  # epochs
 
