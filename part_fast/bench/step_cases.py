@@ -267,7 +267,7 @@ def count_flop(config: TrainConfig, device: torch.device, progress: Progress = s
     counted = {**cases.steps(), **cases.pieces()}
     tick = progress("counting FLOP", len(counted))
     for name, step in counted.items():
-        step()  # the first one also checks what AttackModel has fused
+        step()  # before the first forward, an AttackModel compares what it runs fused
         with FlopCount() as count:
             step()
         tick()
