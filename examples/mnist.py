@@ -1,6 +1,7 @@
 """MNIST and other single-channel images: the network of the TRADES experiments, trained with PART-T at eps 0.3.
 
-A CAM needs a feature map: `target_layer` names the last convolution's ReLU. The images are the package's own, of Fashion-MNIST.
+A CAM needs a feature map: `target_layer` names the last convolution's ReLU. The images are the package's own, of
+Fashion-MNIST.
 """
 
 import torch

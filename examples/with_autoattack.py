@@ -27,13 +27,14 @@ def main() -> None:
     model = resnet_small()
     train(model)
     model.eval()
-    images = load("demo", "test").subset(10)
-    x, y = to_float(images.images), images.labels
-    x_adv = autoattack(model, x, y, eps=16 / 255)
-    print(f"clean {(model(x).argmax(1) == y).float().mean():.0%}, robust {(model(x_adv).argmax(1) == y).float().mean():.0%}")
+    test = load("demo", "test").subset(10)
+    x, y = to_float(test.images), test.labels
+    x_adv = autoattack(model, x, y, eps=64 / 255)
+    clean, robust = ((model(images).argmax(1) == y).float().mean() for images in (x, x_adv))
+    print(f"clean {clean:.0%}, robust {robust:.0%}")
 
     fast = part_fast.AttackModel(model)
-    attack = pyautoattack.AutoAttack(fast, norm="Linf", eps=16 / 255, device="cpu", seed=0)
+    attack = pyautoattack.AutoAttack(fast, norm="Linf", eps=64 / 255, device="cpu", seed=0)
     x_adv, _ = attack.run_standard_evaluation(x, y, batch_size=10)
     print(f"its own class: {(model(x_adv).argmax(1) == y).float().mean():.0%}")
 

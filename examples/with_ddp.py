@@ -1,7 +1,7 @@
 """DistributedDataParallel: PART in two processes (gloo on the CPU; nccl takes the same lines on GPUs).
 
-Every process copies the wrapped model and attacks its own part of the batch; gradients meet in the outer backward alone.
-With torchrun, `spawn` and the address go away. With torch 2.10 `trades_loss` and `mart_loss` also need
+Every process copies the wrapped model and attacks its own part of the batch; gradients meet in the outer backward
+alone. With torchrun, `spawn` and the address go away. With torch 2.10 `trades_loss` and `mart_loss` also need
 `broadcast_buffers=False`.
 """
 

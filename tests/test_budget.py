@@ -471,9 +471,9 @@ def test_objects_of_another_model_or_beside_a_layer_are_refused():
     grad_cam = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
     net, other = golden_net(), golden_net()
     with grad_cam.GradCAM(model=net, target_layers=[net.relu2]) as explain:
-        with pytest.raises(ValueError, match="method must explain the budget's model, got a GradCAM of another Net$"):
+        with pytest.raises(ValueError, match=r"method must explain the budget's model, got a GradCAM of another Net$"):
             CamBudget(other, method=explain)(X)
-        with pytest.raises(ValueError, match="target_layer must be None with an object as method, .* a GradCAM"):
+        with pytest.raises(ValueError, match=r"target_layer must be None with an object as method, .* a GradCAM"):
             CamBudget(net, method=explain, target_layer="relu2")(X)
 
 

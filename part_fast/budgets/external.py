@@ -72,9 +72,13 @@ def _explained(model: nn.Module) -> nn.Module:
 def _check_object(method: Any, explained: nn.Module, layer: nn.Module | None) -> None:
     name = type(method).__name__
     if _explained(method.model) is not explained:
-        raise BadValueError(f"method must explain the budget's model, got a {name} of another {type(method.model).__name__}")
+        raise BadValueError(
+            f"method must explain the budget's model, got a {name} of another {type(method.model).__name__}"
+        )
     if layer is not None:
-        raise BadValueError(f"target_layer must be None with an object as method, got one beside a {name}, which has its own")
+        raise BadValueError(
+            f"target_layer must be None with an object as method, got one beside a {name}, which has its own"
+        )
 
 
 def _maps(package: str | None, explain: Any, x: Tensor, target: Tensor) -> Tensor:
