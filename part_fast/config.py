@@ -14,10 +14,11 @@ import torch
 
 from part_fast import checks
 from part_fast.attack_model import PRECISIONS
+from part_fast.budgets.cam import native_methods
 from part_fast.budgets.controls import check_control
+from part_fast.budgets.rules import find_rule, has_bits
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.ops.cam import METHODS as CAM_METHODS
-from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.packed_epsilon import eps_pair
 
 # Each method, and the plain one that warms it up: the same without the pixel weights.
@@ -87,7 +88,7 @@ class TrainConfig:
     beta: float = 6.0
     """Weight of the robust term (trades, mart, part-t, part-m)."""
     rule: str = "zscore"
-    """From class activation map to eps: zscore, released, quantile:Q or soft."""
+    """From class activation map to eps: zscore, released, quantile:Q, soft, budget-matched:MEAN or region:NAME."""
     refresh: str = "batch"
     """When masks are made: batch, of the very images of each batch; or K, of the whole training set every K epochs."""
     control: str = "none"
@@ -96,7 +97,7 @@ class TrainConfig:
     """What the authors' published code does: rule released, control permuted, learning rate dropped by the epochs after
     the warm-up, uniform start neither within the eps map nor clipped."""
     cam: str = "gradcam"
-    """Class activation map: gradcam, xgradcam, layercam or hirescam."""
+    """Class activation map: gradcam, xgradcam, layercam or hirescam; ensemble, the mean of all; or ensemble:A+B."""
     average: str = "none"
     """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
     ends of epochs, from that one on, counted from 1)."""
@@ -127,8 +128,8 @@ class TrainConfig:
         _known("preset", self.preset, PRESETS)
         _known("method", self.method, METHODS)
         _known("attack", self.attack, ATTACKS)
-        _known("cam", self.cam, CAM_METHODS)
-        parse_rule(self.rule, 1, 1, soft=True)
+        if not native_methods(self.cam):
+            _known("cam", self.cam, (*CAM_METHODS, "ensemble", "ensemble:A+B"))
         check_control(self.control)
         if self.released and (self.rule not in ("zscore", "released") or self.control not in ("none", "permuted")):
             raise BadValueError(f"released takes no other rule or control, got {self.rule!r} and {self.control!r}")
@@ -139,12 +140,15 @@ class TrainConfig:
         if self.cuda_graph not in (True, False, "auto"):
             raise BadValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
         self.averaging  # noqa: B018 - which checks it
-        if self.refresh_epochs and self.mask_rule == "soft":
-            raise BadValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
         if self.method in WEIGHTED:
             eps_pair(self.eps, self.eps_low)
         for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
             checks.number(name, getattr(self, name), 0)
+        find_rule(self.rule, max(self.eps, self.eps_low), self.eps_low)
+        if self.refresh_epochs and not has_bits(self.mask_rule):
+            raise BadValueError(
+                f"refresh must be batch with rule {self.mask_rule}, whose maps are no masks that could be kept"
+            )
         checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)

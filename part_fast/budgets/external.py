@@ -37,24 +37,40 @@ def _is_of_grad_cam(kind: type) -> bool:
 
 
 def external_cam(
-    method: type | Explain, model: nn.Module, layer: nn.Module | None, x: Tensor, target: Tensor
+    method: type | Explain,
+    model: nn.Module,
+    layer: nn.Module | None,
+    x: Tensor,
+    target: Tensor,
+    maps_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Maps (N,h,w), detached, of images x (N,C,H,W) for class indices target (N,).
 
     method: a class of the `grad-cam` package, whose own output (N,H,W) is taken; or callable(model, x, target).
+    maps_of: the layer's output as maps (N,K,h,w), grad-cam's `reshape_transform`.
     Every parameter's .grad is as before, whatever the method does to it, also after an exception.
     Errors: ValueError or TypeError for a result that is no map of every image.
     """
     with grads_kept(model), torch.enable_grad():
-        maps = _grad_cam(method, model, layer, x, target) if isinstance(method, type) else method(model, x, target)
+        if isinstance(method, type):
+            maps = _grad_cam(method, model, layer, x, target, maps_of)
+        else:
+            maps = method(model, x, target)
     checks.tensor("the result of method", maps)
     if maps.ndim != 3 or maps.shape[0] != x.shape[0]:
         raise BadValueError(f"method must give maps ({x.shape[0]},h,w), got {tuple(maps.shape)}")
     return maps.detach().to(x.device)
 
 
-def _grad_cam(method: Any, model: nn.Module, layer: nn.Module | None, x: Tensor, target: Tensor) -> Tensor:
+def _grad_cam(
+    method: Any,
+    model: nn.Module,
+    layer: nn.Module | None,
+    x: Tensor,
+    target: Tensor,
+    maps_of: Callable[[Tensor], Tensor],
+) -> Tensor:
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    with method(model=model, target_layers=[layer]) as explain:  # releases its hooks
+    with method(model=model, target_layers=[layer], reshape_transform=maps_of) as explain:  # releases its hooks
         return torch.from_numpy(explain(input_tensor=x, targets=[ClassifierOutputTarget(c) for c in target.tolist()]))
