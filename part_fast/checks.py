@@ -54,25 +54,25 @@ def seed(name: str, value: Any) -> int:
 
 
 def transformed() -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode AD is at work."""
+    """Whether a torch.func transform (vmap, grad, jvp, ...) or forward-mode AD is active."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def has_tangent(value: Any) -> bool:
-    """Whether a forward-mode derivative is carried along with a tensor."""
+    """Whether a tensor carries a forward-mode derivative."""
     return forward_ad._current_level >= 0 and isinstance(value, Tensor) and forward_ad.unpack_dual(value)[1] is not None
 
 
 def derivative_of_backward() -> bool:
-    """Whether a derivative of what a backward computes may be asked for; it is then computed in plain PyTorch."""
+    """Whether the result of a backward may be differentiated again; the backward then runs in plain PyTorch."""
     return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
 
 
 def clip_range(clip: Any, x: Tensor | None = None) -> tuple[Any, Any]:
     """(low, high) of a clip argument for images x (N,C,H,W); None is no clip.
 
-    Two floats; or, where either is given per channel, two tensors (1,C,1,1) in the dtype of x. Without x two floats
-    are all it takes.
+    Two floats; or, where either is given per channel, two tensors (1,C,1,1) in the dtype of x. Without x only two
+    floats are allowed.
     """
     if clip is None:
         return -math.inf, math.inf
@@ -203,7 +203,7 @@ def compute_dtype(value: Tensor) -> torch.dtype:
 
 
 def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value.to(dtype)`, no call where it would change nothing: torch 2.11 compiles an autograd.Function that ends in
+    """`value.to(dtype)`, without a call if the dtype is the same: torch 2.11 compiles an autograd.Function that ends in
     such a call to one whose gradients are all zero."""
     return value if value.dtype == dtype else value.to(dtype)
 
@@ -217,7 +217,7 @@ def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None
 def pixels(name: str, value: Any, clip: Any) -> Tensor:
     """Images (N,C,H,W) as `images` returns them, within clip where values may be read.
 
-    A value may lie outside by rounding, 1e-6 of the larger bound or of 1: un-normalised images do.
+    A value may lie outside by 1e-6 of the larger bound or of 1, as rounding leaves images that were un-normalised.
     """
     value = images(name, value)
     low, high = clip_range(clip, value)
@@ -251,7 +251,7 @@ def image_units(name: str, eps: float | Tensor, clip: Any, stacklevel: int = 2) 
 
 
 def _rounded(bound: float, value: Tensor) -> float:
-    return float(torch.tensor(bound, dtype=value.dtype))  # 0.6 is more in float32
+    return float(torch.tensor(bound, dtype=value.dtype))  # 0.6 rounded to float32 is more than 0.6
 
 
 def _extremes(value: Tensor) -> tuple[float, float]:
@@ -273,7 +273,7 @@ def _within(
 
 
 def _digits(value: float, bound: float) -> str:
-    """A value in as many digits as tell it from its bound."""
+    """A value with enough digits to differ from its bound in print."""
     text = f"{value:g}"
     return text if value == bound or text != f"{bound:g}" else f"{value:.9g}"
 
@@ -302,7 +302,7 @@ def labels(name: str, value: Any, x: Tensor, classes: int | None = None, soft: b
 
 
 def logits(value: Any, x: Tensor) -> Tensor:
-    """What `model` gave for the images x: logits (N,classes), floating."""
+    """The output of `model` for the images x: logits (N,classes), floating."""
     if not isinstance(value, Tensor):
         takes = f"logits ({x.shape[0]}, classes), a Tensor"
         got = type(value).__name__
@@ -324,7 +324,7 @@ def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> 
     values(name, value, 0)
     if _readable(value):
         least, most = _extremes(value.double().sum(1))
-        slack = 1e-3 if value.element_size() >= 4 else 2e-2  # each of a row's values has rounded by up to 0.4% of it
+        slack = 1e-3 if value.element_size() >= 4 else 2e-2  # rounding changes each value of a row by up to 0.4%
         if not (1 - slack <= least and most <= 1 + slack):
             raise BadValueError(f"{name} must have rows that sum to 1, got sums from {least:g} to {most:g}")
     return value

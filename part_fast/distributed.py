@@ -1,4 +1,4 @@
-"""Several processes, one training: started by torchrun, a process per device; alone, everything here does nothing."""
+"""Training in several processes, one per device, started by torchrun; in a single process the functions do nothing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from part_fast.errors import BadValueError
 
 
 def join(device: torch.device) -> torch.device:
-    """Join the processes that torchrun started; gives this process its device.
+    """Join the processes that torchrun started; returns the device of this process.
 
-    What lies on a GPU goes by nccl, what lies on a CPU by gloo, in one group. They part when the process ends: torch
-    cannot join twice. Errors: ValueError for more processes than GPUs, and for a group that somebody made before and
-    that does not take tensors of both.
+    One process group sends GPU tensors by nccl and CPU tensors by gloo. It lasts until the process ends, because torch
+    cannot join twice. Errors: ValueError for more processes than GPUs, and for an existing group that does not take
+    tensors of both devices.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
@@ -42,7 +42,7 @@ def join(device: torch.device) -> torch.device:
 
 
 def rank() -> int:
-    """Which of the processes this is; 0 writes and prints."""
+    """The number of this process, from 0; process 0 writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

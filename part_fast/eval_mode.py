@@ -1,4 +1,4 @@
-"""Run a model in eval mode and hand it back as it was; its gradients, with errors that name it."""
+"""Run a model in eval mode and put it back as it was; take its gradients, with errors that name the model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from part_fast.errors import BadValueError
 
-# What torch raises, when a model is differentiated to its input, of which the user can know nothing.
+# Errors of torch while a model is differentiated to its input, and what they mean in terms of the model.
 MEANT = {
     "use_reentrant": "model must checkpoint with use_reentrant=False, got a reentrant checkpoint",
     "a leaf Variable that requires grad": "model must not write into its input, got an in-place operation on it",
@@ -27,15 +27,15 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
     """Every module of `model` in eval mode inside the block; each gets its own mode back, also after an exception.
 
     The modules behind a functools.partial, a bound method or a decorated function are found (see `modules_of`); any
-    other callable has no mode and is left alone. A module whose train() is its own, such as one that merges weights for
-    eval mode, is switched by it both ways, and its weights are then put back bit for bit: what is merged and taken
-    apart again has been rounded twice.
+    other callable has no mode and is left alone. A module that defines its own train(), such as one that merges weights
+    for eval mode, is switched by it both ways. Its weights are then put back bit for bit, because merging and splitting
+    rounds them twice.
     Errors: ValueError naming `model` where its weights are not there yet or record no gradient, where it overwrites its
     input, and for reentrant checkpoints, which cannot do without the gradients of parameters.
     """
     modules = modules_of(model)
     check_weights(modules)
-    training = [(module, getattr(module, "training", False)) for module in modules]  # a frozen TorchScript has no mode
+    training = [(module, getattr(module, "training", False)) for module in modules]  # frozen TorchScript has no mode
     if not any(mode for _, mode in training):
         with _named_errors():
             yield
@@ -60,7 +60,7 @@ def eval_mode(model: Callable[..., Any]) -> Iterator[None]:
             if getattr(module, "training", mode) != mode:
                 module.training = mode
         for tensor, value in kept.items():
-            tensor.data.copy_(value)  # a graph that holds the tensor is as right as before
+            tensor.data.copy_(value)  # .data: a graph that holds the tensor stays valid, as its values are the same
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def grads_kept(model: Callable[..., Any]) -> Iterator[None]:
     parameters = list(dict.fromkeys(parameter for root in _roots(model) for parameter in root.parameters()))
     grads = [parameter.grad for parameter in parameters]
     for parameter in parameters:
-        parameter.grad = None  # so that a backward adds to nothing of the user's
+        parameter.grad = None  # so that a backward adds nothing to the user's gradients
     try:
         yield
     finally:

@@ -40,7 +40,7 @@ def trades_loss(
     step_size, epsilon: image units. epsilon: a float, a tensor that broadcasts to the images, a PackedEpsilon, or a
         CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway.
     distance: "l_inf".
-    attack_model: what is attacked in the model's place, an `AttackModel` of it; default: the model.
+    attack_model: an `AttackModel` of the model, which is attacked in its place; default: the model.
     clip: (low, high), what a pixel may be, as in `pgd`; a CamBudget has a clip of its own.
     The attack starts at x + 0.001 N(0,1) and runs in eval mode. A model in eval mode is put in train mode, as
     published; one in train mode keeps what its submodules have (frozen BatchNorm, say). The clean batch is
@@ -136,7 +136,7 @@ def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -
 
 
 def _confidence(probs: Tensor, label: Tensor) -> Tensor:
-    """-log(1 - p) of each image's class `label` (N,): large where it is sure of it."""
+    """-log(1 - p) of each image's class `label` (N,): large where the model is sure of that class."""
     return F.nll_loss((1.0001 - probs + 1e-12).log(), label, reduction="none")
 
 

@@ -1,4 +1,4 @@
-"""How a process multiplies: TF32, and by which algorithms; settings of torch for a whole process, put back after."""
+"""TF32 and the choice of algorithms: settings of torch for the whole process, which are put back after a block."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _settings() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def algorithms(device: torch.device, *, tf32: bool, deterministic: bool) -> Iterator[None]:
-    """What a training on `device` sets inside the block.
+    """Set, inside the block, the algorithms and precision of a training on `device`.
 
     On CUDA cuDNN times its algorithms and takes the fastest (`torch.backends.cudnn.benchmark`), unless `deterministic`,
     here or set by the caller: then only algorithms run that repeat their results, and an operation that has none

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-# Sizes that are smaller than the largest; more are filled up to one of these.
+# How many sizes below the largest are compiled; other batches are filled up to one of these.
 MOST = 6
-# So many forwards of one size, one after the other, are no longer the last batch of an epoch.
+# A size that comes this often in a row is not the last batch of an epoch, and is compiled.
 MANY = 32
 
 

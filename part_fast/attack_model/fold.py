@@ -101,9 +101,9 @@ def still_folded(forward: Trace | str, pairs: list[tuple[str, str]]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks or parametrizations hang on the layer, which must see it as it is."""
+    """Whether hooks, parametrizations or a forward of its own hang on the layer, which must see it as it is."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or torch.nn.utils.parametrize.is_parametrized(module)
+    return any(hooks) or "forward" in vars(module) or torch.nn.utils.parametrize.is_parametrized(module)
 
 
 def absorb(module: nn.Module, conv: str, bn: str) -> None:

@@ -1,4 +1,4 @@
-"""Must the copy be refreshed? One answer for every way in which the weights of a model change."""
+"""Tells whether the copy of a model must be refreshed: whether its weights, modules or attributes have changed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# So many values of each tensor are compared with what they were.
+# How many values of each tensor are compared with their former values.
 SAMPLE = 16
-# What nn.Module keeps of itself: modes and hooks say nothing about weights.
+# Attributes of nn.Module itself, its mode and hooks, which say nothing about weights.
 _OWN = frozenset(nn.Module().__dict__)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,7 +30,7 @@ class Change(enum.Enum):
 
 
 class Watch:
-    """A model as it was when it was last looked at.
+    """Remembers a model, and says what has changed in it since.
 
     `ask` sees, in this order: tensors, modules and plain attributes that are other objects; optimizers that stepped on
     its parameters (fused ones leave no mark on a tensor), and `tell`; other memory (`p.data = ...`); versions, which
@@ -52,12 +52,12 @@ class Watch:
         self.take_values()
 
     def tell(self) -> None:
-        """The weights have changed, whatever can be seen of it."""
+        """Record that the weights have changed, for changes that `ask` cannot see."""
         self._told = True
 
     @property
     def unread(self) -> bool:
-        """Whether some weights may have changed without that `ask` can tell."""
+        """Whether some weights may have changed in a way that `ask` cannot see."""
         return self._unread
 
     def ask(self) -> tuple[Change, list[tuple[str, str]]]:
@@ -137,7 +137,7 @@ class Watch:
             if type(self._modules[key[0]]).__module__.startswith("torch.nn.") and not isinstance(
                 self.attributes.get(key), Tensor
             ):
-                return Change.STRUCTURE, []  # a layer's stride, say, of which its copy may have made something else
+                return Change.STRUCTURE, []  # such as a layer's stride, which the copy may have built in
         return change, changed
 
     def take_values(self) -> None:
@@ -199,17 +199,17 @@ def _stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What `named_modules` gives, without copies to attack among them, which follow their own model."""
+    """`named_modules` without the copies to attack among them, each of which follows its own model."""
     return ((name, module) for name, module in model.named_modules() if not hasattr(type(module), "follows_a_model"))
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor with memory of its own to look at."""
+    """Whether the tensor has memory of its own, whose address and version can be compared."""
     return type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _is_result(value: Any) -> bool:
-    """Whether it is what a forward left behind."""
+    """Whether the value is a result of autograd that a forward has left on the module."""
     return isinstance(value, Tensor) and value.grad_fn is not None
 
 
@@ -217,7 +217,7 @@ def _sample(tensor: Tensor) -> Tensor:
     """SAMPLE values from the middle of a tensor's memory, which lie together to be read quickly; all of a small one."""
     size = tensor.numel()
     span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    count = min(SAMPLE, size) if span == size else 1  # where memory has gaps or is shared, the first value alone
+    count = min(SAMPLE, size) if span == size else 1  # only the first value where memory has gaps or is shared
     return tensor.as_strided((count,), (1,), tensor.storage_offset() + (span - count) // 2 * (span == size))
 
 
@@ -233,7 +233,7 @@ def _content(value: Any) -> Any:
 
 
 def flat(value: Any) -> Iterator[Any]:
-    """What is in a value: of lists, tuples and dicts the items."""
+    """The values in a list, tuple or dict, at any depth; a single value alone."""
     if isinstance(value, (list, tuple)):
         for part in value:
             yield from flat(part)
@@ -244,7 +244,7 @@ def flat(value: Any) -> Iterator[Any]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether the two are the same, or equal where that is quick and certain to tell."""
+    """Whether two values are one object, or are equal of a type whose comparison is quick and certain."""
     if old is new:
         return True
     if type(old) is not type(new):

@@ -1,4 +1,4 @@
-"""A frozen copy of whatever model comes: in eval mode, asking for no gradients of parameters; and its memory format."""
+"""`frozen_copy` copies any module, in eval mode and without gradients of parameters; helpers for its memory format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _CopiesResults(TorchFunctionMode):
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode whose parameters ask for no gradient.
+    """A copy of `model` in eval mode whose parameters require no gradient.
 
     Errors: ValueError naming `model` where it cannot be copied, as sharded weights, locks and open files cannot, where
     its weights are not there, or where TorchScript hides them.
@@ -42,7 +42,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     try:
         with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
             module = copy.deepcopy(model)
-    except Exception as error:  # whatever an object's copying raises
+    except Exception as error:  # copying an arbitrary object may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise BadValueError(
             f"model must be one that copy.deepcopy copies, got {why}: attack the model itself"
@@ -51,7 +51,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def lay_(module: nn.Module, memory_format: torch.memory_format) -> None:
-    """Every parameter and buffer of four dimensions in that memory format; Module.to refuses those of five."""
+    """Put every parameter and buffer of four dimensions in that memory format; Module.to refuses models that have some
+    of five."""
     module._apply(lambda tensor: tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor)
 
 

@@ -6,8 +6,8 @@ copy a `FusedForward` as their `forward`: the network, and each block from whose
 
 Which of them run is decided call by call, from the network downwards. A FusedForward runs the graph of all that is in
 its module, with fused calls, unless somebody must see into it: hooks hang on a module within, or one was changed. Then
-it runs its module's own forward, and the blocks that this calls decide for themselves. So with CamBudget's hook on
-`layer4` every block stays fused, and what a hook sees of a layer is what the layer gives in the model. Hooks on a module
+it runs its module's own forward, and the blocks that this calls decide for themselves. So every block stays fused with
+CamBudget's hook on `layer4`, and what a hook sees of a layer is what the layer gives in the model. Hooks on a module
 itself are run by torch around its forward, whichever that is.
 
 Fused are, where `conv` is a PackedConv2d, with its BatchNorm folded into it or without one:
@@ -61,7 +61,7 @@ def fuse(forward: Trace | str) -> None:
         hooked = any(any(_hooks(part)) for part in module.modules())
         if packs and not hooked and "forward" not in vars(module) and (graph := _graph_of(call, within)) is not None:
             made.append(FusedForward(module, forward.model, graph))
-            module.forward = made[-1]  # type: ignore[assignment]
+            module.forward = made[-1]
     for fused in made:
         fused.watch()
 
@@ -171,10 +171,10 @@ _KEPT_BY_MODULE = frozenset(nn.Module().__dict__)
 
 def _read(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
     """What a forward may go by, but for tensors, which the graph reads anew: (table, key, value)."""
-    if _is_layer(module):
-        return  # whose forward is not in the graph
     attributes = vars(module)
     yield attributes, "forward", attributes.get("forward")
+    if _is_layer(module):
+        return  # whose class's forward is not in the graph
     yield attributes, "training", module.training
     yield from ((module._modules, name, child) for name, child in module._modules.items())
     for key, value in attributes.items():
@@ -279,32 +279,33 @@ def cast(x: Tensor, *convs: PackedConv2d) -> Tensor:
 
 
 def _adds(other: Any) -> bool:
-    """Whether a sum with it has the convolution's dtype."""
-    return isinstance(other, Tensor) and other.dtype in (torch.float32, torch.bfloat16)
+    """Whether a sum with it may have the convolution's dtype."""
+    return isinstance(other, Tensor) and other.ndim == 4 and other.dtype in (torch.float32, torch.bfloat16)
 
 
-def _out_shape(conv: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Of the convolution's output for inputs (N,C,H,W) of that shape."""
+def _out_shape(conv: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the convolution's output for inputs (N,C,H,W) of that shape; () for others."""
     if len(shape) != 4:
-        return None
-    sizes = zip(shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        return ()
+    padding: Any = conv.padding  # numbers, in a PackedConv2d
+    sizes = zip(shape[2:], conv.kernel_size, conv.stride, padding, conv.dilation, strict=True)
     return (
         shape[0],
         conv.out_channels,
-        *((n + 2 * int(pad) - dilation * (kernel - 1) - 1) // stride + 1 for n, kernel, stride, pad, dilation in sizes),
+        *((n + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for n, kernel, stride, pad, dilation in sizes),
     )
 
 
 def _fuse_calls(graph: Graph, model: nn.Module) -> bool:
     """Put fused calls into the graph in place of what they compute; whether there are any."""
     for node in list(graph.nodes):
-        if type(_module(node, model)) in (nn.Identity, Folded):
-            node.replace_all_uses_with(node.args[0])
+        if _is_identity(_module(node, model)):
+            node.replace_all_uses_with(_args(node)[0])
             graph.erase_node(node)
     order = {node: i for i, node in enumerate(graph.nodes)}
     writes = {node for node in graph.nodes if _writes(node, model)}
 
-    def replace(chain: list[Node], function: Callable[..., Tensor], *args: Any) -> None:
+    def put(chain: list[Node], function: Callable[..., Tensor], *args: Any) -> None:
         with graph.inserting_before(chain[-1]):
             call = graph.call_function(function, args)
         order[call] = order[chain[-1]]
@@ -322,7 +323,11 @@ def _fuse_calls(graph: Graph, model: nn.Module) -> bool:
         while not relu and (user := _only_user(chain[-1])) is not None and not crosses(conv, user, chain):
             if _is_relu(user, model):
                 relu = True
-            elif other is None and (added := _added(user, chain[-1], model)) is not None:
+            elif other is None and (added := _added(user, chain[-1])) is not None:
+                # Of two convolutions the left one adds the other, which has been tried if it comes first.
+                left_is_to_come = added is user.args[0] and _is_packed(added, model) and order[added] > order[conv]
+                if left_is_to_come and _only_user(added) is user:
+                    break
                 other = added
             else:
                 break
@@ -331,14 +336,14 @@ def _fuse_calls(graph: Graph, model: nn.Module) -> bool:
             with graph.inserting_before(conv):
                 layer = graph.get_attr(str(conv.target))
             order[layer] = order[conv]
-            replace(chain, conv_add_relu, layer, conv.args[0], other, relu)
+            put(chain, conv_add_relu, layer, conv.args[0], other, relu)
 
     for second in [node for node in graph.nodes if node.target is conv_add_relu]:
-        layer, first, other, relu = second.args
-        if not (relu and isinstance(first, Node) and first.target is conv_add_relu and _only_user(first) is second):
+        layer, first, other, relu = _args(second)
+        if not relu or first.target is not conv_add_relu or _only_user(first) != second:
             continue
         if first.args[1:] == (other, None, True) and not crosses(first, second, []):
-            replace([first, second], residual, first.args[0], layer, other)
+            put([first, second], residual, first.args[0], layer, other)
 
     _cast_once(graph, model, crosses)
     return any(node.target in (conv_add_relu, residual) for node in graph.nodes)
@@ -346,19 +351,24 @@ def _fuse_calls(graph: Graph, model: nn.Module) -> bool:
 
 def _cast_once(graph: Graph, model: nn.Module, crosses: Callable[[Node, Node, list[Node]], bool]) -> None:
     """Where several convolutions have one input, give them a cast of it."""
-    readers: dict[Node, list[Node]] = {}
+    readers: dict[Node, list[tuple[Node, Any, int]]] = {}  # with the layer's name, and the place of the argument
     for node in graph.nodes:
-        if node.target is conv_add_relu or _is_packed(node, model):
-            x = node.args[node.target is conv_add_relu]
-            readers.setdefault(x, []).append(node)
-    for x, nodes in readers.items():
-        if len(nodes) == 1 or crosses(nodes[0], nodes[-1], []):
+        if node.target is conv_add_relu:
+            readers.setdefault(_args(node)[1], []).append((node, _args(node)[0].target, 1))
+        elif _is_packed(node, model):
+            readers.setdefault(_args(node)[0], []).append((node, node.target, 0))
+    for x, calls in readers.items():
+        first, last = calls[0][0], calls[-1][0]
+        if len(calls) == 1 or crosses(first, last, []):
             continue
-        names = [str(node.args[0].target if node.target is conv_add_relu else node.target) for node in nodes]
-        with graph.inserting_before(nodes[0]):
-            shared = graph.call_function(cast, (x, *map(graph.get_attr, names)))
-        for node in nodes:
-            node.update_arg(int(node.target is conv_add_relu), shared)
+        with graph.inserting_before(first):
+            shared = graph.call_function(cast, (x, *(graph.get_attr(name) for _, name, _ in calls)))
+        for node, _, place in calls:
+            node.update_arg(place, shared)
+
+
+def _args(node: Node) -> tuple[Any, ...]:
+    return node.args
 
 
 def _only_user(node: Node) -> Node | None:
@@ -370,10 +380,17 @@ def _only_user(node: Node) -> Node | None:
 
 
 def _module(node: Node, model: nn.Module) -> nn.Module | None:
-    """The layer that is called with one argument."""
+    """The layer that is called with one argument, and does what its class does."""
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return None
-    return model.get_submodule(str(node.target))
+    layer = model.get_submodule(str(node.target))
+    return None if "forward" in vars(layer) else layer
+
+
+def _is_identity(layer: nn.Module | None) -> bool:
+    if isinstance(layer, FoldedAct):
+        return _is_identity(layer.drop) and _is_identity(layer.act)
+    return type(layer) in (nn.Identity, Folded)
 
 
 def _is_packed(node: Node, model: nn.Module) -> bool:
@@ -383,30 +400,33 @@ def _is_packed(node: Node, model: nn.Module) -> bool:
 def _is_relu(node: Node, model: nn.Module) -> bool:
     layer = _module(node, model)
     if isinstance(layer, FoldedAct):
-        return type(layer.drop) is nn.Identity and type(layer.act) is nn.ReLU
+        return _is_identity(layer.drop) and type(layer.act) is nn.ReLU
     if node.op == "call_function":
         return node.target in (F.relu, torch.relu, torch.relu_) and len(node.args) >= 1
     return type(layer) is nn.ReLU or (node.op == "call_method" and node.target in ("relu", "relu_"))
 
 
-def _added(node: Node, to: Node, model: nn.Module) -> Node | None:
-    """What the node adds to `to`; None too where another convolution is for it: of two the left one adds."""
+def _added(node: Node, to: Node) -> Node | None:
+    """What the node adds to `to`, if that can be left out and the sum be a tensor of its own."""
     sums = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
     if node.target not in sums.get(node.op, ()) or len(node.args) != 2 or node.kwargs:
         return None
-    left, right = node.args
+    left, right = _args(node)
     if left is to:
         return right if isinstance(right, Node) else None
-    if not isinstance(left, Node) or node.target in (operator.iadd, "add_"):  # which are written into the left one
-        return None
-    return None if _is_packed(left, model) and _only_user(left) is node else left
+    written = node.target in (operator.iadd, "add_")  # into the left one
+    return left if isinstance(left, Node) and not written else None
 
 
 def _writes(node: Node, model: nn.Module) -> bool:
     """Whether the node may write into a tensor that is there already."""
     if node.op == "call_module":
         layer = model.get_submodule(str(node.target))
-        return not _is_layer(layer) or any(getattr(part, "inplace", False) for part in layer.modules())
+        return (
+            not _is_layer(layer)
+            or "forward" in vars(layer)
+            or any(getattr(part, "inplace", False) for part in layer.modules())
+        )
     if node.op == "call_method":
         return str(node.target).endswith("_")
     if node.op != "call_function":

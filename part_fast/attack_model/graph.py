@@ -49,8 +49,8 @@ class Capture:
         graph = torch.cuda.CUDAGraph()
         # Runs that are thrown away draw no random numbers, and leave no cast weights behind in autocast's cache.
         with torch.random.fork_rng([device]), uncached_autocast():
-            # The first ones choose algorithms, compile and allocate, which a capture must not; on a stream that is not
-            # the capture's, whose cuBLAS workspace then lies in the pool and lives as long as the graphs.
+            # The first runs choose algorithms, compile and allocate, which a capture must not do. They run on another
+            # stream than the capture, so that its cuBLAS workspace is allocated in the pool and lives with the graphs.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -58,14 +58,14 @@ class Capture:
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             try:
-                # "thread_local", since NCCL's watchdog asks the driver things from a thread of its own, which would
-                # end a "global" capture. The backward's thread launches on the capture's stream all the same.
+                # "thread_local", since NCCL's watchdog thread calls the driver, which would end a "global" capture. The
+                # thread of the backward still launches on the capture's stream.
                 how: dict[str, Any] = {
                     "pool": self._pool,
                     "stream": self._streams[device],
                     "capture_error_mode": "thread_local",
                 }
-                # The outer block brings the current stream back, which torch leaves changed where a capture fails.
+                # The outer block restores the current stream, which torch leaves changed when a capture fails.
                 with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
                     run()
             except RuntimeError as error:
@@ -78,7 +78,7 @@ class Capture:
 
 @dataclasses.dataclass
 class _Graph:
-    """A recorded run: its kind, the memory that it reads and writes, how to launch it, how often that was done."""
+    """A recorded run: its kind, the memory that it reads and writes, how to launch it, how often it was launched."""
 
     kind: Hashable
     memory: list[Tensor]
@@ -89,12 +89,12 @@ class _Graph:
 class GraphedSteps:
     """`graphed(key, run, x_adv, *inputs)` does what `run(x_adv, *inputs)` does, which overwrites x_adv alone.
 
-    Captured is a run on memory of its own, so the tensors given are copied in, and x_adv out again: `run` reads no
-    other tensor that changes place. key: what else decides what `run` does. All happens on the device of x_adv, on the
-    current stream, after the last replay even if that was on another one.
+    A graph runs on memory of its own: the tensors given are copied in, and x_adv is copied out again. So `run` must
+    read no other tensor that changes place. key: what else decides what `run` does. Everything happens on the device of
+    x_adv, on the current stream, and after the last replay, even if that was on another stream.
 
     A batch smaller than the largest one held of its kind (key, shapes but for the number of images, dtypes, device),
-    such as the last of an epoch, is run as it is. Held are `MOST` graphs; one more takes the place of the one that was
+    such as the last of an epoch, is run as it is. `MOST` graphs are held; one more takes the place of the one that was
     unused for longest, with a warning if that was never used again. A copy (deepcopy, pickle) holds none.
 
     record: gets the run on the memory held and returns its replay; default: `Capture()`.
@@ -141,7 +141,7 @@ class GraphedSteps:
         graph = _Graph(kind, memory, self._record(lambda: run(*memory)))
         if len(self._held) == MOST:
             if self._last is not None:
-                self._last.synchronize()  # whoever gets the memory next may be on another stream
+                self._last.synchronize()  # the memory may next be used on another stream
             _, oldest = self._held.popitem(last=False)
             if oldest.replays == 1:
                 warnings.warn(

@@ -46,10 +46,10 @@ class AttackModel(nn.Module):
     where it is none. Submodules keep their names, so CamBudget finds the target layer in it too; a
     convolution's output is then what its BatchNorm's was. DistributedDataParallel, torch.compile and AttackModel around
     `model` are taken off first. On a CPU, where it is not compiled, weights are packed too and 3x3 convolutions take a
-    quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); what is
-    added to a convolution and its ReLU are computed in its own pass, as far as torch.fx finds them: `fused` says of how
-    many (see `attack_model.fuse`). Gradients have no second derivative then. Under torch.func transforms and forward-mode AD it computes plainly, as the model
-    does, with every derivative.
+    quarter of the products, for which they keep eight times their weights and round more (see PackedConv2d); sums and
+    ReLUs after convolutions are computed in their pass (as torch.fx finds them, see `fuse`): `fused` says of how many
+    convolutions. Gradients have no second derivative then. Under torch.func transforms and forward-mode AD it computes
+    plainly, as the model does, with every derivative.
 
     The copy follows the model. Once an attack, and once in every forward outside of one, it takes over weights, buffers
     and plain attributes that have changed: by an optimizer, fused or not, in place, through `p.data = ...`, by new
@@ -133,6 +133,7 @@ class AttackModel(nn.Module):
     def _set_up(self, forward: Trace | str | None = None) -> None:
         """What cannot be copied or pickled. forward: the copy's, where it has been traced already."""
         if self._packs:
+            unfuse(self.module)  # what was copied along
             fuse(forward or trace(self.module))
         # Sizes are few, and each is faster than one for all.
         self.__dict__["_fast"] = torch.compile(self.module, dynamic=False) if self.compiled else self.module
@@ -155,7 +156,7 @@ class AttackModel(nn.Module):
 
     @property
     def fused(self) -> int:
-        """How many convolutions add what is added to them, or do their ReLU, in their own pass; see `fuse`."""
+        """How many convolutions compute what is added to them, or their ReLU, in their own pass; on a CPU alone."""
         return fused_convolutions(self.module)
 
     @property

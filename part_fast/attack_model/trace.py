@@ -68,6 +68,8 @@ def traced(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Trace | s
     prefix = ""
     while isinstance(model, WRAPPERS):
         model, prefix = model.module, f"{prefix}module."
+    if "forward" in vars(model):
+        return "its forward is not its class's, which alone torch.fx sees"
     parts = list(model.modules())
     before = [dict(part.__dict__) for part in parts]
     buffers = [(part._buffers, dict(part._buffers)) for part in parts if type(part._buffers) is dict]

@@ -28,7 +28,7 @@ STARTS = ("uniform", "zero")
 def clean_logits(model: Model, x: Tensor) -> Tensor:
     """Eval-mode logits (N,classes) of the images, without a graph."""
     with record_function("part_fast: attack forward"), eval_mode(model), torch.no_grad(), uncached_autocast():
-        return checks.logits(model(x.clone()), x)  # some normalise in place
+        return checks.logits(model(x.clone()), x)  # some models normalise in place
 
 
 def ascend(
@@ -44,7 +44,7 @@ def ascend(
     *,
     clip: Clip = (0.0, 1.0),
 ) -> Tensor:
-    """`steps` PGD steps from x_adv, which is overwritten and returned; what every attack here runs.
+    """Take `steps` PGD steps from x_adv, which is overwritten and returned; every attack here runs this loop.
 
     loss: callable(logits, y, *extra), increased; its result is summed, so that no image's step depends on the batch.
     With an AttackModel that captures CUDA graphs the steps are one launch; `loss` is then hashable, stays the same
@@ -75,7 +75,7 @@ def ascend(
 
     forward = model
     if isinstance(model, AttackModel):
-        model.refresh_if_changed()  # once an attack
+        model.refresh_if_changed()  # once per attack
         forward = functools.partial(model, follow=False, kind=loss)
     rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
@@ -96,7 +96,7 @@ def _graph_key(
     loss: Loss,
     clip: Hashable,
 ) -> Hashable:
-    """All that decides what the steps of an attack do, but its tensors."""
+    """Everything but its tensors that decides what the steps of an attack do."""
     if not isinstance(loss, Hashable):
         raise BadTypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
     numbers = (steps, checks.number("alpha", alpha), clip, _eps_numbers(eps))
@@ -104,7 +104,7 @@ def _graph_key(
 
 
 def _eps_tensors(eps: float | Tensor | PackedEpsilon) -> tuple[Tensor, ...]:
-    """What of an eps argument is a tensor; `_held_eps` puts it together again from others in their place."""
+    """The tensors of an eps argument; `_held_eps` makes an eps argument from other tensors in their place."""
     return (eps.bits,) if isinstance(eps, PackedEpsilon) else (eps,) if isinstance(eps, Tensor) else ()
 
 
@@ -130,7 +130,7 @@ def _clip_numbers(low: Bound, high: Bound) -> Hashable:
 
 
 def _held_clip(low: Bound, high: Bound, tensors: tuple[Tensor, ...]) -> tuple[Clip, tuple[Tensor, ...]]:
-    """As `_held_eps`."""
+    """As `_held_eps`, for a clip argument."""
     return ((tensors[0], tensors[1]), tensors[2:]) if isinstance(low, Tensor) else ((low, high), tensors)
 
 
@@ -141,7 +141,7 @@ def _capturing(x: Tensor) -> bool:
 def check_images(
     x: Tensor, eps: float | Tensor | PackedEpsilon, clip: Clip, name: str = "x", stacklevel: int = 4
 ) -> Tensor:
-    """Images within clip and an eps for them, values included: once, where an attack or loss is entered.
+    """Check images and their eps, values included: once, where an attack or loss is entered.
 
     Returns the images contiguous or channels_last.
     """
@@ -156,7 +156,7 @@ def check_images(
 
 
 def starting_point(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | Tensor, clip: Clip) -> Tensor:
-    """A new tensor like x to begin at."""
+    """The start of an attack, a new tensor like x."""
     if isinstance(start, Tensor):
         start = checks.images("start", start)
         checks.alike("start", start, "x", x)
@@ -173,5 +173,5 @@ def starting_point(x: Tensor, eps: float | Tensor | PackedEpsilon, start: str | 
 
 
 def plain(value: Tensor) -> Tensor:
-    """`value` outside any graph, and no inference tensor, which autograd could not save."""
+    """`value` without a graph, and copied if it is an inference tensor, which autograd cannot save."""
     return value.clone() if value.is_inference() else value.detach()

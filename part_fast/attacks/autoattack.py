@@ -27,11 +27,12 @@ def autoattack(
     *,
     clip: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Adversarial images like x: APGD-CE, targeted APGD, targeted FAB, Square, each on what the last ones left right.
+    """Adversarial images like x: APGD-CE, targeted APGD, targeted FAB, Square, each on the images
+    that the ones before did not fool.
 
     x: images (N,C,H,W) within clip. y: class indices (N,). eps: image units, one for all pixels. seed: of every attack;
-    the random generators are as before. The model runs in eval mode and gets its mode back; no .grad is touched.
-    clip: (low, high), two numbers. The attacks know [0,1] alone, to which the images and eps are scaled and back.
+    the random generators are put back. The model runs in eval mode and gets its mode back; no .grad is touched.
+    clip: (low, high), two numbers. The attacks work in [0,1]: images and eps are scaled to it, and the result back.
     With fewer than ten classes the targeted attacks take every wrong one. With fewer than four there is no targeted
     APGD, whose loss divides by a difference from the third and fourth largest logit: the other three run, and a warning
     says so.
@@ -78,7 +79,7 @@ def autoattack(
         if not scaled:
             return z_adv
         x_adv = torch.where(z_adv == z, x, z_adv * span + low)
-        return project_linf(x_adv, x, eps).clamp(low, high)  # scaling has rounded
+        return project_linf(x_adv, x, eps).clamp(low, high)  # scaling rounds
 
 
 def load_autoattack() -> Any:

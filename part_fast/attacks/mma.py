@@ -28,8 +28,9 @@ def mma(
     """Minimum-margin attack: PGD towards each of the k most likely wrong classes, the best result kept per image.
 
     Arguments, modes and errors as in `pgd`, y class indices alone. k: how many classes, all wrong ones if there are
-    fewer; ranked by the clean logits. For each class c the attack increases -max(z_y - z_c + 50, 0); kept is the
-    result with the largest z_c - z_y, ties by the more likely class. The k attacks run as one batch of k*N images.
+    fewer; ranked by the clean logits. For each class c the attack increases -max(z_y - z_c + 50, 0); the result
+    with the largest z_c - z_y is kept, at ties that of the more likely class.
+    The k attacks run as one batch of k*N images.
 
     Equivalent to: `pgd(model, x, y, eps, alpha, steps, start=start, loss=towards_c, clip=clip)` for every c, then the
     choice.

@@ -36,7 +36,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def as_target(y: Tensor) -> Tensor:
-    """Labels as `F.cross_entropy` takes them beside float32 logits."""
+    """Labels for `F.cross_entropy` with float32 logits: probabilities become float32."""
     return y.float() if y.is_floating_point() else y
 
 

@@ -63,7 +63,7 @@ def pgd(
 
 
 class PGD:
-    """PGD as an object: `PGD(model)(images, labels)`, the way of attack libraries such as torchattacks.
+    """PGD as an object, `PGD(model)(images, labels)`, as in attack libraries such as torchattacks.
 
     eps, alpha: image units, eps in every form that `pgd` takes. random_start: uniform within eps, else at the images.
     clip: as in `pgd`.

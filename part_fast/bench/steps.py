@@ -28,10 +28,10 @@ runs, two for a multiplication and addition; a step that computes what nobody ne
 the rate of a large matrix product in the step's precision, timed in the same rounds.
 
 Peak memory is what one step has allocated at most above what was there before: weights, momentum, the batch, the copy
-that is attacked; gradients count. It is PyTorch's allocator's, as in `bench`, plus the memory that a step's CUDA graphs
-hold, which a replay needs and does not allocate: what PIL, numpy and the convolution library take for themselves is not
-in it. The largest resident memory of a process would be, but that also has whatever
-ran before, and grows in steps larger than what PART adds.
+that is attacked; gradients count. It is PyTorch's allocator's, as in `bench ops`, plus the memory that a step's CUDA
+graphs hold, which a replay needs and does not allocate: what PIL, numpy and the convolution library take for themselves
+is not in it. The largest resident memory of a process would be, but that also has whatever ran before, and grows in
+steps larger than what PART adds.
 
 The cost of PART over AT is small beside what a busy machine does to either, so it is given twice: by the medians of
 both steps, and by what PART adds timed alone (the mask; the lookup and the share of a refresh; for PART-T a mask with

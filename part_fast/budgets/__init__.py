@@ -1,1 +1,1 @@
-"""Budgets: how far each pixel may move, and why."""
+"""Budgets: how far each pixel may move."""

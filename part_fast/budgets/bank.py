@@ -51,7 +51,7 @@ class MaskBank:
     ) -> None:
         """Compute every mask anew by the budget, before its control. images: uint8 (samples,C,H,W), unaugmented.
 
-        Of several processes each computes its share, and all have all masks then.
+        Each of several processes computes its share, and every process then has all masks.
 
         progress: called with the number of images after each batch.
         Errors: ValueError if the images are not as many and as large as the bank's, and for rules whose maps are no
@@ -83,7 +83,7 @@ class MaskBank:
         return eps if augmentation is None else augmentation.apply(eps, fill=self._masks.eps_low)
 
     def load_bits(self, bits: Tensor) -> None:
-        """Take the bits of a checkpoint. Errors: ValueError if they are another set's."""
+        """Take the bits of a checkpoint. Errors: ValueError if they belong to another data set."""
         if bits.dtype != torch.uint8 or bits.shape != self.bits.shape:
             raise BadValueError(f"bits must be uint8 {tuple(self.bits.shape)}, got {bits.dtype} {tuple(bits.shape)}")
         self.bits.copy_(bits)

@@ -1,4 +1,4 @@
-"""CamBudget: from images to each pixel's eps, by what the model itself looks at."""
+"""CamBudget: each pixel's eps, from class activation maps of the model that is attacked."""
 
 from __future__ import annotations
 
@@ -23,8 +23,15 @@ from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
 
-# Where ResNets and WideResNets have their last feature map.
+# Names of the layer that gives the last feature map in ResNets and WideResNets.
 DEFAULT_LAYERS = ("layer4", "block3")
+
+# What a training run takes for `method`, with a line of help where the name does not say it; A and B are two of them.
+CAM_CHOICES = {
+    **dict.fromkeys(METHODS, ""),
+    "ensemble": "the mean of these, each from 0 to 1",
+    "ensemble:A+B": "the mean of some",
+}
 
 # A call changes its model's mode and hooks, so one model serves one call at a time, whatever budgets it has.
 _turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
@@ -34,7 +41,7 @@ class CamBudget:
     """Per-pixel eps from class activation maps of `model`: `budget(x) -> (N,M,H,W)`, float32.
 
     model: images (N,C,H,W) in [0,1] -> logits (N,classes). An AttackModel takes the names and modules of the model that
-        it copies; of DataParallel, DistributedDataParallel and compiled models what they wrap runs, uncompiled.
+        it copies. In place of DataParallel, DistributedDataParallel and compiled models, the module they wrap runs.
     eps, eps_low: image units, 0 <= eps_low <= eps: for the pixels that matter, and for the rest.
     method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; "ensemble", the mean of all four, each
         stretched to [0,1], or of some, "ensemble:gradcam+layercam"; of transformers, without a layer, "rollout" or
@@ -51,13 +58,14 @@ class CamBudget:
     reshape: callable(the target layer's output) -> maps (N,K,h,w), for outputs and layouts of other kinds, applied to
         the output and its gradient as grad-cam's `reshape_transform` is; with "rollout" and "attention-gradient" it is
         given (N,L,1) for all tokens, and gives (N,1,h,w).
-    control: "none", "permuted", "random", "inverted" or "uniform": what is done to the map afterwards, to tell
+    control: "none", "permuted", "random", "inverted" or "uniform": how the map is changed afterwards, to test
         whether the CAM matters; see `part_fast.budgets.controls`. "permuted" and "random" draw from torch's generators.
     clip: (low, high), what a pixel may be, as in `pgd`.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
     before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
-    random generators are as before, also after an exception. Threads that ask budgets of one model take turns.
+    random generators are as before, also after an exception. Calls for one model from several threads
+    take turns.
 
     Equivalent to: `epsilon_map(cam(A, dA, method), x.shape[2:], eps, eps_low, rule)`, where A is the target
     layer's output and dA the gradient of each image's target logit for it.
@@ -171,7 +179,7 @@ class CamBudget:
             if not isinstance(self.method, str):
                 return self._external(self.method, model, x, target)
             if isinstance(model, AttackModel):
-                # Here and not in its forward, where our hook would hang on a copy that is made anew.
+                # Refreshed before the hook is set: a refresh in the forward would replace the hooked copy.
                 model.refresh_if_changed()
             if not self._members:
                 return attention_maps(self.method, model, x, target, self.reshape)
@@ -219,13 +227,13 @@ class CamBudget:
     def _external(
         self, method: type | Explain, model: nn.Module, x: Tensor, target: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The maps of a method of others, and the logits."""
+        """The maps of a method that part_fast does not have, and the logits."""
         with torch.no_grad(), uncached_autocast():
             logits = checks.logits(model(x), x)
         target = _target(target, logits, x).clone()
         layer = self.target_layer
         if isinstance(method, type) and isinstance(model, AttackModel):
-            # A copy that is packed and asks for no gradients has none of the hooks that grad-cam needs.
+            # grad-cam needs hooks for gradients, which a packed copy without gradients does not run.
             layer, model = _theirs(model, layer)
         with eval_mode(model):
             return external_cam(method, model, layer, x, target, lambda output: self._maps(output, model, x)), logits
@@ -236,7 +244,7 @@ class CamBudget:
         thread = threading.get_ident()
 
         def cut(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
-            if threading.get_ident() != thread:  # somebody else's forward
+            if threading.get_ident() != thread:  # the forward of another thread
                 return None
             if not isinstance(output, Tensor) or (output.ndim not in (3, 4) and self.reshape is None):
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -297,20 +305,20 @@ def _copied(model: nn.Module) -> nn.Module:
 
 
 def _run(model: nn.Module) -> nn.Module:
-    """What a forward of `model` runs, under the same names: an AttackModel's copy, without wrappers."""
+    """The module that a forward of `model` runs, without wrappers: of an AttackModel, its copy."""
     model = unwrapped(model)
     return _run(model.module) if isinstance(model, AttackModel) else model
 
 
 def _theirs(fast: AttackModel, layer: nn.Module | None) -> tuple[nn.Module, nn.Module]:
-    """The layer of the model that `fast` copies whose counterpart `layer` is, and the model."""
+    """The layer of the copied model that corresponds to `layer` of the copy `fast`, and that model."""
     model, runs = _copied(fast), _run(fast)
     name = next(name for name, module in runs.named_modules() if module is layer)
     return model.get_submodule(name), model
 
 
 def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Module:
-    """The module that is hooked, by the names and modules that the user knows; of an AttackModel, in its copy."""
+    """The module to hook, which the user names as in the model; of an AttackModel, its counterpart in the copy."""
     if isinstance(_copied(model), torch.jit.ScriptModule):
         raise BadTypeError("model must not be TorchScript, whose layers run no hooks: give the module it was made of")
     names = {name: module for name, module in _copied(model).named_modules() if name}
@@ -347,7 +355,7 @@ def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.
         return found
     if isinstance(target_layer, str):
         plain = target_layer
-        while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # a wrapper's name for it
+        while plain not in names and plain.startswith(("module.", "_orig_mod.")):  # the name that a wrapper gives it
             plain = plain.partition(".")[2]
         if plain not in names:
             raise BadValueError(f"target_layer must be one of {_candidates(names)}, got {target_layer!r}")
@@ -363,7 +371,7 @@ def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.
 
 
 def _candidates(names: dict[str, nn.Module]) -> str:
-    """Names of the parts that hold convolutions, the deepest last, at most a line of them; else what to do."""
+    """Names of the parts that hold convolutions, the deepest last, at most a line of them; without any, what to do."""
     convolutions = [name for name, module in names.items() if isinstance(module, nn.Conv2d)]
     tokens = any(isinstance(module, nn.LayerNorm | nn.MultiheadAttention) for module in names.values())
     patches = [name for name in convolutions if cuts_patches(names[name])]
@@ -377,7 +385,7 @@ def _candidates(names: dict[str, nn.Module]) -> str:
     if not convolutions:
         return "none, there is no convolution; give method=callable(model, x, target) -> maps (N,h,w)"
     prefix = ""
-    while True:  # down to where the convolutions part
+    while True:  # down to the module that holds several parts with convolutions
         parts = list(dict.fromkeys(name[len(prefix) :].partition(".")[0] for name in convolutions))
         if len(parts) > 1 or prefix + parts[0] in convolutions:
             return ", ".join(prefix + part for part in parts[-12:])

@@ -21,8 +21,8 @@ def control_map(eps_map: Tensor, control: str, eps: float, eps_low: float) -> Te
     """An eps map (N,M,H,W) of values in [eps_low, eps], changed as the control says; a new tensor or the same.
 
     none      as it is
-    permuted  each image gets the map of another image of the batch (a batch of one keeps its own); what the
-              authors' published code does by mistake
+    permuted  each image gets the map of another image of the batch (a batch of one keeps its own); this is what
+              the authors' published code does by mistake
     random    each image's pixels are shuffled: as many with each eps, anywhere
     inverted  eps where there was eps_low and the other way round
     uniform   each image's mean eps everywhere
@@ -35,7 +35,7 @@ def control_map(eps_map: Tensor, control: str, eps: float, eps_low: float) -> Te
     if control == "none" or n == 0:
         return eps_map
     if control == "permuted":
-        # A rotation by at least one leaves nobody its own map; drawn on the CPU, so that no GPU waits.
+        # After a rotation by at least one no image has its own map; it is drawn on the CPU, so that no GPU waits.
         return eps_map.roll(int(torch.randint(1, n, ())) if n > 1 else 0, 0)
     if control == "random":
         place = torch.rand(n, 1, height * width, device=eps_map.device).argsort(2)

@@ -1,4 +1,4 @@
-"""Class activation maps that others compute: a class of the grad-cam package, or any callable."""
+"""Class activation maps from other code: a class of the grad-cam package, or any callable."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def external_cam(
 
     method: a class of the `grad-cam` package, whose own output (N,H,W) is taken; or callable(model, x, target).
     maps_of: the layer's output as maps (N,K,h,w), grad-cam's `reshape_transform`.
-    Every parameter's .grad is as before, whatever the method does to it, also after an exception.
+    Every parameter's .grad is put back afterwards, also after an exception.
     Errors: ValueError or TypeError for a result that is no map of every image.
     """
     with grads_kept(model), torch.enable_grad():

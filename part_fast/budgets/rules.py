@@ -11,21 +11,17 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.errors import BadTypeError, BadValueError
-from part_fast.ops.cam_mask import _fraction, parse_rule
+from part_fast.ops.cam_mask import RULE_HELP, _fraction, parse_rule
 from part_fast.ops.upsample_cam import upsample_cam
 
 # (cam (N,h,w), size (H,W)) -> weights (N,1,H,W) or (N,C,H,W) in [0,1]; asked with target=(N,) where it takes one.
 Rule = Callable[..., Tensor]
 
-# Name -> what a pixel gets. The first four are those of `part_fast.epsilon_map`, the others functions of this file.
+# What each rule gives the full eps to, for help texts: those of `part_fast.epsilon_map`, and functions of this file.
 RULES = {
-    "zscore": "eps where the enlarged CAM is more than one standard deviation above its mean, else eps_low",
-    "released": "what the authors' published code computes: the z-score of the CAM's jet colours, per colour",
-    "quantile:Q": "eps for the share Q of pixels with the largest CAM, else eps_low",
-    "soft": "between eps_low and eps as the CAM is between 0 and 1",
-    "budget-matched:MEAN": "as soft, raised or lowered so that each image's mean eps is MEAN, such as plain training's",
-    "region:NAME": "eps in one region whatever the CAM, else eps_low: "
-    "top-left, top-right, bottom-left, bottom-right (quarters) or centre (half of height and width)",
+    **RULE_HELP,
+    "budget-matched:MEAN": "as soft, raised or lowered to the mean eps MEAN in each image",
+    "region:NAME": "the top-left, top-right, bottom-left or bottom-right quarter or the centre",
 }
 _REGIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")
 

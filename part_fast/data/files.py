@@ -87,7 +87,7 @@ class _PickledDtype:
             raise pickle.UnpicklingError(f"an array of {text!r}, expected uint8")
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: nothing to know of uint8."""
+        """Ignore byte order and alignment, which uint8 does not have."""
 
 
 class _PickledArray:
@@ -126,7 +126,7 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, strings and uint8 arrays; every global it meets is one of ours or an error.
+    """Reads dictionaries, lists, numbers, strings and uint8 arrays; any global but the classes above is an error.
 
     Even numpy's own constructors are not called: what a file names is only looked up in this table.
     """
@@ -221,7 +221,7 @@ def _mat_elements(content: bytes | memoryview, order: str) -> Iterator[tuple[int
 def _mat_array(matrix: memoryview, order: str, names: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
     """The array by its name, or nothing if it is no numeric array or not one of `names`."""
     parts = list(_mat_elements(matrix, order))
-    # What is no plain array (opaque objects) may have fewer parts or others.
+    # Elements that are no plain array (opaque objects) may have fewer or other parts.
     if len(parts) < 4 or len(parts[0][1]) != 8 or parts[0][1][0 if order == "<" else 3] not in _MAT_NUMERIC:
         return {}
     name = bytes(parts[2][1]).decode("latin1")
@@ -253,7 +253,7 @@ def read_images(paths: Sequence[Path], size: tuple[int, int], *, fit: bool = Fal
     """The images as one uint8 tensor (N,3,H,W) with (H,W) = `size`; gray ones get three equal channels.
 
     With `fit` an image of another size is scaled (bicubic) to cover `size` and cropped at its centre; without, it is
-    refused, and `hint` ends the message. A progress bar appears where this takes more than a second.
+    refused, in a message that ends with `hint`. A progress bar appears where this takes more than a second.
     """
     with needs("tqdm", "train"):
         from tqdm import tqdm

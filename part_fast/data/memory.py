@@ -118,9 +118,9 @@ class Dataset:
 
 
 def batch_length(left: int, batch_size: int, batches: int = 1) -> int:
-    """Images in the next `batches` training batches, of `left` that are left: a single last one joins the batch before.
+    """Images in the next `batches` training batches, of `left` images: a single last one joins the batch before.
 
-    By itself it would stop BatchNorm where the map is one pixel, and be half noise elsewhere.
+    Alone it would make BatchNorm raise where the map is one pixel, and give noisy statistics elsewhere.
     """
     full = batch_size * batches
     return left if left <= full + (batch_size > 1) else full
@@ -141,7 +141,7 @@ def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
     first = torch.cumsum(counts, 0) - counts
     rank = torch.empty_like(by_class)
     rank[by_class] = torch.arange(len(labels)) - first[drawn[by_class]]
-    # Everybody's first sample, then everybody's second, and so on: any prefix is as balanced as it can be.
+    # The first sample of every class, then the second, and so on: any prefix is as balanced as it can be.
     chosen = shuffled[torch.argsort(rank, stable=True)[:n]]
     return chosen.sort().values.to(labels.device)
 

@@ -1,4 +1,4 @@
-"""Where data sets may lie, and how to get what lies nowhere."""
+"""Where data sets are looked for, and how a missing one is downloaded."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ def masks(
     """A PNG grid, a row per image: n test images, their CAM, eps map, adversarial image and difference x8.
 
     where, dataset, model: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps map each,
-    and the first one is the attack's. The attack is the training's, within the eps map. What the titles say goes
-    into a JSON file beside `out` too: labels, predictions, the share of pixels that keep the full eps.
+    and the attack uses the first. The attack is that of the training, within the eps map. A JSON file beside `out`
+    holds what the titles say: labels, predictions, the share of pixels that keep the full eps.
 
     Returns: what the JSON file holds.
 
@@ -63,7 +63,7 @@ def masks(
     x, y = to_float(data.images), data.labels
     maps = {name: CamBudget(net, config.eps, config.eps_low, method=config.cam, rule=name)(x) for name in rules}
     eps = maps[rules[0]]
-    # What the soft rule gives between 0 and 1 is the enlarged CAM itself.
+    # Between 0 and 1 the soft rule gives the enlarged CAM itself.
     cams = CamBudget(net, 1.0, 0.0, method=config.cam, rule="soft")(x)[:, 0]
     start = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
     x_adv = pgd(net, x, y, eps, config.alpha, config.steps, start=(x + start * eps).clamp(0, 1))

@@ -20,16 +20,18 @@ from part_fast.precision import full_float32
 CORNERS, RESTARTS = 100, 5
 
 
-def order_flags(right: Mapping[str, Tensor]) -> list[str]:
+def order_flags(is_correct: Mapping[str, Tensor]) -> list[str]:
     """Warnings, with their evidence, about accuracies in an order that no sound attack gives.
 
-    right: by attack, whether each image was right, bool (N,), the same images for all. Warned about: an attack above
-    natural accuracy, or AutoAttack above PGD-20, by more than twice the standard error of their difference.
+    is_correct: by attack, whether each image was right, bool (N,), the same images for all. Warned about: an attack
+    above natural accuracy, or AutoAttack above PGD-20, by more than twice the standard error of their difference.
     """
     flags = []
-    pairs = [("natural", name) for name in right if name != "natural"] + [("pgd20", "aa")]
+    pairs = [("natural", name) for name in is_correct if name != "natural"] + [("pgd20", "aa")]
     for weak, strong in pairs:
-        if weak in right and strong in right and (excess := _excess(right[strong], right[weak])) is not None:
+        if not {weak, strong} <= set(is_correct):
+            continue
+        if (excess := _excess(is_correct[strong], is_correct[weak])) is not None:
             flags.append(f"{strong} is above {weak}: {excess}")
     return flags
 
@@ -86,9 +88,9 @@ def gradient_flags(
 
 
 def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    """What reduced precision does to the input gradients of the cross-entropy, which PGD reads the signs of.
+    """Compare input gradients of the cross-entropy, whose signs PGD reads, in reduced precision with those in float32.
 
-    model: in full precision, here without TF32 on CUDA. fast: the same in another, as it runs elsewhere.
+    model: in float32; TF32 is off while it runs. fast: the same model in reduced precision, as training attacks it.
     x: images (N,C,H,W). y: class indices (N,).
     Returns: zero_gradients, the share of values that are exactly zero by `fast` and not by `model`; sign_agreement, the
     share of those that are not zero by `model` whose sign is the same.
@@ -111,7 +113,7 @@ def gradient_agreement(model: nn.Module, fast: nn.Module, x: Tensor, y: Tensor) 
 
 
 def agreement_warning(agreement: Mapping[str, float]) -> str | None:
-    """What is wrong with gradients of reduced precision, if it is enough to weaken the attack."""
+    """A warning if gradients in reduced precision differ enough to weaken the attack, else None."""
     zero, same = agreement["zero_gradients"], agreement["sign_agreement"]
     if zero <= 0.05 and same >= 0.95:
         return None
@@ -121,12 +123,12 @@ def agreement_warning(agreement: Mapping[str, float]) -> str | None:
     )
 
 
-def _share(right: Tensor) -> float:
-    return float(right.float().mean())
+def _share(is_correct: Tensor) -> float:
+    return float(is_correct.float().mean())
 
 
 def _excess(strong: Tensor, weak: Tensor) -> str | None:
-    """By how much `strong` is right more often than `weak`, if that is more than noise."""
+    """By how much the accuracy `strong` exceeds `weak`, if that is more than noise."""
     difference = strong.double() - weak.double()
     mean, error = float(difference.mean()), float(difference.std(correction=0)) / math.sqrt(len(difference))
     if mean <= 2 * error:

@@ -41,7 +41,8 @@ def load_trained(
     n: a balanced subset of the test images; default: those of the run.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such thing, or the weights do not fit.
+        FileNotFoundError: there is no such run folder, checkpoint or data set.
+        ValueError: an argument is missing, or the weights do not fit.
     """
     if where.is_dir():
         config, weights = read_config(where), where / "model.safetensors"
@@ -61,7 +62,7 @@ def load_trained(
     config.check()
     place = find_device(device)
     data = evaluation_data(config, n).to(place)
-    with torch.random.fork_rng(devices=[]):  # the first weights, overwritten at once, are no draw of the caller's
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
         net = build_model(config.model, data.num_classes)
     load_weights(net, weights)
     return Trained(net.eval().requires_grad_(False).to(place), config, data, weights)

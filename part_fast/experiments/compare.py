@@ -18,7 +18,7 @@ from part_fast.report import files
 with needs("safetensors", "train"):
     from safetensors.torch import load_file
 
-# What demo and study compare, by the names of `evaluate`.
+# The measures that demo and study compare, by their names in `evaluate`.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
 
 
@@ -44,7 +44,7 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, A
 def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int = 1) -> dict[str, Any]:
     """A confidence interval of how much more often `after` is right: bool (N,) per seed, paired by seed and image.
 
-    The variance over seeds and the one over test images are added, which counts some of it twice; Student's t with
+    The variance over seeds and the one over test images are added, which counts a part of them twice; Student's t with
     seeds - 1 degrees of freedom. comparisons: how many of them are looked at together, for Bonferroni's correction.
 
     Returns: mean; per_seed; half_width of the 95 % interval of this comparison alone; half_width_all, of an
@@ -76,7 +76,7 @@ def load_student_t() -> Any:
 
 
 def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, float]]], seeds: int) -> str:
-    """Text: a line for each name of `found`, name -> measure -> `mean_and_spread`, and what it is of."""
+    """Text: a line for each name of `found`, name -> measure -> `mean_and_spread`; `what` heads the names."""
     rows = [
         (name, *(f"{100 * v['mean']:.2f} ± {100 * v['spread']:.2f}" for v in (by[key] for key in MEASURES)))
         for name, by in found.items()
@@ -85,7 +85,7 @@ def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, floa
     return f"{files.table(header, rows)}\nmean ± standard deviation of {seeds} seeds"
 
 
-def right(folder: Path, attack: str) -> Tensor:
+def is_correct(folder: Path, attack: str) -> Tensor:
     """Whether each test image was right under `attack`: bool (N,), as `evaluate` left it in a run folder."""
     return load_file(folder / "evaluation_images.safetensors")[attack]
 

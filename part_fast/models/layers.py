@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.errors import BadValueError
 
 
@@ -36,34 +33,6 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
-
-
-def _fused(
-    conv: nn.Conv2d, bn: nn.Module | None, x: Tensor, other: Tensor | None = None, *, relu: bool = True
-) -> Tensor:
-    """relu(bn(conv(x)) + other); one pass in an AttackModel that has folded the BatchNorm and packed the weights."""
-    if _packed(conv, bn):
-        return conv.with_relu(x, other, relu=relu)
-    out: Tensor = conv(x) if bn is None else bn(conv(x))
-    out = out if other is None else out + other
-    return F.relu(out) if relu else out
-
-
-def _cast(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """x as a packed convolution takes it: cast once for all branches, whose gradients are summed before the cast."""
-    return conv.cast(x) if isinstance(conv, PackedConv2d) else x
-
-
-def _packed(conv: nn.Conv2d, bn: nn.Module | None) -> TypeGuard[PackedConv2d]:
-    """Whether the convolution is packed, the BatchNorm folded, and nobody else is to see what is between them."""
-    return isinstance(conv, PackedConv2d) and isinstance(bn, nn.Identity | None) and not (_hooked(conv) or _hooked(bn))
-
-
-def _hooked(module: nn.Module | None) -> bool:
-    """Whether somebody must see the module's own input, output or gradients."""
-    return module is not None and any(
-        (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    )
 
 
 def normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:

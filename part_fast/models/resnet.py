@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from part_fast.attack_model.cpu.packed_conv import residual
-from part_fast.models.layers import _cast, _fused, _packed, check_num_classes, conv3x3, normalization
+from part_fast.models.layers import check_num_classes, conv3x3, normalization
 
 
 class _ResNetBlock(nn.Module):
@@ -26,11 +25,8 @@ class _ResNetBlock(nn.Module):
 
     # No in-place ReLU here or below: a hook on any submodule (a CAM's target layer) must see its true output.
     def forward(self, x: Tensor) -> Tensor:
-        if len(self.shortcut) == 0 and _packed(self.conv1, self.bn1) and _packed(self.conv2, self.bn2):
-            return residual(self.conv1, self.conv2, x)
-        x = _cast(self.conv1, x)
-        out = _fused(self.conv1, self.bn1, x)
-        return _fused(self.conv2, self.bn2, out, self.shortcut(x))
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -63,7 +59,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = _fused(self.conv1, self.bn1, self.normalize(x))
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
         return logits

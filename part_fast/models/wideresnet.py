@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast.errors import BadValueError
-from part_fast.models.layers import _cast, _fused, check_num_classes, conv3x3, normalization
+from part_fast.models.layers import check_num_classes, conv3x3, normalization
 
 
 class _WideBlock(nn.Module):
@@ -24,10 +24,8 @@ class _WideBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
         # Where the shape changes, the shortcut too starts after the activation.
-        out = _cast(self.conv1, out)
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = _fused(self.conv1, self.bn2, out)
-        return _fused(self.conv2, None, out, shortcut, relu=False)
+        shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
 class _WideStage(nn.Module):

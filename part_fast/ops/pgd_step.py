@@ -135,7 +135,7 @@ def pgd_step(
     eps: image units (8/255); a float, a tensor that broadcasts to the images, or a PackedEpsilon.
     alpha: step size, image units; negative to descend.
     clip: (low, high), or None for no clip; each a number or one per channel, (C,), (C,1,1) or (1,C,1,1), which is
-        rounded as a number is, gives the same bits, and takes a pass of its own.
+        rounded as a number is and gives the same bits, but takes one more pass.
     Returns a new tensor like x_adv. A zero or NaN in grad moves nothing; NaN in x_adv, x or eps stays NaN.
     Differentiable in x_adv, x and a tensor eps (grad gets zeros), forward and in reverse, to any order; exactly on a
     bound the gradient belongs to x_adv. torch.vmap maps it over any dimension.
@@ -167,7 +167,7 @@ def pgd_step_(
     """`pgd_step` written into x_adv, which is returned. For attacks: no new memory, but for a strided x_adv, such as a
     crop, whose copy is written back.
 
-    Where a gradient is asked for it is recorded as for any in-place op of torch, at the price of two copies.
+    If a gradient is needed, autograd records the call as any in-place op of torch, at the price of two copies.
     Errors: those of `pgd_step`; ValueError for an x_adv that shares elements (expanded), and for grad, x or eps that
     overlaps x_adv without being the same.
     """
@@ -176,7 +176,7 @@ def pgd_step_(
         checks.unshared("x_adv", x_adv)
         return x_adv.copy_(pgd_step(x_adv, grad, x, eps, alpha, clip))
     for name, value in zip(("grad", "x", "eps"), tensors[1:], strict=True):
-        _apart(name, value, x_adv)
+        refuse_overlap(name, value, x_adv)
     if checks.transformed() or (torch.is_grad_enabled() and _asks_gradient(*tensors)):
         # The backward reads x_adv as it was, also where it is another argument too.
         kept = x_adv.clone()
@@ -195,10 +195,10 @@ def _asks_gradient(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None) -
     return x_adv.requires_grad or grad.requires_grad or x.requires_grad or (eps is not None and eps.requires_grad)
 
 
-def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
+def refuse_overlap(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     """`value` shares no memory with x_adv, or is the same elements: an in-place kernel reads and writes one by one."""
     if value is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # a compiled graph has no memory yet, and writes last, as a transform does
+        return  # a graph that is traced or transformed has no memory yet, and writes last
     if value.untyped_storage()._cdata != x_adv.untyped_storage()._cdata or x_adv.numel() == 0:
         return
     spans = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from part_fast.atomic import replacing
 from part_fast.optional import needs
 
-# Okabe and Ito's palette: tells apart for every kind of colour vision.
+# Okabe and Ito's palette, whose colours differ for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GRAY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 
 
@@ -179,11 +179,11 @@ def _middle(axes: Any) -> float:
 
 
 def load_matplotlib() -> Any:
-    """The module, imported without the backend of MPLBACKEND, which may be absent here and draws nothing of ours.
+    """The module, imported without the backend that MPLBACKEND names, which may be missing and is not needed for files.
 
     Notebooks set it for the processes that they start. Where it is good, the process keeps it for its own figures.
     """
-    if "matplotlib" in sys.modules:  # somebody has chosen
+    if "matplotlib" in sys.modules:  # then its backend is chosen already
         return sys.modules["matplotlib"]
     wanted = os.environ.pop("MPLBACKEND", None)
     try:

@@ -1,4 +1,4 @@
-"""Engine: what a training step works with: model, the copy that is attacked, optimizer, averaged weights, processes."""
+"""Engine: the objects of a training step: model, the copy that is attacked, optimizer, averaged weights, processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Engine:
         model = build_model(config.model, num_classes)
         if config.init is not None and load:
             load_weights(model, config.init)
-        # As in the copy that is attacked, and as GPUs multiply half precision.
+        # The memory format of the attacked copy, in which GPUs multiply half precision.
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.attack_model = AttackModel(
             self.model, precision=config.precision, compile=config.compile, cuda_graph=bool(config.cuda_graph)
@@ -43,7 +43,7 @@ class Engine:
         self.budget = CamBudget(
             self.attack_model,
             config.eps,
-            min(config.eps, config.eps_low),  # of a plain method, which does not ask it, any will do
+            min(config.eps, config.eps_low),  # a plain method does not use it, and its eps may be smaller
             method=config.cam,
             rule=config.mask_rule,
             control=config.mask_control,
@@ -59,8 +59,8 @@ class Engine:
         self.averaged = None if config.averaging[0] == "none" else AveragedModel(self.model, use_buffers=True)
         self.trained: nn.Module = self.model
         if distributed.size() > 1:
-            # Methods forward twice before one backward, which buffers broadcast in between would break. The argument
-            # has another name from torch 2.14 on, which says so.
+            # Methods forward twice before one backward; broadcasting buffers in between would break it. From torch 2.14
+            # on the argument has another name, of which a FutureWarning tells.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 self.trained = DistributedDataParallel(
@@ -83,7 +83,7 @@ class Engine:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Around a batch's loss and backward: autocast, and other processes hear of the update's last batch only."""
+        """The context of a batch's loss and backward: autocast; processes share gradients in an update's last batch."""
         dtype = PRECISIONS[self.config.precision]
         quiet = isinstance(self.trained, DistributedDataParallel) and not self._last
         with (
@@ -93,13 +93,13 @@ class Engine:
             yield
 
     def backward(self, loss: Tensor, images: int) -> None:
-        """Gradients of the mean loss of so many images, as their share of the update's."""
+        """Add the gradients of a mean loss over so many images, weighted by their share of the update's images."""
         with record_function("part_fast: training backward"), torch.autocast(self.device.type, enabled=False):
             self.scaler.scale(loss * (images / self._group)).backward()
 
     @record_function("part_fast: optimizer")
     def end(self) -> None:
-        """After a batch: the update, if it was the last one of it."""
+        """After a batch: update the weights, if it was the last batch of an update."""
         if not self._last:
             return
         self.scaler.step(self.optimizer)
@@ -110,14 +110,14 @@ class Engine:
             self._average(self.averaged, 1 - decay)
 
     def end_epoch(self, epoch: int) -> None:
-        """After the epoch's last update: the first process's statistics for all, and SWA's average."""
+        """After the epoch's last update: the first process's BatchNorm statistics go to all, and SWA averages."""
         averaged = () if self.averaged is None else self.averaged.buffers()
         for buffer in (*self.model.buffers(), *averaged):  # each process has averaged its own
             distributed.same_(buffer)
         kind, since = self.config.averaging
         if self.averaged is not None and kind == "swa":
             if epoch + 1 <= since:
-                self.averaged.n_averaged.zero_()  # until the mean begins, and where it does, it is the model
+                self.averaged.n_averaged.zero_()  # until the mean has begun the average is the model
             self._average(self.averaged, 1 / (1 + int(self.averaged.n_averaged)))
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class Engine:
 
         Not `averaged.update_parameters`, which moves a number to the GPU for every tensor, and waits for it.
         """
-        weight = weight if averaged.n_averaged else 1.0  # which lies on the CPU
+        weight = weight if averaged.n_averaged else 1.0  # n_averaged lies on the CPU
         pairs = zip(
             (*averaged.module.parameters(), *averaged.module.buffers()),
             (*self.model.parameters(), *self.model.buffers()),
@@ -144,7 +144,7 @@ class Engine:
         averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that goes on in a resumed run."""
+        """Everything that a resumed run needs."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -153,7 +153,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])

@@ -12,6 +12,7 @@ import torch
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
 from part_fast.errors import BadValueError
+from part_fast.evaluation.accuracy import KEPT
 from part_fast.optional import needs
 from part_fast.precision import full_float32
 from part_fast.report import files
@@ -25,17 +26,17 @@ STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.s
 
 RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, "environment.json", "curves.png")
 
-# What others make of a run, stale once it is overwritten.
+# Files that other commands make of a run, which are stale once it is overwritten.
 DERIVED = (
     AVERAGED,
     "evaluation.json",
     "evaluation.csv",
     "evaluation_images.safetensors",
-    "evaluation_aa_*",
+    *KEPT,
     "events.out.tfevents.*",
 )
 
-# A resumed run may be longer, and may go on elsewhere.
+# Fields in which a resumed run may differ: it may be longer, and may go on on another machine.
 MAY_CHANGE = ("epochs", "device", "root", "download")
 
 
@@ -58,7 +59,7 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
 
 
 def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Make the folder, without what an overwritten run left in it, and say there what runs and on what."""
+    """Make the folder, remove an overwritten run's files, and write the configuration and the environment."""
     out.mkdir(parents=True, exist_ok=True)
     if overwrite:
         for pattern in RUN_FILES + DERIVED:
@@ -88,7 +89,7 @@ def save_state(out: Path, engine: Engine, rows: list[dict[str, Any]], bank: Mask
 
 
 def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
-    """model.safetensors, averaged.safetensors where weights are averaged, and metrics.csv, for everybody else."""
+    """Write model.safetensors, averaged.safetensors if weights are averaged, and metrics.csv, for other programs."""
     models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
     for name, model in models.items():
         with files.replacing(out / name) as temporary:
@@ -97,7 +98,7 @@ def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
 
 
 def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[str, Any]]:
-    """Put everything where `save_state` left it; the rows so far, none without a file."""
+    """Restore what `save_state` saved; returns the rows so far, none if there is no file."""
     if not path.is_file():
         return []
     try:
@@ -108,7 +109,7 @@ def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[s
         raise BadValueError(f"{path} cannot be read: {reason}") from error
     engine.load_state_dict(state)
     torch.set_rng_state(state["cpu_rng"])
-    # Runs may go on on a machine with other devices; there the random numbers are others anyway.
+    # On a machine with other devices the run goes on with other random numbers.
     if len(state["cuda_rng"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
     if bank is not None:

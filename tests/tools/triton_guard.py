@@ -2,7 +2,7 @@
 
 Imported in a TRITON_INTERPRET=1 process before any kernel runs, it lets a load, store or atomic operation raise
 IndexError when an unmasked lane lies outside every tensor that was passed to the launch. Results are still computed.
-It replaces methods of Triton's interpreter, those of 3.6 and 3.8 alike.
+It replaces methods of Triton's interpreter by name. It does not check atomic loads and stores, new in Triton 3.9.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""winograd: 3x3 convolutions with a quarter of the products, for what PackedConv2d attacks on a CPU."""
+"""winograd: 3x3 convolutions with a quarter of the products, which PackedConv2d calls on a CPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def takes(conv: nn.Conv2d) -> bool:
 
 
 def pays(x: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the C++ is there, and in float32 takes less time for inputs (N,C,H,W) than oneDNN in `dtype`."""
+    """Whether the C++ is there and takes less time in float32 than oneDNN in `dtype`, for inputs (N,C,H,W)."""
     tiles = len(x) * ((x.shape[2] + 3) // 4) * ((x.shape[3] + 3) // 4)
     return x.device.type == "cpu" and tiles >= FEWEST_TILES[dtype] and backends.current_backend("cpu") == "cpp"
 
