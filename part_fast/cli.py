@@ -26,6 +26,7 @@ from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset,
 from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, UsageError
 from part_fast.models.catalogue import MODELS
+from part_fast.ops.cam import METHODS
 from part_fast.optional import needs
 
 with needs("tyro", "train"):
@@ -263,8 +264,7 @@ class BenchCam:
     """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
     batch_sizes: tuple[int, ...] = ()
     """Images; default: 1 and 32, of wrn-34-10 1 and 4, on a GPU 1 and 128; with --quick 32 or 128."""
-    methods: tuple[str, ...] = ()
-    """gradcam, xgradcam, layercam, hirescam; default: all, with --quick gradcam."""
+    methods: Annotated[tuple[str, ...], Doc(f"Of CAMs: {either(METHODS)}; default: all, with --quick gradcam.")] = ()
     quick: bool = False
     """A small network, one method, and fewer rounds."""
     rounds: int | None = None
@@ -530,11 +530,11 @@ def _split(arguments: list[str]) -> tuple[str, list[str]]:
     if first in COMMANDS or (commands and (not others or others[0] in HELP)):
         return first, others
     if not commands:
-        known = dict.fromkeys(name.partition(" ")[0] for name in COMMANDS)
-        raise BadValueError(f"unknown command {first!r}; known: {', '.join(known)}")
+        names = dict.fromkeys(name.partition(" ")[0] for name in COMMANDS)
+        raise BadValueError(f"unknown command {first!r}; known: {', '.join(names)}")
     if f"{first} {others[0]}" not in commands:
-        *most, last = (name.partition(" ")[2] for name in commands)
-        raise BadValueError(f"{first} takes {', '.join(most)} or {last}, got {others[0]!r}")
+        known = either(name.partition(" ")[2] for name in commands)
+        raise BadValueError(f"{first} takes {known}, got {others[0]!r}")
     return f"{first} {others[0]}", others[1:]
 
 
