@@ -20,13 +20,13 @@ from typing_extensions import Doc
 import part_fast
 from part_fast import backends
 from part_fast.attacks.catalogue import for_evaluation
+from part_fast.budgets.rules import RULES
 from part_fast.choices import described, either
 from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
 from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, UsageError
 from part_fast.models.catalogue import MODELS
 from part_fast.ops.cam import METHODS
-from part_fast.ops.cam_mask import RULE_HELP
 from part_fast.optional import needs
 
 with needs("tyro", "train"):
@@ -122,7 +122,7 @@ class Masks:
     """The PNG file to make; a JSON file with the titles' contents goes beside it."""
     n: int = 8
     """Images, from a balanced subset."""
-    rule: Annotated[str | None, Doc(f"{described(RULE_HELP)}; default: the run's. With commas: a map by each.")] = None
+    rule: Annotated[str | None, Doc(f"{described(RULES)}; default: the run's. With commas: a map by each.")] = None
     overwrite: bool = False
     """Replace the files."""
     dataset: DatasetOfRun = None

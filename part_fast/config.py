@@ -16,14 +16,14 @@ from typing_extensions import Doc
 from part_fast import checks
 from part_fast.attack_model import PRECISIONS
 from part_fast.attacks.catalogue import for_training
+from part_fast.budgets.cam import CAM_CHOICES, native_methods
 from part_fast.budgets.controls import CONTROLS, check_control
+from part_fast.budgets.rules import RULES, find_rule, has_bits
 from part_fast.choices import check_choice, described, either
 from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.methods import METHODS
 from part_fast.models.catalogue import MODELS
-from part_fast.ops.cam import METHODS as CAM_METHODS
-from part_fast.ops.cam_mask import RULE_HELP, parse_rule
 from part_fast.ops.packed_epsilon import eps_pair
 
 SCHEDULES = {
@@ -87,7 +87,7 @@ class TrainConfig:
     steps: int = 10
     """Steps of the attack."""
     beta: Annotated[float, Doc(f"Weight of the robust term ({_with_beta()}).")] = 6.0
-    rule: Annotated[str, Doc(f"From class activation map to eps, the full one for: {described(RULE_HELP)}.")] = "zscore"
+    rule: Annotated[str, Doc(f"From class activation map to eps, the full one for: {described(RULES)}.")] = "zscore"
     refresh: str = "batch"
     """When masks are made: batch, of the very images of each batch; or K, of the whole training set every K epochs."""
     control: Annotated[str, Doc(f"What is done to the masks, to tell whether they matter: {either(CONTROLS)}.")] = (
@@ -96,7 +96,7 @@ class TrainConfig:
     released: bool = False
     """What the authors' published code does: rule released, control permuted, learning rate dropped by the epochs after
     the warm-up, uniform start neither within the eps map nor clipped."""
-    cam: Annotated[str, Doc(f"Class activation map: {either(CAM_METHODS)}.")] = "gradcam"
+    cam: Annotated[str, Doc(f"Class activation map: {described(CAM_CHOICES)}.")] = "gradcam"
     average: str = "none"
     """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
     ends of epochs, from that one on, counted from 1)."""
@@ -131,8 +131,8 @@ class TrainConfig:
         check_choice("preset", self.preset, PRESETS)
         check_choice("method", self.method, METHODS)
         check_choice("attack", self.attack, for_training())
-        check_choice("cam", self.cam, CAM_METHODS)
-        parse_rule(self.rule, 1, 1, soft=True)
+        if not native_methods(self.cam):
+            check_choice("cam", self.cam, CAM_CHOICES)
         check_control(self.control)
         if self.released and (self.rule not in ("zscore", "released") or self.control not in ("none", "permuted")):
             raise BadValueError(f"released takes no other rule or control, got {self.rule!r} and {self.control!r}")
@@ -143,12 +143,15 @@ class TrainConfig:
         if self.cuda_graph not in (True, False, "auto"):
             raise BadValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
         parse_average(self.average)
-        if self.refresh_epochs and self.mask_rule == "soft":
-            raise BadValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
         if METHODS[self.method].weighted:
             eps_pair(self.eps, self.eps_low)
         for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
             checks.number(name, getattr(self, name), 0)
+        find_rule(self.rule, max(self.eps, self.eps_low), self.eps_low)
+        if self.refresh_epochs and not has_bits(self.mask_rule):
+            raise BadValueError(
+                f"refresh must be batch with rule {self.mask_rule}, whose maps are no masks that could be kept"
+            )
         checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)

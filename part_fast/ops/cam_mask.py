@@ -42,7 +42,7 @@ def _fraction(text: str) -> tuple[int, int]:
         return 0, 1
 
 
-def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int, int]:
+def parse_rule(rule: object, height: int, width: int, soft: bool) -> tuple[int, int, int]:
     """(rule, k, M): the rule's number, how many pixels `quantile:q` keeps (else 0), the mask's channels."""
     if not isinstance(rule, str):
         raise BadTypeError(f"rule must be one of {_known(soft)}, got {type(rule).__name__}")
