@@ -49,7 +49,7 @@ def said(name):
 
 def numbers(pattern, text):
     """The groups of every match, as floats."""
-    found = [tuple(map(float, match)) for match in re.findall(pattern, text)]
+    found = [tuple(map(float, match.groups())) for match in re.finditer(pattern, text)]
     assert found, text
     return found
 
@@ -132,6 +132,7 @@ def test_learned_eps():
     assert "its mean 8.00/255" in text
 
 
+@slow
 def test_autoattack():
     text = said("with_autoattack")
     ((clean, robust),) = numbers(r"clean (\d+)%, robust (\d+)%", text)
