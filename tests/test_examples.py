@@ -110,6 +110,7 @@ def test_accelerate():
     assert second < first
     # bf16 decides ties otherwise.
     assert numbers(r"agree on (\d+)%", text)[0] >= (96,)
+    assert "11 BatchNorms are folded" in text
 
 
 @slow
