@@ -10,19 +10,31 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from typing_extensions import Doc
+
 import part_fast
 from part_fast import backends
+from part_fast.attacks.catalogue import for_evaluation
+from part_fast.budgets.rules import RULES
+from part_fast.choices import described, either
 from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
+from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, UsageError
+from part_fast.models.catalogue import MODELS
+from part_fast.ops.cam import METHODS
 from part_fast.optional import needs
 
 with needs("tyro", "train"):
     import tyro
+
+# None stands for what the run was trained with.
+DatasetOfRun = Annotated[str | None, Doc(f"{described(DATASETS)}; default: the run's.")]
+ModelOfRun = Annotated[str | None, Doc(f"{described(MODELS)}; default: the run's.")]
 
 
 @dataclass
@@ -56,8 +68,7 @@ class Evaluate:
 
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
     """A run folder, or a checkpoint file: in a run folder, or together with --dataset and --model."""
-    attacks: str = "natural,pgd20"
-    """Separated by commas: natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa (AutoAttack, standard)."""
+    attacks: Annotated[str, Doc(f"Separated by commas: {described(for_evaluation())}.")] = "natural,pgd20"
     n: int | None = None
     """A balanced subset of so many test images; default: those of the run."""
     out: Path | None = None
@@ -66,10 +77,8 @@ class Evaluate:
     """Replace an evaluation with other settings."""
     resume: bool = False
     """Do not repeat an attack whose result the folder holds."""
-    dataset: str | None = None
-    """demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]; default: the run's."""
-    model: str | None = None
-    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    dataset: DatasetOfRun = None
+    model: ModelOfRun = None
     root: str | None = None
     """The only folder to look for the data set in."""
     download: bool = False
@@ -113,14 +122,11 @@ class Masks:
     """The PNG file to make; a JSON file with the titles' contents goes beside it."""
     n: int = 8
     """Images, from a balanced subset."""
-    rule: str | None = None
-    """zscore, released, quantile:Q or soft; default: the run's. With commas: an eps map by each."""
+    rule: Annotated[str | None, Doc(f"{described(RULES)}; default: the run's. With commas: a map by each.")] = None
     overwrite: bool = False
     """Replace the files."""
-    dataset: str | None = None
-    """demo, fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]; default: the run's."""
-    model: str | None = None
-    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    dataset: DatasetOfRun = None
+    model: ModelOfRun = None
     root: str | None = None
     """The only folder to look for the data set in."""
     download: bool = False
@@ -151,8 +157,7 @@ class Export:
     """Replace the file."""
     dataset: str | None = None
     """The data set that the checkpoint was trained on; default: the run's."""
-    model: str | None = None
-    """resnet18, resnet-small or wrn-DEPTH-WIDTH; default: the run's."""
+    model: ModelOfRun = None
     root: str | None = None
     """The only folder to look for the data set in."""
 
@@ -165,31 +170,19 @@ class Export:
 
 
 @dataclass
-class Bench:
-    """Time the ops beside torch.compile and a copy, or training steps beside published loops: tables, CSV, plots."""
+class BenchOps:
+    """Every op, by every provider, beside torch.compile, published masks and a copy of the same bytes."""
 
-    what: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ops|step")] = "ops"
-    """What to time: ops or step."""
     out: Path = Path("runs/bench")
-    """The folder to make."""
+    """The folder to make: ops.csv, ratios.csv, ops.png, environment.json."""
     only: tuple[str, ...] = ()
-    """ops: those to time; default: all."""
-    models: tuple[str, ...] = ()
-    """step: networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
-    batch_size: int | None = None
-    """step: images; default: 32, of wrn-34-10 4."""
-    precision: str = "auto"
-    """step: of ours, fp32, bf16 or fp16; auto: bf16 where the hardware multiplies in it, else fp32."""
-    compile: bool = False
-    """step: run our attacks by torch.compile."""
-    cuda_graph: bool = False
-    """step: capture the steps of our attacks as a CUDA graph."""
+    """The ops to time; default: all."""
     quick: bool = False
-    """One or two cases of each op, or a small network; fewer rounds."""
+    """One or two cases of each op, and fewer rounds."""
     rounds: int | None = None
-    """Rounds, each of which times everything once; default: 21 for ops, 7 for step, with --quick 7 and 3."""
+    """Rounds, each of which times everything once; default: 21, with --quick 7."""
     threads: tuple[int, ...] = ()
-    """ops: of a CPU; each case is measured with each number; default: as many as torch has."""
+    """Of a CPU; each case is measured with each number; default: as many as torch has."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -197,52 +190,146 @@ class Bench:
 
     def run(self) -> None:
         from part_fast.bench.ops import ops
+
+        _bench(ops, self)
+
+
+@dataclass
+class BenchStep:
+    """Training steps beside published loops, against their goals, and where their time goes."""
+
+    out: Path = Path("runs/bench")
+    """The folder to make: step.csv, step_ratios.csv, step_profile.csv, step.json, step.md, step.png."""
+    models: tuple[str, ...] = ()
+    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    batch_size: int | None = None
+    """Images; default: 32, of wrn-34-10 4, on a GPU 128."""
+    precision: str = "auto"
+    """Of ours, fp32, bf16 or fp16; auto: bf16 where the hardware multiplies in it, else fp32."""
+    compile: bool = False
+    """Run our attacks by torch.compile."""
+    cuda_graph: bool = False
+    """Capture the steps of our attacks as a CUDA graph."""
+    quick: bool = False
+    """A small network and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 7, with --quick 3."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
         from part_fast.bench.steps import steps
-        from part_fast.report import figures
 
-        figures.load_matplotlib()  # the published baselines import it themselves
+        _bench(steps, self)
 
-        common: dict[str, Any] = {
-            "device": self.device,
-            "quick": self.quick,
-            "rounds": self.rounds,
-            "overwrite": self.overwrite,
-        }
-        of_ops: dict[str, Any] = {"only": self.only, "threads": self.threads}
-        of_step: dict[str, Any] = {
-            "models": self.models,
-            "batch_size": self.batch_size,
-            "precision": self.precision,
-            "compile": self.compile,
-            "cuda_graph": self.cuda_graph,
-        }
-        if self.what not in ("ops", "step"):
-            raise BadValueError(f"bench takes ops or step, got {self.what!r}")
-        others = of_step if self.what == "ops" else of_ops
-        given = [name for name in others if getattr(self, name) != getattr(Bench, name)]
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise BadValueError(f"bench {self.what} takes no {flags}")
-        if self.what == "ops":
-            ops(self.out, **of_ops, **common)
-        else:
-            steps(self.out, **of_step, **common)
+
+@dataclass
+class BenchAttack:
+    """An attack step's forward and gradient, change by change, from published code to AttackModel."""
+
+    out: Path = Path("runs/bench/attack")
+    """The folder to make: attack.csv, attack.png, environment.json."""
+    models: tuple[str, ...] = ()
+    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    batch_size: int | None = None
+    """Images; default: 32, of wrn-34-10 4, on a GPU 128."""
+    compile: bool = False
+    """With the variants by torch.compile."""
+    quick: bool = False
+    """A small network and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 9, with --quick 3."""
+    threads: tuple[int, ...] = ()
+    """Of a CPU; each network is measured with each number; default: as many as torch has."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
+        from part_fast.bench.attack import attack
+
+        _bench(attack, self)
+
+
+@dataclass
+class BenchCam:
+    """CamBudget beside the grad-cam package and published masks, in forwards of the batch."""
+
+    out: Path = Path("runs/bench/cam")
+    """The folder to make: cam.csv, cam.png, environment.json."""
+    models: tuple[str, ...] = ()
+    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    batch_sizes: tuple[int, ...] = ()
+    """Images; default: 1 and 32, of wrn-34-10 1 and 4, on a GPU 1 and 128; with --quick 32 or 128."""
+    methods: Annotated[tuple[str, ...], Doc(f"Of CAMs: {either(METHODS)}; default: all, with --quick gradcam.")] = ()
+    quick: bool = False
+    """A small network, one method, and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 9, with --quick 3."""
+    threads: tuple[int, ...] = ()
+    """Of a CPU; each case is measured with each number; default: as many as torch has."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
+        from part_fast.bench.cam import cam
+
+        _bench(cam, self)
+
+
+@dataclass
+class BenchScaling:
+    """How a PART step's cost grows with steps, width, resolution and batch, beside the count of operations."""
+
+    out: Path = Path("runs/bench/scaling")
+    """The folder to make: scaling.csv, scaling.png, environment.json."""
+    quick: bool = False
+    """Four of the changes, and fewer rounds."""
+    rounds: int | None = None
+    """Rounds, each of which times everything once; default: 5, with --quick 3."""
+    threads: tuple[int, ...] = ()
+    """Of a CPU; the changes are measured with each number; default: 1."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    overwrite: bool = False
+    """Replace the files in the folder."""
+
+    def run(self) -> None:
+        from part_fast.bench.scaling import scaling
+
+        _bench(scaling, self)
+
+
+Bench = BenchOps | BenchStep | BenchAttack | BenchCam | BenchScaling
+
+
+def _bench(measure: Callable[..., Any], flags: Bench) -> None:
+    """Call a benchmark with its command's flags."""
+    from part_fast.report import figures
+
+    figures.load_matplotlib()  # the published baselines import it themselves
+    measure(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(flags)})
 
 
 @dataclass
 class Reproduce:
     """Train and evaluate every row of one of the poster's tables, or go on with it; ours beside the poster's."""
 
-    table: str
-    """cifar10, svhn or tinyimagenet."""
+    table: Annotated[str, Doc(f"{either(_poster())}.")]
     out: Path = Path("runs/reproduce")
     """The folder to make or to go on with: a run folder per row and seed, reproduce.json, reproduce.csv."""
     seeds: int | None = None
     """Runs of each row; default: 3, with --scale small 1."""
     scale: str = "full"
     """full: the poster's setting; small: the same rows on the demo's images and small network, 32 test images."""
-    attacks: str = "natural,pgd20,mma,aa"
-    """Separated by commas: natural, pgdSTEPS, mma, aa."""
+    attacks: Annotated[
+        str | None, Doc(f"Separated by commas: {described(for_evaluation())}; default: the poster's.")
+    ] = None
     dry_run: bool = False
     """Print the commands and an estimate of the time from a measured step."""
     root: str | None = None
@@ -253,11 +340,17 @@ class Reproduce:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
     def run(self) -> None:
-        from part_fast.experiments.reproduce import reproduce
+        from part_fast.experiments.reproduce import MEASURES, reproduce
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        values["attacks"] = _names(self.attacks)
+        values["attacks"] = MEASURES if self.attacks is None else _names(self.attacks)
         reproduce(**values)
+
+
+def _poster() -> Iterable[str]:
+    from part_fast.experiments.reproduce import POSTER
+
+    return POSTER
 
 
 @dataclass
@@ -312,17 +405,24 @@ class Info:
 
 
 Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Info
+# A name is one word, or two, as it is typed.
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "evaluate": Evaluate,
     "masks": Masks,
     "export": Export,
-    "bench": Bench,
+    "bench ops": BenchOps,
+    "bench step": BenchStep,
+    "bench attack": BenchAttack,
+    "bench cam": BenchCam,
+    "bench scaling": BenchScaling,
     "reproduce": Reproduce,
     "study": Study,
     "demo": Demo,
     "info": Info,
 }
+
+HELP = ("-h", "--help")
 
 SWITCH: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
 
@@ -390,8 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+    if not arguments or arguments[0] in HELP:
+        print(_usage(COMMANDS))
         return 0
     if arguments[0] == "--version":
         print(part_fast.__version__)
@@ -400,7 +500,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _warn  # type: ignore[assignment]
         try:
             backends.check_environment()
-            _parse(arguments[0], arguments[1:]).run()
+            command, flags = _split(arguments)
+            if command in COMMANDS:
+                _parse(command, flags).run()
+            else:
+                print(_usage(_commands_of(command)))
         except KeyboardInterrupt:
             return 130
         except (UsageError, OSError) as error:
@@ -409,14 +513,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _usage() -> str:
-    commands = "\n".join(f"  {name:<10} {(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items())
-    return f"usage: part-fast COMMAND [FLAGS]\n\n{commands}\n\npart-fast COMMAND --help lists its flags."
+def _usage(commands: Iterable[str]) -> str:
+    listed = "\n".join(f"  {name:<13} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in commands)
+    return f"usage: part-fast COMMAND [FLAGS]\n\n{listed}\n\npart-fast COMMAND --help lists its flags."
+
+
+def _commands_of(first: str) -> list[str]:
+    """The commands of two words that begin with that one."""
+    return [name for name in COMMANDS if name.startswith(f"{first} ")]
+
+
+def _split(arguments: list[str]) -> tuple[str, list[str]]:
+    """(the command's name, its flags); of two words, the first one alone where only its commands are asked for."""
+    first, *others = arguments
+    commands = _commands_of(first)
+    if first in COMMANDS or (commands and (not others or others[0] in HELP)):
+        return first, others
+    if not commands:
+        names = dict.fromkeys(name.partition(" ")[0] for name in COMMANDS)
+        raise BadValueError(f"unknown command {first!r}; known: {', '.join(names)}")
+    if f"{first} {others[0]}" not in commands:
+        known = either(name.partition(" ")[2] for name in commands)
+        raise BadValueError(f"{first} takes {known}, got {others[0]!r}")
+    return f"{first} {others[0]}", others[1:]
 
 
 def _parse(command: str, arguments: list[str]) -> Command:
-    if command not in COMMANDS:
-        raise BadValueError(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
     kind = COMMANDS[command]
     default = None
     if kind is Train:

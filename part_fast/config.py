@@ -8,23 +8,29 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from typing_extensions import Doc
 
 from part_fast import checks
 from part_fast.attack_model import PRECISIONS
-from part_fast.budgets.controls import check_control
+from part_fast.attacks.catalogue import for_training
+from part_fast.budgets.cam import CAM_CHOICES, native_methods
+from part_fast.budgets.controls import CONTROLS, check_control
+from part_fast.budgets.rules import RULES, find_rule, has_bits
+from part_fast.choices import check_choice, described, either
+from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, MissingFileError
-from part_fast.ops.cam import METHODS as CAM_METHODS
-from part_fast.ops.cam_mask import parse_rule
+from part_fast.methods import METHODS
+from part_fast.models.catalogue import MODELS
 from part_fast.ops.packed_epsilon import eps_pair
 
-# Each method, and the plain one that warms it up: the same without the pixel weights.
-METHODS = {"at": "at", "part": "at", "trades": "trades", "part-t": "trades", "mart": "mart", "part-m": "mart"}
-WEIGHTED = ("part", "part-t", "part-m")
-ATTACKS = ("pgd", "mma")
-SCHEDULES = ("piecewise", "cosine", "cyclic")
+SCHEDULES = {
+    "piecewise": "lr_drops",
+    "cosine": "to 0",
+    "cyclic": "up in the first 40 %, then down to 0",
+}
 CYCLIC_PEAK = 0.4  # of the epochs; Wong et al., "Fast is better than free", ICLR 2020
 
 
@@ -33,35 +39,33 @@ Switch = bool | Literal["auto"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Images are in [0,1]; eps, eps_low and alpha are in their units, so 8/255 is 8 gray levels."""
+    """One training run. Images are in [0,1]; eps, eps_low and alpha are in their units, so 8/255 is 8 gray levels.
 
-    preset: str = "demo"
-    """The set of numbers to start from: demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10, svhn-resnet18 or
-    tinyimagenet-wrn34-10."""
-    method: str = "part"
-    """at, part, trades, part-t, mart or part-m."""
-    attack: str = "pgd"
-    """The inner attack: pgd, or mma (minimum margin, three targets)."""
-    dataset: str = "demo"
-    """demo (in the package), fashion-mnist, cifar10, cifar100, svhn, tinyimagenet or folder:PATH[@SIZE]."""
+    Where a field takes a name, its help is made from the table that the names are in. The command line evaluates these
+    annotations, and nothing else does.
+    """
+
+    preset: Annotated[str, Doc(f"The set of numbers to start from: {either(PRESETS)}.")] = "demo"
+    method: Annotated[str, Doc(f"How it trains: {described(METHODS)}.")] = "part"
+    attack: Annotated[str, Doc(f"The inner attack: {described(for_training())}.")] = "pgd"
+    dataset: Annotated[str, Doc(f"The images: {described(DATASETS)}.")] = "demo"
     root: str | None = None
     """The only folder to look for the data set in; default: PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's."""
-    download: bool = False
-    """Download the data set where it is not found; tinyimagenet and folders have no download."""
+    download: Annotated[
+        bool, Doc(f"Download the data set where it is not found; {downloadable()} can be downloaded.")
+    ] = False
     augment: bool = True
     """Random crop with padding 4 and random flip."""
     train_size: int | None = None
     """Train on a balanced subset of so many images; default: all."""
     test_size: int | None = None
     """Test on a balanced subset of so many images; default: all."""
-    model: str = "resnet-small"
-    """resnet18, resnet-small or wrn-DEPTH-WIDTH."""
+    model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
     """A checkpoint to start from; default: random weights."""
     epochs: int = 80
     """Epochs in all, warm-up included."""
-    warmup_epochs: int = 20
-    """Epochs with the plain method first: at before part, trades before part-t, mart before part-m."""
+    warmup_epochs: Annotated[int, Doc(f"Epochs with the plain method first: {_warm_ups()}.")] = 20
     batch_size: int = 128
     """Images per batch, and per process where there are several."""
     accumulate: int = 1
@@ -70,39 +74,39 @@ class TrainConfig:
     """Learning rate of SGD."""
     lr_drops: tuple[int, ...] = (60, 90)
     """Epochs, counted from the first of the warm-up, at which the learning rate falls to a tenth."""
-    schedule: str = "piecewise"
-    """Of the learning rate: piecewise (lr_drops), cosine (to 0), or cyclic (up in the first 40 %, then down to 0)."""
+    schedule: Annotated[str, Doc(f"Of the learning rate: {described(SCHEDULES)}.")] = "piecewise"
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 2e-4
     """Weight decay of SGD."""
     eps: float = 8 / 255
     """How far a pixel may move."""
-    eps_low: float = 7 / 255
-    """How far a pixel may move that matters little (part, part-t, part-m)."""
+    eps_low: Annotated[float, Doc(f"How far a pixel may move that matters little ({_weighted()}).")] = 7 / 255
     alpha: float = 2 / 255
     """Step size of the attack."""
     steps: int = 10
     """Steps of the attack."""
-    beta: float = 6.0
-    """Weight of the robust term (trades, mart, part-t, part-m)."""
-    rule: str = "zscore"
-    """From class activation map to eps: zscore, released, quantile:Q or soft."""
+    beta: Annotated[float, Doc(f"Weight of the robust term ({_with_beta()}).")] = 6.0
+    rule: Annotated[str, Doc(f"From class activation map to eps, the full one for: {described(RULES)}.")] = "zscore"
     refresh: str = "batch"
     """When masks are made: batch, of the very images of each batch; or K, of the whole training set every K epochs."""
-    control: str = "none"
-    """What is done to the masks, to tell whether they matter: none, permuted, random, inverted or uniform."""
+    control: Annotated[str, Doc(f"What is done to the masks, to tell whether they matter: {either(CONTROLS)}.")] = (
+        "none"
+    )
     released: bool = False
     """What the authors' published code does: rule released, control permuted, learning rate dropped by the epochs after
     the warm-up, uniform start neither within the eps map nor clipped."""
-    cam: str = "gradcam"
-    """Class activation map: gradcam, xgradcam, layercam or hirescam."""
+    cam: Annotated[str, Doc(f"Class activation map: {described(CAM_CHOICES)}.")] = "gradcam"
     average: str = "none"
     """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
     ends of epochs, from that one on, counted from 1)."""
-    precision: str = "auto"
-    """Of convolutions and linear layers: fp32, bf16, fp16 (CUDA), or auto: on CUDA bf16 where the card multiplies in
-    it, else fp32."""
+    precision: Annotated[
+        str,
+        Doc(
+            f"Of convolutions and linear layers: {', '.join(PRECISIONS)} (fp16 on CUDA alone), or auto: on CUDA bf16 "
+            "where the card multiplies in it, else fp32."
+        ),
+    ] = "auto"
     tf32: bool = True
     """On CUDA, leave torch's TF32 as it is (by default float32 convolutions have it); --no-tf32: float32 in float32."""
     compile: bool = False
@@ -124,27 +128,30 @@ class TrainConfig:
         Raises:
             TypeError, ValueError: names the field, what it got and what it takes.
         """
-        _known("preset", self.preset, PRESETS)
-        _known("method", self.method, METHODS)
-        _known("attack", self.attack, ATTACKS)
-        _known("cam", self.cam, CAM_METHODS)
-        parse_rule(self.rule, 1, 1, soft=True)
+        check_choice("preset", self.preset, PRESETS)
+        check_choice("method", self.method, METHODS)
+        check_choice("attack", self.attack, for_training())
+        if not native_methods(self.cam):
+            check_choice("cam", self.cam, CAM_CHOICES)
         check_control(self.control)
         if self.released and (self.rule not in ("zscore", "released") or self.control not in ("none", "permuted")):
             raise BadValueError(f"released takes no other rule or control, got {self.rule!r} and {self.control!r}")
-        _known("schedule", self.schedule, SCHEDULES)
+        check_choice("schedule", self.schedule, SCHEDULES)
         if self.released and self.schedule != "piecewise":
             raise BadValueError(f"released takes schedule piecewise, got {self.schedule!r}")
-        _known("precision", self.precision, (*PRECISIONS, "auto"))
+        check_choice("precision", self.precision, (*PRECISIONS, "auto"))
         if self.cuda_graph not in (True, False, "auto"):
             raise BadValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
-        self.averaging  # noqa: B018 - which checks it
-        if self.refresh_epochs and self.mask_rule == "soft":
-            raise BadValueError("refresh must be batch with rule soft, whose maps are no masks that could be kept")
-        if self.method in WEIGHTED:
+        parse_average(self.average)
+        if METHODS[self.method].weighted:
             eps_pair(self.eps, self.eps_low)
         for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
             checks.number(name, getattr(self, name), 0)
+        find_rule(self.rule, max(self.eps, self.eps_low), self.eps_low)
+        if self.refresh_epochs and not has_bits(self.mask_rule):
+            raise BadValueError(
+                f"refresh must be batch with rule {self.mask_rule}, whose maps are no masks that could be kept"
+            )
         checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
@@ -190,7 +197,7 @@ class TrainConfig:
 
     def method_at(self, epoch: int) -> str:
         """The method that trains epoch `epoch`, counted from 0."""
-        return METHODS[self.method] if epoch < self.warmup_epochs else self.method
+        return METHODS[self.method].plain if epoch < self.warmup_epochs else self.method
 
     def after_warmup(self, weights: Path, **changes: Any) -> TrainConfig:
         """What is left of this run after its warm-up, from the `weights` that it left; `changes` as in replace."""
@@ -215,15 +222,8 @@ class TrainConfig:
 
     @property
     def averaging(self) -> tuple[str, float]:
-        """("none", 0), ("ema", decay) or ("swa", first epoch, counted from 1)."""
-        kind, _, number = self.average.partition(":")
-        if kind == "ema" and number:
-            decay = checks.number("average ema", parse_number(number), 0)
-            if decay < 1:
-                return kind, decay
-        elif (kind == "swa" and number.isdecimal() and int(number) >= 1) or self.average == "none":
-            return kind, int(number or 0)
-        raise BadValueError(f"average must be none, ema:DECAY with DECAY < 1, or swa:EPOCH, got {self.average!r}")
+        """As `parse_average` gives it."""
+        return parse_average(self.average)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them."""
@@ -261,7 +261,7 @@ PRESETS = {
 
 def preset(name: str) -> TrainConfig:
     """The preset called `name`. Raises ValueError for an unknown one, listing the known."""
-    return PRESETS[_known("preset", name, PRESETS)]
+    return PRESETS[check_choice("preset", name, PRESETS)]
 
 
 def read_config(folder: Path) -> TrainConfig:
@@ -320,7 +320,34 @@ def parse_number(text: str) -> float:
         raise BadValueError(f"takes a number such as 0.03 or 8/255, got {text!r}") from None
 
 
-def _known(name: str, value: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    if value not in known:
-        raise BadValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return value
+def parse_average(average: str) -> tuple[str, float]:
+    """What `TrainConfig.average` says: ("none", 0), ("ema", decay) or ("swa", first epoch, counted from 1).
+
+    Raises:
+        ValueError: it says none of these.
+    """
+    kind, _, number = average.partition(":")
+    if kind == "ema" and number:
+        decay = checks.number("average ema", parse_number(number), 0)
+        if decay < 1:
+            return kind, decay
+    elif (kind == "swa" and number.isdecimal() and int(number) >= 1) or average == "none":
+        return kind, int(number or 0)
+    raise BadValueError(f"average must be none, ema:DECAY with DECAY < 1, or swa:EPOCH, got {average!r}")
+
+
+def _warm_ups() -> str:
+    return ", ".join(f"{method.plain} before {name}" for name, method in METHODS.items() if method.plain != name)
+
+
+def _weighted() -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.weighted)
+
+
+def _with_beta() -> str:
+    return ", ".join(name for name, method in METHODS.items() if method.beta)
+
+
+def downloadable() -> str:
+    """The data sets that --download fetches."""
+    return ", ".join(name for name, source in DATASETS.items() if source.downloads)

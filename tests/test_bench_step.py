@@ -414,6 +414,13 @@ def test_peak_memory_counts_what_graphs_hold(monkeypatch):
     assert steps.graph_pool_bytes(CPU) == 0
 
 
+def test_a_peak_counts_when_it_repeats():
+    for given, expected in (([7, 7, 9], 7), ([8, 9, 7, 7, 9], 7), ([1, 2, 3, 4, 5, 5], 5)):
+        values = iter(given)
+        assert steps.settled(lambda values=values: next(values)) == expected
+    assert next(values) == 5  # five at most
+
+
 def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
     """Before a step's peak is read the graphs of the others are gone, and it has captured its own."""
     made = step_cases.StepCases(config(), CPU)

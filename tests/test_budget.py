@@ -522,13 +522,13 @@ def test_strides_that_differ_are_no_channels_last(channels):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_transformer_has_no_candidates_and_a_callable_needs_none():
+def test_candidates_of_a_transformer_and_a_callable_needs_none():
     vision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
     vit = vision.VisionTransformer(16, 4, 1, 2, 8, 16, num_classes=10)
-    with pytest.raises(ValueError, match=r"none, .*patch embedding 'conv_proj', .*; give method=callable") as error:
+    with pytest.raises(ValueError, match=r"candidates: encoder.*layer_0\.ln_1 \(tokens\), .*callable") as error:
         CamBudget(vit)
     assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"patch embedding 'features\.0\.0'.* the stages of Swin"):
+    with pytest.raises(ValueError, match=r"candidates: .*, or a layer whose output is \(N,h,w,K\), as the stages"):
         CamBudget(tiny_swin())
     with pytest.raises(ValueError, match="none, there is no convolution; give method=callable"):
         CamBudget(nn.Sequential(nn.Flatten(), nn.Linear(768, 10)))

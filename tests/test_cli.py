@@ -4,8 +4,10 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from safetensors.torch import load_file
 
 import part_fast
 from part_fast import cli
+from part_fast.attacks.catalogue import for_training
 from part_fast.cli import main
-from part_fast.config import PRESETS, preset, read_config
+from part_fast.config import PRESETS, TrainConfig, preset, read_config
 from part_fast.data.catalogue import load
 from part_fast.evaluation import accuracy
 from part_fast.evaluation import trained as reading
@@ -114,7 +117,7 @@ def test_help_and_version(capsys):
     for command in cli.COMMANDS:
         assert f"\n  {command} " in text
         with pytest.raises(SystemExit) as stop:
-            main([command, "--help"])
+            main([*command.split(), "--help"])
         assert stop.value.code == 0
         assert f"part-fast {command}" in capsys.readouterr().out
     assert main(["--version"]) == 0
@@ -132,7 +135,7 @@ def test_flags_change_the_preset(name, trained, tmp_path):
 
 
 def test_every_number_takes_a_fraction(trained, tmp_path):
-    floats = [field.name for field in dataclasses.fields(preset("demo")) if field.type == "float"]
+    floats = [name for name, kind in get_type_hints(TrainConfig).items() if kind is float]
     assert len(floats) == 7
     flags = [part for name in floats for part in (f"--{name.replace('_', '-')}", "3/255")]
     assert main(["train", f"--out={tmp_path}", "--preset=demo", *flags]) == 0
@@ -160,7 +163,7 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
     ("flags", "says"),
     [
         ("--method free", "method must be one of at, part, trades, part-t, mart, part-m, got 'free'"),
-        ("--attack fgsm", "attack must be one of pgd, mma, got 'fgsm'"),
+        ("--attack deepfool", f"attack must be one of {', '.join(for_training())}, got 'deepfool'"),
         ("--rule otsu", "rule must be one of zscore, released, quantile:q with 0 < q < 1, soft, got 'otsu'"),
         ("--cam eigencam", "cam must be one of gradcam, xgradcam, layercam, hirescam"),
         ("--model vgg", "model takes one of resnet18, resnet-small"),
@@ -334,35 +337,69 @@ def test_export_end_to_end(tmp_path, capsys):
     assert (tmp_path / "weights.pt").read_bytes() == before
 
 
-def test_bench_takes_its_flags(tmp_path, capsys, monkeypatch):
-    calls = []
-    monkeypatch.setattr("part_fast.bench.ops.ops", lambda out, **flags: calls.append((out, flags)))
-    assert main(["bench", "ops", "--out", str(tmp_path), "--only", "cam", "pgd_step", "--quick"]) == 0
-    ((out, flags),) = calls
-    assert out == tmp_path
-    common = {"device": "auto", "quick": True, "rounds": None, "overwrite": False}
-    assert flags == {"only": ("cam", "pgd_step"), "threads": (), **common}
-    assert "bench takes ops or step, got 'speed'" in error_of(capsys, "bench", "speed")
-    assert "bench ops takes no --batch-size, --compile" in error_of(capsys, "bench", "--compile", "--batch-size", "4")
+BENCH = {
+    "ops": ("part_fast.bench.ops.ops", {"only": (), "threads": ()}),
+    "step": (
+        "part_fast.bench.steps.steps",
+        {"models": (), "batch_size": None, "precision": "auto", "compile": False, "cuda_graph": False},
+    ),
+    "attack": ("part_fast.bench.attack.attack", {"models": (), "batch_size": None, "compile": False, "threads": ()}),
+    "cam": ("part_fast.bench.cam.cam", {"models": (), "batch_sizes": (), "methods": (), "threads": ()}),
+    "scaling": ("part_fast.bench.scaling.scaling", {"threads": ()}),
+}
 
 
-def test_bench_step_takes_its_flags(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("what", BENCH)
+def test_bench_gives_its_flags_to_the_benchmark(what, tmp_path, monkeypatch):
+    calls, (function, own) = [], BENCH[what]
+    monkeypatch.setattr(function, lambda **flags: calls.append(flags))
+    assert main(["bench", what, "--out", str(tmp_path), "--quick", "--rounds", "9"]) == 0
+    common = {"out": tmp_path, "device": "auto", "quick": True, "rounds": 9, "overwrite": False}
+    assert calls == [{**own, **common}]
+
+
+@pytest.mark.parametrize(
+    ("what", "flags", "given"),
+    [
+        ("ops", "--only cam pgd_step --threads 1 2", {"only": ("cam", "pgd_step"), "threads": (1, 2)}),
+        ("step", "--models resnet18 wrn-34-10 --cuda-graph", {"models": ("resnet18", "wrn-34-10"), "cuda_graph": True}),
+        ("attack", "--batch-size 4 --compile", {"batch_size": 4, "compile": True}),
+        ("cam", "--batch-sizes 1 8 --methods layercam", {"batch_sizes": (1, 8), "methods": ("layercam",)}),
+        ("scaling", "--device cpu --overwrite", {"device": "cpu", "overwrite": True}),
+    ],
+)
+def test_bench_takes_its_own_flags(what, flags, given, monkeypatch):
     calls = []
-    monkeypatch.setattr("part_fast.bench.steps.steps", lambda out, **flags: calls.append((out, flags)))
-    assert main(["bench", "step", "--out", str(tmp_path), "--models", "resnet18", "wrn-34-10", "--rounds", "9"]) == 0
-    assert calls.pop() == (
-        tmp_path,
-        {
-            "models": ("resnet18", "wrn-34-10"),
-            "batch_size": None,
-            "precision": "auto",
-            "compile": False,
-            "cuda_graph": False,
-            "device": "auto",
-            "quick": False,
-            "rounds": 9,
-            "overwrite": False,
-        },
-    )
-    assert "bench step takes no --only" in error_of(capsys, "bench", "step", "--only", "cam")
-    assert calls == []
+    monkeypatch.setattr(BENCH[what][0], lambda **flags: calls.append(flags))
+    assert main(["bench", what, *flags.split()]) == 0
+    assert {name: calls[0][name] for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("ops --batch-size 4", "Unrecognized options: --batch-size, 4 (part-fast bench ops --help)"),
+        ("step --only cam", "Unrecognized options: --only, cam"),
+        ("scaling --models resnet18", "Unrecognized options: --models, resnet18"),
+        ("speed", "bench takes ops, step, attack, cam or scaling, got 'speed'"),
+        ("--quick", "bench takes ops, step, attack, cam or scaling, got '--quick'"),
+    ],
+)
+def test_bench_refuses_what_is_not_its_own(arguments, says, capsys):
+    assert says in error_of(capsys, "bench", *arguments.split())
+
+
+def test_bench_alone_lists_its_commands(capsys):
+    for arguments in (["bench"], ["bench", "--help"]):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert re.findall(r"^  (\w+ \w+) ", said, re.MULTILINE) == [f"bench {what}" for what in BENCH]
+
+
+@pytest.mark.parametrize("what", BENCH)
+def test_help_of_a_benchmark_lists_its_flags_alone(what, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", what, "--help"])
+    flags = set(re.findall(r"--([a-z][a-z-]+)", capsys.readouterr().out.partition("options")[2]))
+    own = {name.replace("_", "-") for name in (*BENCH[what][1], "out", "device", "quick", "rounds", "overwrite")}
+    assert {flag for flag in flags if not flag.startswith("no-")} - {"help"} == own

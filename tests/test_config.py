@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from part_fast.config import METHODS, PRESETS, TrainConfig, find_device, parse_number, preset, read_config
+from part_fast.config import PRESETS, TrainConfig, find_device, parse_number, preset, read_config
+from part_fast.methods import METHODS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -32,7 +33,7 @@ def test_published_numbers(name):
     [
         ("preset", "cifar", "cifar10-resnet18"),
         ("method", "free", "at, part, trades"),
-        ("attack", "fgsm", "one of pgd, mma"),
+        ("attack", "deepfool", "one of pgd"),
         ("control", "shuffled", "none, permuted, random, inverted, uniform"),
         ("refresh", "0", "batch or a number of epochs >= 1"),
         ("refresh", "epoch", "batch or a number of epochs >= 1"),

@@ -117,7 +117,7 @@ AVERAGES = """
             for i in range(3):
                 x, y = torch.rand(8, 3, 16, 16) ** (1 + distributed.rank()), torch.randint(0, 10, (8,))
                 engine.model.train()
-                train_step(engine, "at", x, y, 8 / 255, (8 * i, 24, epoch))
+                train_step(engine, "at", x, y, 8 / 255, 8 * i, 24, epoch)
             engine.end_epoch(epoch)
         x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
         for model in (engine.model, engine.averaged):

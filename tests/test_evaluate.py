@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from part_fast.attacks import catalogue
 from part_fast.attacks.pgd import pgd
 from part_fast.config import TrainConfig
 from part_fast.data.catalogue import load
 from part_fast.data.memory import to_float
-from part_fast.evaluation import accuracy as evaluating
 from part_fast.evaluation import trained
-from part_fast.evaluation.accuracy import AttackSettings, accuracy, correct, evaluate
+from part_fast.evaluation.accuracy import AttackSettings, accuracy, evaluate, is_correct
 from part_fast.evaluation.masks import masks
 from part_fast.evaluation.trained import load_trained
 from part_fast.models.catalogue import build_model
@@ -83,7 +83,7 @@ def test_pgd_is_twenty_steps_of_the_plain_attack(model):
     """The start drawn from the seed on the CPU, then `pgd`, batch by batch."""
     data = CACHED("demo", "test").subset(30)
     settings = AttackSettings(eps=4 / 255, alpha=1 / 255, seed=3)
-    got = correct(model, data, "pgd20", settings, batch_size=20)
+    got = is_correct(model, data, "pgd20", settings, batch_size=20)
     generator = torch.Generator().manual_seed(3)
     expected = []
     for part in (slice(0, 20), slice(20, 30)):
@@ -92,13 +92,13 @@ def test_pgd_is_twenty_steps_of_the_plain_attack(model):
         x_adv = pgd(model, x, y, settings.eps, settings.alpha, 20, start=start)
         expected.append(model(x_adv).argmax(1) == y)
     assert torch.equal(got, torch.cat(expected))
-    assert int(got.sum()) < int(correct(model, data, "natural", settings).sum())
+    assert int(got.sum()) < int(is_correct(model, data, "natural", settings).sum())
 
 
 def test_stronger_attacks_fool_more(model):
     data = CACHED("demo", "test").subset(60)
-    hits = [int(correct(model, data, "pgd5", AttackSettings(eps=eps)).sum()) for eps in (0.0, 6 / 255, 32 / 255)]
-    assert hits[0] == int(correct(model, data, "natural", AttackSettings()).sum())
+    hits = [int(is_correct(model, data, "pgd5", AttackSettings(eps=eps)).sum()) for eps in (0.0, 6 / 255, 32 / 255)]
+    assert hits[0] == int(is_correct(model, data, "natural", AttackSettings()).sum())
     assert hits[0] > hits[1] > hits[2]
 
 
@@ -109,7 +109,7 @@ def test_repeats_with_its_seed_and_leaves_the_global_generator_alone(run, tmp_pa
         starts.append(start)
         return pgd(*arguments, start=start, **how)
 
-    monkeypatch.setattr(evaluating, "pgd", keep_start)
+    monkeypatch.setattr(catalogue, "pgd", keep_start)
     results = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         state = torch.get_rng_state()
@@ -175,7 +175,7 @@ def test_loaded_model_is_in_eval_mode_and_mode_is_given_back(model, run):
     assert not any(p.requires_grad for p in net.parameters())
     model.train()
     statistics = {key: value.clone() for key, value in model.state_dict().items()}
-    correct(model, CACHED("demo", "test").subset(10), "pgd1", AttackSettings())
+    is_correct(model, CACHED("demo", "test").subset(10), "pgd1", AttackSettings())
     assert model.training
     assert all(torch.equal(value, statistics[key]) for key, value in model.state_dict().items())
     model.eval()
@@ -311,7 +311,7 @@ def test_a_class_of_the_run_is_read_from_its_configuration(run):
 def test_mma_is_at_least_as_strong_as_pgd_on_the_whole(model):
     data = CACHED("demo", "test").subset(60)
     settings = AttackSettings(eps=0.06, alpha=0.015, seed=3)
-    mma, pgd20 = (correct(model, data, name, settings).float().mean() for name in ("mma", "pgd20"))
+    mma, pgd20 = (is_correct(model, data, name, settings).float().mean() for name in ("mma", "pgd20"))
     assert mma <= pgd20 + 0.05  # three images: another loss, another start
 
 
@@ -326,7 +326,7 @@ def test_autoattack_goes_on_where_it_was_stopped(run, monkeypatch):
         seen.append(x)
         return x
 
-    monkeypatch.setattr(evaluating, "autoattack", attack)
+    monkeypatch.setattr(catalogue, "autoattack", attack)
     with pytest.raises(KeyboardInterrupt):
         evaluate(run, ("aa",), batch_size=10)
     assert list(run.glob("evaluation_aa_*.safetensors"))
@@ -345,7 +345,7 @@ def test_other_settings_do_not_go_on_with_a_stopped_autoattack(run, monkeypatch)
             raise KeyboardInterrupt
         return x
 
-    monkeypatch.setattr(evaluating, "autoattack", attack)
+    monkeypatch.setattr(catalogue, "autoattack", attack)
     with pytest.raises(KeyboardInterrupt):
         evaluate(run, ("aa",), batch_size=10)
     evaluate(run, ("aa",), batch_size=10, eps=0.01)

@@ -76,21 +76,26 @@ def calls(fast):
     return Counter(node.target for node in graph.nodes)
 
 
-def timm_resnet():
-    return pytest.importorskip("timm", reason="timm is not installed").create_model("resnet18", num_classes=CLASSES)
+def timm(name):
+    return pytest.importorskip("timm", reason="timm is not installed").create_model(name, num_classes=CLASSES)
 
 
 # Name: network, blocks that are one call, other fused convolutions, casts for several convolutions.
 NETWORKS = {
     # 8 blocks of two convolutions, and the stem. In three blocks the shortcut is a third one of the same input.
     "torchvision resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), 5, 1 + 3 * 2, 3),
-    "timm resnet18": (timm_resnet, 5, 1 + 3 * 2, 3),
+    "timm resnet18": (lambda: timm("resnet18"), 5, 1 + 3 * 2, 3),
     "resnet18": (lambda: models.resnet18(CLASSES), 5, 1 + 3 * 2, 3),
     # 3 + 4 + 6 + 3 blocks of three, and the stem; four shortcuts have a convolution.
     "torchvision resnet50": (lambda: torchvision.models.resnet50(num_classes=CLASSES), 0, 1 + 16 * 3, 4),
+    # Four stages whose first block has a convolution in its shortcut, 1 + 3 + 6 + 6 blocks: three convolutions each of
+    # which the last adds, and squeeze and excitation with one ReLU between two; the stem.
+    "torchvision regnet_y_400mf": (lambda: torchvision.models.regnet_y_400mf(num_classes=CLASSES), 0, 1 + 16 * 4, 4),
     # A stage of n blocks has n - 1 sums, but for the first and last, of one block each: 1 + 2 + 3 + 2 + 2. All else
     # is followed by ReLU6, or by nothing.
     "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES), 0, 10, 0),
+    # A stage of n blocks has n - 1 sums: 1 + 1 + 2 + 2 + 3. All activations are SiLU.
+    "timm efficientnet_b0": (lambda: timm("efficientnet_b0"), 0, 9, 0),
     # Three blocks, each with a ReLU after its first convolution and a sum after the second; the first BatchNorm of the
     # first block is alone behind the stem. Each block changes the shape, so that its shortcut is a convolution.
     "wrn-10-2": (lambda: models.wideresnet(10, 2, CLASSES), 0, 3 * 2 + 1, 3),
@@ -198,6 +203,21 @@ def methods(self, x):
     return own(self, x).add_(self.more(x)).relu_()
 
 
+def later(self, x):
+    other = self.more(x)
+    return own(self, x) + other
+
+
+def before_in_place(self, x):
+    out = own(self, x)
+    return out + self.more(self.relu(x - 0.5))
+
+
+def more_in_place(self):
+    inplace(self)
+    same_shape(self)
+
+
 def identities(self, x):
     return self.relu(nn.Sequential.forward(self.identity, own(self, x)))
 
@@ -221,6 +241,8 @@ WRITTEN = {
     "torch.add": (lambda self, x: torch.add(own(self, x), self.more(x)), same_shape, 1),
     "methods in place": (methods, same_shape, 1),
     "sum of two convolutions, one ReLU": (lambda self, x: F.relu(own(self, x) + self.more(x)), same_shape, 1),
+    "sum of two convolutions, the left one later": (later, same_shape, 1),
+    "sum of two convolutions, the left one before something in place": (before_in_place, more_in_place, 1),
     "both add": (
         lambda self, x: self.more(F.relu(own(self, x))) + x.mean(1, keepdim=True).expand(-1, 8, -1, -1),
         conv8,

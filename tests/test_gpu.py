@@ -19,8 +19,8 @@ from part_fast import AttackModel, PackedEpsilon, pgd
 from part_fast.bench import cases, clocks
 from part_fast.bench import ops as bench_ops
 from part_fast.bench.step_cases import settle
-from part_fast.config import METHODS
 from part_fast.gpu import attacks, ops, record, training
+from part_fast.methods import METHODS
 from part_fast.models.resnet import resnet18, resnet_small
 from part_fast.training.engine import Engine
 from part_fast.training.step import batch_epsilon, train_step

@@ -10,8 +10,8 @@ from fake_gpu import GpuTensor, HostWaitError, net
 
 from part_fast import PackedEpsilon
 from part_fast.budgets.bank import MaskBank
-from part_fast.config import METHODS
 from part_fast.data.memory import draw_augmentation
+from part_fast.methods import METHODS
 from part_fast.models.catalogue import build_model
 from part_fast.training import engine as engines
 from part_fast.training.engine import Engine
@@ -47,7 +47,7 @@ def step(engine, images, labels, bank, i):
     drawn = draw_augmentation(N, device=engine.device)
     x, y = drawn.apply(images[indices]), labels[indices]
     epsilon = batch_epsilon(engine.config.method, engine.budget, bank, indices, drawn, engine.config)
-    return train_step(engine, engine.config.method, x, y, epsilon, (i * N, 3 * N, 0))
+    return train_step(engine, engine.config.method, x, y, epsilon, i * N, 3 * N)
 
 
 def run(gpu, config, device):

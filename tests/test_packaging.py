@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
@@ -150,3 +151,73 @@ def test_package_is_marked_as_typed():
 def test_version_is_the_same_everywhere():
     assert part_fast.__version__ == importlib.metadata.version("part_fast")
     assert f"## {part_fast.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def run_setup(arguments: list[str], version: str | None = None, **environment: str) -> subprocess.CompletedProcess:
+    """setup.py with these arguments, as by the setuptools of `version`."""
+    pretend = "" if version is None else f"setuptools.__version__ = {version!r}; "
+    code = f"import runpy, sys, setuptools; {pretend}sys.argv = {['setup.py', *arguments]!r}; "
+    command = [sys.executable, "-c", code + "runpy.run_path('setup.py', run_name='__main__')"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_an_old_setuptools_is_one_line_and_compiles_in_place_all_the_same(tmp_path):
+    done = run_setup(["dist_info"], "65.5.0", PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.startswith("building part_fast needs setuptools>=77, got 65.5.0: pip install 'setuptools>=77'")
+    assert done.stderr.count("\n") == 1
+    assert run_setup(["build_ext", "--help"], "65.5.0", PATH=str(tmp_path), CXX="").returncode == 0
+
+
+def test_without_a_compiler_one_line_says_so(setup_py, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert setup_py.why_no_cpp() == "no C++ compiler (c++, g++, clang++) found on PATH"
+    monkeypatch.setenv("CXX", "no-such -O2")
+    assert setup_py.why_no_cpp() == "no C++ compiler found: CXX=no-such -O2"
+    compiler = script(tmp_path / "clang++", "exit 1")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(setup_py.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python's headers are missing" in setup_py.why_no_cpp()
+    (tmp_path / "Python.h").touch()
+    assert setup_py.why_no_cpp() is None
+    assert os.environ["CXX"] == compiler.name
+    done = run_setup(["--version"], PATH=str(tmp_path / "empty"), CXX="", PART_FAST_CUDA="1")
+    assert done.returncode != 0
+    assert "PART_FAST_CUDA=1 but part_fast._C_cuda cannot be built: no C++ compiler" in done.stderr
+
+
+def test_without_a_compiler_a_wheel_for_every_machine_holds_what_is_there_now(tmp_path):
+    """Nothing of an earlier build, whose folder holds a module and a library that are no more."""
+    stale = tmp_path / "build" / "lib" / "part_fast"
+    stale.mkdir(parents=True)
+    for name in ("no_more.py", "_C_cuda.abi3.so"):
+        (stale / name).touch()
+    arguments = ["egg_info", "--egg-base", str(tmp_path), "build", "--build-base", str(tmp_path / "build")]
+    arguments += ["bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "bdist")]
+    done = run_setup(arguments, PATH=str(tmp_path), CXX="", PART_FAST_CUDA="auto")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("part_fast holds the reference and Triton backends alone: no C++ compiler") == 1
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"part_fast/ops/pgd_step.py", "part_fast/py.typed", "part_fast/assets/fashion-mnist-demo.npz.xz"} <= names
+    assert not [name for name in names if name.endswith((".so", "no_more.py"))]
+
+
+def test_extras_bring_what_the_errors_say_and_nothing_else_is_required():
+    tomllib = pytest.importorskip("tomllib", reason="this Python has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {Requirement(text).name for text in project["dependencies"]} == {"torch", "numpy", "triton"}
+    extras = {
+        name: {Requirement(text).name for text in texts} for name, texts in project["optional-dependencies"].items()
+    }
+    said = {
+        pair
+        for path in (ROOT / "part_fast").rglob("*.py")
+        for pair in re.findall(r'with needs\("([\w-]+)", "(\w+)"\)', path.read_text())
+    }
+    assert said >= {("tyro", "train"), ("pyautoattack", "aa"), ("scipy", "study"), ("torchvision", "download")}
+    assert [pair for pair in said if pair[0] not in extras[pair[1]]] == []
+    everything = Requirement(project["optional-dependencies"]["all"][0]).extras
+    assert everything == set(extras) - {"all", "test", "dev"}

@@ -1,6 +1,5 @@
 """Pages that list something list all of it: the environment variables, the files, the citation."""
 
-import ast
 import re
 
 import pytest
@@ -50,24 +49,9 @@ def test_every_file_is_in_the_tree_and_the_other_way_round():
     assert set(named) == there
 
 
-def test_imports_go_down_the_floors():
-    (drawn,) = re.findall(r"never up:\n\n((?:    .+\n)+)", STRUCTURE)
-    floors = [names.replace("\n", " ").split(",") for names in drawn.split(">")]
-    floor = {name.strip(): depth for depth, names in enumerate(floors) for name in names}
-    up = set()
-    for path in sorted((ROOT / "part_fast").rglob("*.py")):
-        own = path.relative_to(ROOT / "part_fast").parts[0].removesuffix(".py")
-        if own in ("__init__", "__main__", "assets"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("part_fast"):
-                continue
-            _, *below = (node.module or "").split(".")
-            for name in below[:1] or [alias.name for alias in node.names if alias.name in floor]:
-                if name != own and floor[name] <= floor[own]:
-                    up.add((own, name))
-    # The networks call the fused blocks of an AttackModel by name.
-    assert up <= {("models", "attack_model")}
+def test_files_that_the_guide_names_are_there():
+    named = re.findall(r"`((?:part_fast|csrc|tests|benchmarks)/[\w./]+)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
 def test_the_citation_is_the_packages():

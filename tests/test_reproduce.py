@@ -112,7 +112,7 @@ def test_dry_run_prints_commands_and_an_estimate_and_writes_nothing(tmp_path, ca
         (["--table", "mnist"], "table must be one of cifar10, svhn, tinyimagenet, got 'mnist'"),
         (["--table", "svhn", "--scale", "tiny"], "scale must be one of full, small, got 'tiny'"),
         (["--table", "svhn", "--seeds", "0"], "seeds must be >= 1, got 0"),
-        (["--table", "svhn", "--attacks", "fgsm"], "attacks must be of natural"),
+        (["--table", "svhn", "--attacks", "deepfool"], "attacks must be of natural"),
     ],
 )
 def test_refusals(arguments, says, capsys):

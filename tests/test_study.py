@@ -8,7 +8,7 @@ import pytest
 
 from part_fast.config import PRESETS
 from part_fast.experiments import study as studying
-from part_fast.experiments.compare import right
+from part_fast.experiments.compare import is_correct
 from part_fast.experiments.study import ARMS, CONFIG, study
 
 TINY = dataclasses.replace(
@@ -43,8 +43,8 @@ def test_study(tmp_path, monkeypatch):
             assert config["init"] == str(tmp_path / f"warmup-seed{seed}" / "model.safetensors")
             assert (config["epochs"], config["lr_drops"], config["seed"]) == (1, [0], seed)
     expected = [
-        float(right(tmp_path / f"part-seed{s}", "pgd20").float().mean())
-        - float(right(tmp_path / f"at-seed{s}", "pgd20").float().mean())
+        float(is_correct(tmp_path / f"part-seed{s}", "pgd20").float().mean())
+        - float(is_correct(tmp_path / f"at-seed{s}", "pgd20").float().mean())
         for s in (0, 1)
     ]
     found = next(d for d in record["differences"] if d["difference"] == "PART - AT" and d["measure"] == "pgd20")
@@ -53,7 +53,7 @@ def test_study(tmp_path, monkeypatch):
 
     # Nothing is trained or attacked twice.
     before = {path: path.read_bytes() for path in tmp_path.rglob("model.safetensors")}
-    monkeypatch.setattr("part_fast.evaluation.accuracy.correct", None)
+    monkeypatch.setattr("part_fast.evaluation.accuracy.is_correct", None)
     again = studying.study(tmp_path, config=TINY, arms=FEW, seeds=2, log=said.append)
     assert again["runs"] == record["runs"]
     assert {path: path.read_bytes() for path in before} == before

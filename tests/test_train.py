@@ -11,10 +11,11 @@ from conftest import TINY_RUN as TINY
 from conftest import load_once
 from safetensors.torch import load_file
 
+from part_fast.attacks import catalogue
 from part_fast.budgets.bank import MaskBank
 from part_fast.budgets.cam import CamBudget
-from part_fast.config import METHODS
 from part_fast.data.memory import to_float
+from part_fast.methods import METHODS
 from part_fast.models.catalogue import build_model
 from part_fast.report import files
 from part_fast.training import loop, step
@@ -437,7 +438,7 @@ def test_control_of_kept_masks(control):
 
 def test_released_start_is_neither_within_the_map_nor_clipped(monkeypatch):
     starts = []
-    monkeypatch.setattr(step, "pgd", lambda *arguments, start: starts.append(start) or arguments[1])
+    monkeypatch.setattr(catalogue, "pgd", lambda *arguments, start: starts.append(start) or arguments[1])
     x = torch.ones(4, 3, 32, 32)
     model = build_model("resnet-small", 10)
     config = tiny(method="part", released=True)

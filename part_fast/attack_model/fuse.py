@@ -299,7 +299,7 @@ def _out_shape(conv: nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _fuse_calls(graph: Graph, model: nn.Module) -> bool:
     """Put fused calls into the graph in place of what they compute; whether there are any."""
     for node in list(graph.nodes):
-        if type(_module(node, model)) in (nn.Identity, Folded):
+        if _is_identity(_module(node, model)):
             node.replace_all_uses_with(_args(node)[0])
             graph.erase_node(node)
     order = {node: i for i, node in enumerate(graph.nodes)}
@@ -323,7 +323,11 @@ def _fuse_calls(graph: Graph, model: nn.Module) -> bool:
         while not relu and (user := _only_user(chain[-1])) is not None and not crosses(conv, user, chain):
             if _is_relu(user, model):
                 relu = True
-            elif other is None and (added := _added(user, chain[-1], model)) is not None:
+            elif other is None and (added := _added(user, chain[-1])) is not None:
+                # Of two convolutions the left one adds the other, which has been tried if it comes first.
+                left_is_to_come = added is user.args[0] and _is_packed(added, model) and order[added] > order[conv]
+                if left_is_to_come and _only_user(added) is user:
+                    break
                 other = added
             else:
                 break
@@ -383,6 +387,12 @@ def _module(node: Node, model: nn.Module) -> nn.Module | None:
     return None if "forward" in vars(layer) else layer
 
 
+def _is_identity(layer: nn.Module | None) -> bool:
+    if isinstance(layer, FoldedAct):
+        return _is_identity(layer.drop) and _is_identity(layer.act)
+    return type(layer) in (nn.Identity, Folded)
+
+
 def _is_packed(node: Node, model: nn.Module) -> bool:
     return type(_module(node, model)) is PackedConv2d
 
@@ -390,23 +400,22 @@ def _is_packed(node: Node, model: nn.Module) -> bool:
 def _is_relu(node: Node, model: nn.Module) -> bool:
     layer = _module(node, model)
     if isinstance(layer, FoldedAct):
-        return type(layer.drop) is nn.Identity and type(layer.act) is nn.ReLU
+        return _is_identity(layer.drop) and type(layer.act) is nn.ReLU
     if node.op == "call_function":
         return node.target in (F.relu, torch.relu, torch.relu_) and len(node.args) >= 1
     return type(layer) is nn.ReLU or (node.op == "call_method" and node.target in ("relu", "relu_"))
 
 
-def _added(node: Node, to: Node, model: nn.Module) -> Node | None:
-    """What the node adds to `to`; None too where another convolution is for it: of two the left one adds."""
+def _added(node: Node, to: Node) -> Node | None:
+    """What the node adds to `to`, if that can be left out and the sum be a tensor of its own."""
     sums = {"call_function": (operator.add, operator.iadd, torch.add), "call_method": ("add", "add_")}
     if node.target not in sums.get(node.op, ()) or len(node.args) != 2 or node.kwargs:
         return None
     left, right = _args(node)
     if left is to:
         return right if isinstance(right, Node) else None
-    if not isinstance(left, Node) or node.target in (operator.iadd, "add_"):  # which are written into the left one
-        return None
-    return None if _is_packed(left, model) and _only_user(left) is node else left
+    written = node.target in (operator.iadd, "add_")  # into the left one
+    return left if isinstance(left, Node) and not written else None
 
 
 def _writes(node: Node, model: nn.Module) -> bool:

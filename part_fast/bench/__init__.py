@@ -1,1 +1,1 @@
-"""Benchmarks of ops and training steps."""
+"""Benchmarks, each a command of `part-fast bench`: ops, training steps, attack steps, maps, and how a step scales."""

@@ -14,12 +14,12 @@ gradient's sign is not in it. The variants of a network are
 each in fp32 and bf16. All have one set of weights, with BatchNorm statistics of the batch, random images of 32x32 and
 random labels.
 
-Logits and input gradient of every variant are compared with those of a float64 copy before any is timed; what is
-farther off than the variant's precision explains raises `MismatchError`. Then rounds: in each one every variant is run
-once, beginning with another one each time; on a GPU as often in a row, between two CUDA events, as takes half a second.
-Reported are the median and the 20th and 80th percentile over the rounds. "faster" is the first row's median over the
-row's, "signs" the share of values of the gradient that have the sign of the first row's; "logits off" and "gradient
-off" are the length of the difference to float64's over the length of that.
+Logits and input gradient of every variant are compared with those of a float64 copy before any is timed, float32
+without TF32; what is farther off than the variant's precision explains raises `MismatchError`. Then rounds: in each one
+every variant is run once, beginning with another one each time; on a GPU as often in a row, between two CUDA events, as
+takes half a second. Reported are the median and the 20th and 80th percentile over the rounds. "faster" is the first
+row's median over the row's, "signs" the share of values of the gradient that have the sign of the first row's; "logits
+off" and "gradient off" are the length of the difference to float64's over the length of that.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from part_fast.bench.command import at_least_one, check_threads, current_device,
 from part_fast.bench.step_cases import MODELS, SIZE, default_batch, settle
 from part_fast.config import find_device
 from part_fast.models.catalogue import build_model
+from part_fast.optional import needs
+from part_fast.precision import full_float32
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 
@@ -52,13 +54,11 @@ FILES = ("attack.csv", "attack.png", "environment.json")
 
 FIRST = "parameter gradients, fp32"
 
-# What rounding explains, by precision, some ten times what was measured of logits and of fp32 gradients. Rounding also
-# closes and opens ReLUs near zero, which changes a gradient by far more: in bf16 by 0.7 of its length for WRN-34-10,
-# where a gradient of something else is 1.4 off. So it is the logits that show a wrong weight there.
+# What rounding explains, by precision, five to twenty times what was measured of logits and of fp32 gradients. Rounding
+# also closes and opens ReLUs near zero, which changes a gradient by far more: in bf16 by 0.7 of its length for
+# WRN-34-10, where a gradient of something else is 1.4 off. So it is the logits that show a wrong weight there.
 LOGITS_NEAR = {"fp32": 1e-4, "bf16": 0.2}
 GRADIENT_NEAR = {"fp32": 0.05, "bf16": 0.9}
-
-Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextlib.contextmanager
@@ -142,16 +142,17 @@ def measure(
     exact = input_gradient(double, False, x.double(), y)
     gradients, off = {}, {}
     tick = progress("comparing", len(steps))
-    with torch.no_grad():
-        exact_logits = double(x.double())
-        logits = {what: each(x) for what, (each, _) in networks.items()}
-    for what, step in steps.items():
-        gradients[what] = step()
-        off[what] = {
-            "logits_off": check(name, what, "logits", logits[what], exact_logits),
-            "gradient_off": check(name, what, "gradient", gradients[what], exact),
-        }
-        tick()
+    with full_float32():
+        with torch.no_grad():
+            exact_logits = double(x.double())
+            logits = {what: each(x) for what, (each, _) in networks.items()}
+        for what, step in steps.items():
+            gradients[what] = step()
+            off[what] = {
+                "logits_off": check(name, what, "logits", logits[what], exact_logits),
+                "gradient_off": check(name, what, "gradient", gradients[what], exact),
+            }
+            tick()
     seconds, calls = time_in_turn(steps, clock_for(device), rounds, progress)
     rows = []
     for what, values in seconds.items():
@@ -240,7 +241,8 @@ def attack(
     rounds, threads or batch_size < 1, threads on a GPU, and for a folder that holds results already, unless
     `overwrite`. Nothing is written then.
     """
-    from tqdm import tqdm
+    with needs("tqdm", "train"):
+        from tqdm import tqdm
 
     rounds = (3 if quick else 9) if rounds is None else rounds
     at_least_one("rounds", rounds)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast import methods
 from part_fast.attack_model.graph import GraphedSteps
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench.cases import MismatchError
@@ -28,11 +29,12 @@ from part_fast.training.step import batch_epsilon, train_step
 
 with needs("pillow", "train"):
     from part_fast.bench import published
+
 MODELS = ("resnet18", "wrn-34-10")
 
 BATCH, BATCHES, GPU_BATCH = 32, {"wrn-34-10": 4}, 128
 
-METHODS = ("at", "part", "trades", "part-t", "mart", "part-m")
+METHODS = tuple(methods.METHODS)
 
 REFRESHES = (1, 10)  # epochs
 
@@ -55,6 +57,10 @@ PAIRS = (
 # zero. PIL resizes in float32, so a mask value may differ on its threshold, and what follows from it. Our losses take
 # logits as float32, so what is learned from the same images agrees to some 1e-7.
 NEAR, LEARNED, AWAY = 1e-9, 1e-5, 1e-3
+
+# Of what is compared: steps so large that three of them meet the bounds of eps, also from TRADES's start beside the
+# images.
+SMALL: dict[str, Any] = {"steps": 3, "alpha": 4 / 255, "precision": "fp32"}
 
 
 class StepCases:
@@ -193,9 +199,7 @@ def check(config: TrainConfig, device: torch.device, progress: Progress = silent
     length; loss_off.
     Errors: MismatchError, naming the pair and what differs.
     """
-    # Steps so large that three of them meet the bounds of eps, from TRADES's start beside the images too.
-    changed: dict[str, Any] = {"batch_size": 3, "steps": 3, "alpha": 4 / 255, "precision": "fp32"}
-    small = dataclasses.replace(config, **changed, compile=False, cuda_graph=False)
+    small = dataclasses.replace(config, batch_size=3, compile=False, cuda_graph=False, **SMALL)
     tick = progress("comparing", len(PAIRS))
     rows = []
     for pair in PAIRS:
@@ -263,6 +267,7 @@ def count_flop(config: TrainConfig, device: torch.device, progress: Progress = s
     counted = {**cases.steps(), **cases.pieces()}
     tick = progress("counting FLOP", len(counted))
     for name, step in counted.items():
+        step()  # before the first forward, an AttackModel compares what it runs fused
         with FlopCount() as count:
             step()
         tick()

@@ -28,10 +28,10 @@ runs, two for a multiplication and addition; a step that computes what nobody ne
 the rate of a large matrix product in the step's precision, timed in the same rounds.
 
 Peak memory is what one step has allocated at most above what was there before: weights, momentum, the batch, the copy
-that is attacked; gradients count. It is PyTorch's allocator's, as in `bench`, plus the memory that a step's CUDA graphs
-hold, which a replay needs and does not allocate: what PIL, numpy and the convolution library take for themselves is not
-in it. The largest resident memory of a process would be, but that also has whatever
-ran before, and grows in steps larger than what PART adds.
+that is attacked; gradients count. It is PyTorch's allocator's, as in `bench ops`, plus the memory that a step's CUDA
+graphs hold, which a replay needs and does not allocate: what PIL, numpy and the convolution library take for themselves
+is not in it. The largest resident memory of a process would be, but that also has whatever ran before, and grows in
+steps larger than what PART adds.
 
 The cost of PART over AT is small beside what a busy machine does to either, so it is given twice: by the medians of
 both steps, and by what PART adds timed alone (the mask; the lookup and the share of a refresh; for PART-T a mask with
@@ -158,13 +158,13 @@ def measure(
     tick = progress("peak memory", len(steps))
     for name, step in steps.items():
         cases.forget_graphs()
-        # The second counts. The profiler subtracts what is freed only where it saw it allocated, and a step frees what
-        # the last one kept, such as packed weights; and a CUDA graph is captured in the first.
-        for _ in range(2):
+
+        def peak(step: Step = step) -> int:
             for optimizer in (cases.engine.optimizer, cases.fp32.optimizer, cases.optimizer):
                 optimizer.zero_grad()
-            peaks[name] = clock.peak_bytes(step)
-        peaks[name] += graph_pool_bytes(device)
+            return clock.peak_bytes(step)
+
+        peaks[name] = settled(peak) + graph_pool_bytes(device)
         tick()
     # Captured again, all of them, before anything is timed.
     for step in steps.values() if config.cuda_graph else ():
@@ -229,6 +229,20 @@ def measure(
             }
         )
     return rows
+
+
+def settled(peak: Callable[[], int], most: int = 5) -> int:
+    """A step's peak when two in a row agree, else the last of `most`.
+
+    The first ones may be others: the profiler subtracts what is freed only where it saw it allocated, and a step frees
+    what the last one kept, such as packed weights; an AttackModel checks what it has fused; a CUDA graph is captured.
+    """
+    last = peak()
+    for _ in range(most - 1):
+        before, last = last, peak()
+        if last == before:
+            break
+    return last
 
 
 def graph_pool_bytes(device: torch.device) -> int:

@@ -54,8 +54,10 @@ class MaskBank:
         Each of several processes computes its share, and every process then has all masks.
 
         progress: called with the number of images after each batch.
-        Errors: ValueError if the images are not as many and as large as the bank's; rule "soft" has no bits.
+        Errors: ValueError if the images are not as many and as large as the bank's, and for rules whose maps are no
+            masks of two values, such as "soft" and functions.
         """
+        rule = budget.mask_rule()
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise BadValueError(f"images must be uint8 (N,C,H,W), got {images.dtype} {tuple(images.shape)}")
         if len(images) != len(self._masks) or tuple(images.shape[2:]) != self._masks.size:
@@ -66,7 +68,7 @@ class MaskBank:
         for start in (starts[i] for i in distributed.shares(len(starts))):
             chunk = to_float(images[start : start + batch_size])
             evidence, _ = budget.evidence(chunk)
-            masks = packed_epsilon_map(evidence, self._masks.size, budget.eps, budget.eps_low, budget.rule)
+            masks = packed_epsilon_map(evidence, self._masks.size, budget.eps, budget.eps_low, rule)
             self.bits[start : start + batch_size] = masks.bits
             if progress is not None:
                 progress(len(chunk))

@@ -13,6 +13,8 @@ from part_fast import checks
 from part_fast.attack_model import AttackModel
 from part_fast.budgets.controls import check_control, control_map
 from part_fast.budgets.external import Explain, check_method, external_cam
+from part_fast.budgets.rules import Rule, ensemble, find_rule, rule_weights
+from part_fast.budgets.tokens import ATTENTION_METHODS, Reshape, attention_maps, cuts_patches, reshaped, token_maps
 from part_fast.checks import Clip
 from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast, unwrapped
@@ -24,6 +26,13 @@ from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
 # Names of the layer that gives the last feature map in ResNets and WideResNets.
 DEFAULT_LAYERS = ("layer4", "block3")
 
+# What a training run takes for `method`, with a line of help where the name does not say it; A and B are two of them.
+CAM_CHOICES = {
+    **dict.fromkeys(METHODS, ""),
+    "ensemble": "the mean of these, each from 0 to 1",
+    "ensemble:A+B": "the mean of some",
+}
+
 # A call changes its model's mode and hooks, so one model serves one call at a time, whatever budgets it has.
 _turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -34,12 +43,21 @@ class CamBudget:
     model: images (N,C,H,W) in [0,1] -> logits (N,classes). An AttackModel takes the names and modules of the model that
         it copies. In place of DataParallel, DistributedDataParallel and compiled models, the module they wrap runs.
     eps, eps_low: image units, 0 <= eps_low <= eps: for the pixels that matter, and for the rest.
-    method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; or, as slow as they are, a class
-        of the `grad-cam` package, or callable(model, x, target) -> (N,h,w), run in eval mode, which needs no layer.
-    rule: "zscore", "released" (for images of three channels), "quantile:q" or "soft", see `part_fast.epsilon_map`.
+    method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; "ensemble", the mean of all four, each
+        stretched to [0,1], or of some, "ensemble:gradcam+layercam"; of transformers, without a layer, "rollout" or
+        "attention-gradient", see `budgets.tokens.attention_maps`; or, at whatever they cost, a class of the `grad-cam`
+        package, or callable(model, x, target) -> (N,h,w), run in eval mode, which needs no layer.
+    rule: "zscore", "released" (for images of three channels), "quantile:q" or "soft", see `part_fast.epsilon_map`;
+        "budget-matched:MEAN" or "region:NAME", see `budgets.rules`; or a function (cam (N,h,w), size (H,W)) -> weights
+        (N,1,H,W) or (N,C,H,W) in [0,1], which also gets target=(N,), the explained classes, if it has such a parameter:
+        a pixel's eps is eps_low + weight * (eps - eps_low), differentiable in the weights.
     target_layer: the module, or its name in `model.named_modules()`, whose output (N,K,h,w) is explained;
         default: the module called `layer4`, else `block3`, under any prefix. docs/target_layers.md lists those of
-        other networks. An output (N,h,w,K), such as Swin's, is known by its shape and the model's LayerNorms.
+        other networks. An output (N,h,w,K), such as Swin's, is known by its shape and the model's LayerNorms; of tokens
+        (N,L,K), such as ViT's, those of patches are found, see `budgets.tokens.layout`.
+    reshape: callable(the target layer's output) -> maps (N,K,h,w), for outputs and layouts of other kinds, applied to
+        the output and its gradient as grad-cam's `reshape_transform` is; with "rollout" and "attention-gradient" it is
+        given (N,L,1) for all tokens, and gives (N,1,h,w).
     control: "none", "permuted", "random", "inverted" or "uniform": how the map is changed afterwards, to test
         whether the CAM matters; see `part_fast.budgets.controls`. "permuted" and "random" draw from torch's generators.
     clip: (low, high), what a pixel may be, as in `pgd`.
@@ -63,24 +81,37 @@ class CamBudget:
         eps_low: float = 7 / 255,
         *,
         method: str | type | Explain = "gradcam",
-        rule: str = "zscore",
+        rule: str | Rule = "zscore",
         target_layer: nn.Module | str | None = None,
         control: str = "none",
         clip: Clip = (0.0, 1.0),
+        reshape: Reshape | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if method not in METHODS:
-            check_method(method, METHODS)
+        self._members = native_methods(method)
+        if not self._members and method not in ATTENTION_METHODS:
+            check_method(method, (*METHODS, "ensemble", *ATTENTION_METHODS))
         self.eps, self.eps_low = eps_pair(eps, eps_low)
-        self.channels = parse_rule(rule, 1, 1, soft=True)[2]
+        self._found_rule = find_rule(rule, self.eps, self.eps_low)
+        self.channels = 3 if rule == "released" else 1
         self.clip = clip
         checks.image_units("eps", self.eps, clip, stacklevel=2)
         self.model = model
         self.method = method
         self.rule = rule
         self.control = check_control(control)
-        needs_none = callable(method) and not isinstance(method, type) and target_layer is None
+        if reshape is not None and not callable(reshape):
+            raise BadTypeError(f"reshape must be a callable, got {type(reshape).__name__}")
+        self.reshape = reshape
+        if method in ATTENTION_METHODS and target_layer is not None:
+            raise BadValueError(
+                f"target_layer must not be given with method {method}, which reads every block's attention"
+            )
+        self._patches_read = False
+        needs_none = target_layer is None and (
+            method in ATTENTION_METHODS or (callable(method) and not isinstance(method, type))
+        )
         self._asked, self._ran = target_layer, _run(model)
         self.target_layer = None if needs_none else _find_layer(model, target_layer)
 
@@ -98,22 +129,36 @@ class CamBudget:
         """
         with record_function("part_fast: CAM"):
             evidence, logits = self.evidence(x, target)
-            eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule).float()
+            if isinstance(self._found_rule, str):
+                eps = epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self._found_rule).float()
+            else:
+                if target is None:
+                    target = logits.argmax(1) if len(x) else logits.new_empty(0, dtype=torch.int64)
+                weights = rule_weights(self._found_rule, evidence, x, target).float()
+                low, high = (torch.full((), value, device=weights.device) for value in (self.eps_low, self.eps))
+                eps = torch.lerp(low, high, weights)  # exactly eps_low at 0 and eps at 1
             return control_map(eps, self.control, self.eps, self.eps_low), logits
 
     def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
-        """The eps map of a call with one bit per value; rule "soft" and control "uniform" have no such map."""
+        """The eps map as one bit per value: what a call gives, by the rules of two values ("zscore",
+        "released", "quantile:q") and every control but "uniform"."""
+        rule = self.mask_rule()
         if self.control == "uniform":
             raise BadValueError(
                 "control must not be uniform in a packed map, which has two values: call the budget itself"
             )
         with record_function("part_fast: CAM"):
             evidence, _ = self.evidence(x, target)
-            packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, self.rule)
+            packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, rule)
             if self.control == "none":
                 return packed
             mask = control_map(packed.mask().float(), self.control, 1.0, 0.0) > 0.5
             return PackedEpsilon.pack(mask, self.eps, self.eps_low)
+
+    def mask_rule(self) -> str:
+        """The rule, if its maps are masks of two values. Errors: TypeError or ValueError for "soft" and functions."""
+        parse_rule(self.rule, 1, 1, soft=False)
+        return str(self.rule)
 
     def evidence(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The class activation maps (N,h,w), and the logits (N,classes) that they explain, detached."""
@@ -136,21 +181,48 @@ class CamBudget:
             if isinstance(model, AttackModel):
                 # Refreshed before the hook is set: a refresh in the forward would replace the hooked copy.
                 model.refresh_if_changed()
-                if _run(model) is not self._ran:
-                    self.target_layer, self._ran = _find_layer(model, self._asked), _run(model)
-            activation, logits = self._forward(model, x)
+            if not self._members:
+                return attention_maps(self.method, model, x, target, self.reshape)
+            if isinstance(model, AttackModel) and _run(model) is not self._ran:
+                self.target_layer, self._ran = _find_layer(model, self._asked), _run(model)
+            output, logits = self._forward(model, x)
             target = _target(target, logits, x)
             with torch.enable_grad():
                 score = logits.gather(1, target[:, None].clone()).sum()
-            gradient = input_gradient(score, activation)
+            gradient = input_gradient(score, output)
         if gradient is None:
             raise BadValueError(
                 "target_layer must lead to the logits, got a layer whose output they do not depend on, or only through "
                 "what the model detaches or runs under its own no_grad: name a later layer"
             )
+        activation = checks.dense(self._maps(output.detach(), model, x))
         # Pooling gives gradients that share elements (expanded), which ops refuse.
-        gradient = checks.same_format(gradient.to(activation.dtype), activation)
-        return cam(activation, gradient, self.method), logits.detach()
+        gradient_maps = checks.same_format(self._maps(gradient.to(output.dtype), model, x), activation)
+        if output.ndim == 3 and not self._patches_read:
+            self._check_patches(gradient, gradient_maps)
+        maps = [cam(activation, gradient_maps, member) for member in self._members]
+        return (maps[0] if len(maps) == 1 else ensemble(maps)), logits.detach()
+
+    def _maps(self, output: Tensor, model: nn.Module, x: Tensor) -> Tensor:
+        """The target layer's output, or the gradient for it, as maps (N,K,h,w)."""
+        if self.reshape is not None:
+            return reshaped(self.reshape, output, len(x))
+        if output.ndim == 3:
+            return token_maps(output, (x.shape[2], x.shape[3]), model, len(x), "target_layer")
+        return output.permute(0, 3, 1, 2) if _channels_are_last(output, x, model) else output
+
+    def _check_patches(self, gradient: Tensor, patches: Tensor) -> None:
+        """Refuse a layer after the last attention, whose class token alone leads to the logits: its CAM says nothing.
+
+        It is asked until patches were seen to lead there, on a GPU so that it waits in the first call alone.
+        """
+        self._patches_read = bool(patches.any())
+        if not self._patches_read and bool(gradient.any()):
+            names = {name: module for name, module in _copied(self.model).named_modules() if name}
+            raise BadValueError(
+                "target_layer must have patches that lead to the logits, got one after which the class token alone is "
+                f"read; candidates: {_candidates(names)}"
+            )
 
     def _external(
         self, method: type | Explain, model: nn.Module, x: Tensor, target: Tensor | None
@@ -164,7 +236,7 @@ class CamBudget:
             # grad-cam needs hooks for gradients, which a packed copy without gradients does not run.
             layer, model = _theirs(model, layer)
         with eval_mode(model):
-            return external_cam(method, model, layer, x, target), logits
+            return external_cam(method, model, layer, x, target, lambda output: self._maps(output, model, x)), logits
 
     def _forward(self, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """Target layer's output, a leaf of the graph that leads from it to the logits, and the logits."""
@@ -174,17 +246,13 @@ class CamBudget:
         def cut(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
             if threading.get_ident() != thread:  # the forward of another thread
                 return None
-            if not isinstance(output, Tensor) or output.ndim != 4:
+            if not isinstance(output, Tensor) or (output.ndim not in (3, 4) and self.reshape is None):
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                raise BadValueError(f"target_layer must give a tensor (N,K,h,w), got {got}")
+                raise BadValueError(f"target_layer must give a tensor (N,K,h,w), got {got}; tokens (N,L,K) will do too")
+            self._maps(output.detach(), model, x)  # raises here and not after the forward
             torch.set_grad_enabled(True)  # until the no_grad block below ends
-            last = _channels_are_last(output, x, model)
-            activation = (output.permute(0, 3, 1, 2) if last else output).detach()
-            if not (activation.is_contiguous() or activation.is_contiguous(memory_format=torch.channels_last)):
-                activation = activation.contiguous()
-            found.append(activation.requires_grad_())
-            again = activation.clone()  # a leaf must not be overwritten, and an in-place ReLU may come next
-            return again.permute(0, 2, 3, 1) if last else again
+            found.append(output.detach().requires_grad_())
+            return found[-1].clone()  # a leaf must not be overwritten, and an in-place ReLU may come next
 
         assert self.target_layer is not None
         handle = self.target_layer.register_forward_hook(cut)
@@ -306,13 +374,16 @@ def _candidates(names: dict[str, nn.Module]) -> str:
     """Names of the parts that hold convolutions, the deepest last, at most a line of them; without any, what to do."""
     convolutions = [name for name, module in names.items() if isinstance(module, nn.Conv2d)]
     tokens = any(isinstance(module, nn.LayerNorm | nn.MultiheadAttention) for module in names.values())
-    patches = [name for name in convolutions if _cuts_patches(names[name])]
-    if not convolutions or (tokens and patches == convolutions):
-        embedding = f" beyond its patch embedding {patches[0]!r}, whose map says nothing" if patches else ""
+    patches = [name for name in convolutions if cuts_patches(names[name])]
+    if tokens and patches == convolutions:
+        norm = _before_last_attention(names)
+        layers = f"{norm} (tokens), or " if norm else ""
         return (
-            f"none, there is no convolution{embedding}; give method=callable(model, x, target) -> maps (N,h,w), or "
-            f"name a layer whose output is (N,h,w,K), as the stages of Swin are"
+            f"{layers}a layer whose output is (N,h,w,K), as the stages of Swin are; or give "
+            f"method={' or '.join(map(repr, ATTENTION_METHODS))}, or callable(model, x, target) -> maps (N,h,w)"
         )
+    if not convolutions:
+        return "none, there is no convolution; give method=callable(model, x, target) -> maps (N,h,w)"
     prefix = ""
     while True:  # down to the module that holds several parts with convolutions
         parts = list(dict.fromkeys(name[len(prefix) :].partition(".")[0] for name in convolutions))
@@ -321,5 +392,19 @@ def _candidates(names: dict[str, nn.Module]) -> str:
         prefix += f"{parts[0]}."
 
 
-def _cuts_patches(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == module.stride != (1, 1)
+def _before_last_attention(names: dict[str, nn.Module]) -> str | None:
+    """The name of the last block's first LayerNorm, after which every patch is still asked."""
+    attention = [name for name, module in names.items() if "Attention" in type(module).__name__]
+    block = attention[-1].rpartition(".")[0] if attention else ""
+    return next((n for n, m in names.items() if n.startswith(f"{block}.") and isinstance(m, nn.LayerNorm)), None)
+
+
+def native_methods(method: object) -> tuple[str, ...]:
+    """The methods of `part_fast.cam` whose maps `method` is made of; none if it is of another kind."""
+    if not isinstance(method, str):
+        return ()
+    if method == "ensemble":
+        return METHODS
+    name, colon, members = method.partition(":")
+    chosen = tuple(members.split("+")) if name == "ensemble" and colon else (method,)
+    return chosen if set(chosen) <= set(METHODS) else ()

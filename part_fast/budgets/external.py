@@ -34,13 +34,19 @@ def _package(kind: type) -> str | None:
 
 
 def external_cam(
-    method: type | Explain, model: nn.Module, layer: nn.Module | None, x: Tensor, target: Tensor
+    method: type | Explain,
+    model: nn.Module,
+    layer: nn.Module | None,
+    x: Tensor,
+    target: Tensor,
+    maps_of: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Maps (N,h,w), detached, of images x (N,C,H,W) for class indices target (N,).
 
     method: a class of grad-cam or torchcam, whose object is made for `model` and `layer` and closed afterwards; an
     object of theirs, which explains its own layers of the same model; or callable(model, x, target). Of both packages
     the maps are what their objects give.
+    maps_of: the layer's output as maps (N,K,h,w), the `reshape_transform` of grad-cam's classes.
     Every parameter's .grad is put back afterwards, also after an exception.
     Errors: ValueError or TypeError for a result that is no map of every image, for an object of another model, and
     for an object together with a layer.
@@ -49,8 +55,12 @@ def external_cam(
     explained = _explained(model) if package else model
     with grads_kept(explained), eval_mode(explained), torch.enable_grad():
         if isinstance(method, type):
-            layers = [layer] if package == "pytorch_grad_cam" else layer
-            with method(explained, layers) as explain:  # which releases its hooks
+            made = (
+                method(explained, [layer], reshape_transform=maps_of)
+                if package == "pytorch_grad_cam"
+                else method(explained, layer)
+            )
+            with made as explain:  # which releases its hooks
                 maps = _maps(package, explain, x, target)
         elif package:
             _check_object(method, explained, layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
     layout with fewer images than the published set loads too, with a warning that says how many there are.
 
     Args:
-        name: one of `DATASETS`, or folder:PATH.
+        name: one of `DATASETS`, with a path in the place of PATH.
         split: "train" or "test".
         root: the only folder to look in; without it $PART_FAST_DATA, ./data, ~/.cache/part_fast and Debian's path.
         download: fetch with torchvision, into root (or $PART_FAST_DATA, or ~/.cache/part_fast), if it is not found.
@@ -45,20 +46,39 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
         ValueError: unknown name or split, or a damaged file.
         OSError: the download failed.
     """
-    folder = name.removeprefix("folder:")
-    if name not in DATASETS and (folder == name or not folder):
-        raise BadValueError(f"data set takes one of {', '.join(DATASETS)}, folder:PATH, got {name!r}")
+    kind, _, path = name.partition(":")
+    row = DATASETS.get(f"{kind}:PATH" if path else name)
+    if row is None:
+        raise BadValueError(f"data set takes one of {', '.join(DATASETS)}, got {name!r}")
     if split not in ("train", "test"):
         raise BadValueError(f"split takes 'train' or 'test', got {split!r}")
-    read = DATASETS[name] if name in DATASETS else partial(load_folder, folder)
+    read = partial(row.read, path) if path else row.read
     return read(split, None if root is None else Path(root).expanduser(), download)
 
 
-DATASETS: dict[str, Callable[[str, Path | None, bool], Dataset]] = {
-    "demo": load_demo,
-    "fashion-mnist": load_fashion_mnist,
-    "cifar10": partial(load_cifar, CIFAR10),
-    "cifar100": partial(load_cifar, CIFAR100),
-    "svhn": load_svhn,
-    "tinyimagenet": load_tinyimagenet,
+@dataclass(frozen=True)
+class Source:
+    """One data set, or with a name that ends in :PATH all those that lie in a folder.
+
+    help: what it is, for help texts. read: callable(split, root, download) -> Dataset, after the path if there is one.
+    train_images, size, classes: of the published set, height and width in pixels; None where the folder says it.
+    downloads: whether `download` fetches it.
+    """
+
+    help: str
+    read: Callable[..., Dataset]
+    train_images: int | None
+    size: int | None
+    classes: int | None
+    downloads: bool = True
+
+
+DATASETS: dict[str, Source] = {
+    "demo": Source("in the package", load_demo, 6_000, 32, 10, downloads=False),
+    "fashion-mnist": Source("", load_fashion_mnist, 60_000, 32, 10),
+    "cifar10": Source("", partial(load_cifar, CIFAR10), 50_000, 32, 10),
+    "cifar100": Source("", partial(load_cifar, CIFAR100), 50_000, 32, 100),
+    "svhn": Source("", load_svhn, 73_257, 32, 10),
+    "tinyimagenet": Source("", load_tinyimagenet, 100_000, 64, 200, downloads=False),
+    "folder:PATH": Source("or folder:PATH@SIZE", load_folder, None, None, None, downloads=False),
 }

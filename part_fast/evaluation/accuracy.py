@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from part_fast import checks, distributed
 from part_fast.attack_model import AttackModel
 from part_fast.attacks.ascend import clean_logits
-from part_fast.attacks.autoattack import autoattack, load_autoattack
-from part_fast.attacks.mma import mma
-from part_fast.attacks.pgd import pgd
+from part_fast.attacks.catalogue import ATTACKS, attack_of_evaluation, known_attacks, load_attacks
 from part_fast.config import find_device
 from part_fast.data.memory import Dataset, to_float
 from part_fast.errors import BadValueError
@@ -36,9 +34,8 @@ with needs("tqdm", "train"):
 with needs("safetensors", "train"):
     from safetensors.torch import load_file, save_file
 
-KNOWN_ATTACKS = "natural, pgdSTEPS (pgd20, pgd100, ...), mma, aa"
-
-MMA_STEPS = 20
+# Files of what a slow attack has done so far: its name, what it may be continued with, and the process of several.
+KEPT = tuple(f"evaluation_{name}_*" for name, attack in ATTACKS.items() if attack.resumes)
 
 
 @dataclass(frozen=True)
@@ -53,54 +50,56 @@ class AttackSettings:
 def check_attacks(names: Sequence[str]) -> None:
     """Raises ValueError for an unknown attack, listing the known, and for none at all."""
     for name in names:
-        if name not in ("natural", "mma", "aa") and _pgd_steps(name) is None:
-            raise BadValueError(f"attacks must be of {KNOWN_ATTACKS}, got {name!r}")
+        attack_of_evaluation(name)
     if not names or len(set(names)) < len(names):
-        raise BadValueError(f"attacks must be at least one of {KNOWN_ATTACKS}, each once, got {', '.join(names)!r}")
+        raise BadValueError(f"attacks must be at least one of {known_attacks()}, each once, got {', '.join(names)!r}")
 
 
-def correct(
+def is_correct(
     model: nn.Module,
     data: Dataset,
     name: str,
-    attack: AttackSettings,
+    settings: AttackSettings,
     batch_size: int = 256,
     progress: bool = False,
     keep: Path | None = None,
 ) -> Tensor:
     """Whether each image of `data` is classified right under the attack called `name`: bool (N,), on the CPU.
 
-    natural: no attack. pgdSTEPS: cross-entropy PGD of so many steps from one uniform start. mma: minimum margin, 20
-    steps, three targets. aa: AutoAttack, standard. Random numbers come from `attack.seed`, on the CPU but for aa, so
-    that a result repeats and the global random state stays as it is. Attacks run on an `AttackModel` of the model;
-    the model itself judges what they found, in eval mode, and gets its mode back. Data and model lie on one device.
-    keep: a file to which aa writes its results after every batch, and from which a stopped call goes on.
+    name: one that `part_fast.attacks.catalogue` lets an evaluation take, such as natural, which is no attack, or pgd20.
+    An attack that starts at random does so once, uniformly within eps. Random numbers come from `settings.seed`, on the
+    CPU but for AutoAttack, so that a result repeats and the global random state stays as it is. Attacks run on an
+    `AttackModel` of the model; the model itself judges what they found, in eval mode, and gets its mode back. Data and
+    model lie on one device.
+    keep: a file to which results are written after every batch, and from which a stopped call goes on.
     Each of several processes does its share of the batches, with the random numbers of a single process, and all get
     the whole result.
     """
-    generator = torch.Generator().manual_seed(attack.seed)
-    right, done = torch.zeros(len(data), dtype=torch.bool), 0
+    attack, steps = attack_of_evaluation(name)
+    generator = torch.Generator().manual_seed(settings.seed)
+    is_correct, done = torch.zeros(len(data), dtype=torch.bool), 0
     if keep is not None and distributed.size() > 1:
         keep = keep.with_name(f"{keep.stem}_{distributed.rank()}of{distributed.size()}{keep.suffix}")
     if keep is not None and keep.exists():
         state = load_file(keep)
-        right, done = state["right"], int(state["done"])
-    attacked = AttackModel(model) if name != "natural" else model  # the same gradients in less time
+        is_correct, done = state["right"], int(state["done"])
+    attacked = AttackModel(model) if attack.reads_model else model  # the same gradients in less time
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for place, batch in enumerate(data.batches(batch_size)):
-            noise = None if name in ("natural", "aa") else torch.rand(batch.images.shape, generator=generator)
+            noise = torch.rand(batch.images.shape, generator=generator) if attack.random_start else None
             ours = place % distributed.size() == distributed.rank()
             if int(batch.indices[-1]) < done or not ours:
                 bar.update(len(batch.images))
                 continue
             x = to_float(batch.images)
-            x_adv = _attacked(attacked, x, batch.labels, name, attack, noise)
-            right[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
+            start = "zero" if noise is None else (x + (noise.to(x.device) * 2 - 1) * settings.eps).clamp(0, 1)
+            x_adv = attack.run(attacked, x, batch.labels, settings.eps, settings.alpha, steps, start, settings.seed)
+            is_correct[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
             bar.update(len(x))
             if keep is not None:
                 with files.replacing(keep) as temporary:
-                    save_file({"right": right, "done": batch.indices[-1:].cpu() + 1}, temporary)
-    return distributed.sum_(right.to(torch.uint8).to(data.images.device)).bool().cpu()
+                    save_file({"right": is_correct, "done": batch.indices[-1:].cpu() + 1}, temporary)
+    return distributed.sum_(is_correct.to(torch.uint8).to(data.images.device)).bool().cpu()
 
 
 def evaluate(
@@ -125,7 +124,7 @@ def evaluate(
     """Accuracies, with standard errors, of a run folder's model or of a checkpoint, into evaluation.json and .csv.
 
     where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, which lies in
-        one or has `dataset` and `model` named. attacks: see `correct`. n: a balanced subset of the test images;
+        one or has `dataset` and `model` named. attacks: see `is_correct`. n: a balanced subset of the test images;
         default: those of the run.
     out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks in it
         are kept if they were made with the same settings. resume: do not repeat an attack whose result it holds.
@@ -145,8 +144,7 @@ def evaluate(
         ImportError: pyautoattack, which aa needs, is missing; nothing is written then.
     """
     check_attacks(attacks)
-    if "aa" in attacks:
-        load_autoattack()  # a missing package is said before anything is written
+    load_attacks(attacks)  # a missing package is said before anything is written
     if resume and overwrite:
         raise BadValueError("resume and overwrite exclude each other")
     checks.count("batch_size", batch_size, 1)
@@ -185,10 +183,10 @@ def evaluate(
         if resume and name in results:
             continue
         begin = time.perf_counter()
-        keep = out / f"evaluation_aa_{_digest(settings, batch_size)}.safetensors" if name == "aa" else None
-        right = correct(net, data, name, attack, batch_size, progress=True, keep=keep)
-        results[name] = {**accuracy(right), "seconds": round(time.perf_counter() - begin, 3)}
-        images[name] = right
+        resumes = attack_of_evaluation(name)[0].resumes
+        keep = out / f"evaluation_{name}_{_digest(settings, batch_size)}.safetensors" if resumes else None
+        images[name] = is_correct(net, data, name, attack, batch_size, progress=True, keep=keep)
+        results[name] = {**accuracy(images[name]), "seconds": round(time.perf_counter() - begin, 3)}
     record = {**settings, "results": results, "environment": environment()}
     record["warnings"] = sanity.order_flags({name: images[name] for name in results})
     if sanity_images:
@@ -203,7 +201,7 @@ def evaluate(
             save_file(images, temporary)
         files.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
         files.write_json(summary, record)
-        for stale in out.glob("evaluation_aa_*.safetensors"):
+        for stale in itertools.chain.from_iterable(out.glob(pattern) for pattern in KEPT):
             stale.unlink()
     distributed.barrier()
     return record
@@ -215,27 +213,8 @@ def _digest(settings: dict[str, Any], batch_size: int) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def accuracy(right: Tensor) -> dict[str, Any]:
-    """Share of True in `right` (N,) and its standard error, sqrt(p (1 - p) / N)."""
-    n, hits = len(right), int(right.sum())
+def accuracy(is_correct: Tensor) -> dict[str, Any]:
+    """Share of True in `is_correct` (N,) and its standard error, sqrt(p (1 - p) / N)."""
+    n, hits = len(is_correct), int(is_correct.sum())
     p = hits / n
     return {"accuracy": p, "standard_error": math.sqrt(p * (1 - p) / n), "correct": hits, "n": n}
-
-
-def _pgd_steps(name: str) -> int | None:
-    match = re.fullmatch(r"pgd([1-9]\d*)", name)
-    return int(match[1]) if match else None
-
-
-def _attacked(
-    model: nn.Module, x: Tensor, y: Tensor, name: str, attack: AttackSettings, noise: Tensor | None
-) -> Tensor:
-    if name == "natural":
-        return x
-    if name == "aa":
-        return autoattack(model, x, y, attack.eps, attack.seed)
-    assert noise is not None
-    start = (x + (noise.to(x.device) * 2 - 1) * attack.eps).clamp(0, 1)
-    if name == "mma":
-        return mma(model, x, y, attack.eps, attack.alpha, MMA_STEPS, start=start)
-    return pgd(model, x, y, attack.eps, attack.alpha, _pgd_steps(name) or 0, start=start)

@@ -20,16 +20,18 @@ from part_fast.precision import full_float32
 CORNERS, RESTARTS = 100, 5
 
 
-def order_flags(right: Mapping[str, Tensor]) -> list[str]:
+def order_flags(is_correct: Mapping[str, Tensor]) -> list[str]:
     """Warnings, with their evidence, about accuracies in an order that no sound attack gives.
 
-    right: by attack, whether each image was right, bool (N,), the same images for all. Warned about: an attack above
-    natural accuracy, or AutoAttack above PGD-20, by more than twice the standard error of their difference.
+    is_correct: by attack, whether each image was right, bool (N,), the same images for all. Warned about: an attack
+    above natural accuracy, or AutoAttack above PGD-20, by more than twice the standard error of their difference.
     """
     flags = []
-    pairs = [("natural", name) for name in right if name != "natural"] + [("pgd20", "aa")]
+    pairs = [("natural", name) for name in is_correct if name != "natural"] + [("pgd20", "aa")]
     for weak, strong in pairs:
-        if weak in right and strong in right and (excess := _excess(right[strong], right[weak])) is not None:
+        if not {weak, strong} <= set(is_correct):
+            continue
+        if (excess := _excess(is_correct[strong], is_correct[weak])) is not None:
             flags.append(f"{strong} is above {weak}: {excess}")
     return flags
 
@@ -121,8 +123,8 @@ def agreement_warning(agreement: Mapping[str, float]) -> str | None:
     )
 
 
-def _share(right: Tensor) -> float:
-    return float(right.float().mean())
+def _share(is_correct: Tensor) -> float:
+    return float(is_correct.float().mean())
 
 
 def _excess(strong: Tensor, weak: Tensor) -> str | None:

@@ -85,7 +85,7 @@ def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, floa
     return f"{files.table(header, rows)}\nmean ± standard deviation of {seeds} seeds"
 
 
-def right(folder: Path, attack: str) -> Tensor:
+def is_correct(folder: Path, attack: str) -> Tensor:
     """Whether each test image was right under `attack`: bool (N,), as `evaluate` left it in a run folder."""
     return load_file(folder / "evaluation_images.safetensors")[attack]
 

@@ -15,7 +15,7 @@ from part_fast.config import PRESETS, TrainConfig
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import evaluate
 from part_fast.evaluation.masks import masks
-from part_fast.experiments.compare import MEASURES, accuracy_table, difference, mean_and_spread, right
+from part_fast.experiments.compare import MEASURES, accuracy_table, difference, is_correct, mean_and_spread
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 from part_fast.training.loop import train
@@ -72,7 +72,7 @@ def demo(
             for row in rows:
                 line.setdefault(config.warmup_epochs + row["epoch"], []).append(row["test_natural"])
             for key in MEASURES:
-                hits[name][key].append(right(folder, key))
+                hits[name][key].append(is_correct(folder, key))
             accuracies = {key: tested["results"][key]["accuracy"] for key in MEASURES}
             errors = {f"{key}_standard_error": tested["results"][key]["standard_error"] for key in MEASURES}
             speed = statistics.mean(row["images_per_second"] for row in rows)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from part_fast import checks
-from part_fast.attacks.autoattack import load_autoattack
+from part_fast.attacks.catalogue import load_attacks
 from part_fast.config import TrainConfig, preset
+from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import check_attacks, evaluate
 from part_fast.report import files
@@ -131,7 +132,7 @@ def reproduce(
 ) -> list[dict[str, Any]]:
     """Run, or go on with, every row of a table, and print ours beside the poster's.
 
-    table: cifar10, svhn or tinyimagenet. scale: full, the poster's setting; small, the same rows on the demo's images
+    table: one of `POSTER`. scale: full, the poster's setting; small, the same rows on the demo's images
     and small network with 32 test images, whose numbers are not comparable with the poster's. Finished runs and
     evaluations are kept.
     dry_run: print the commands and an estimate of their time from a measured step, and do nothing.
@@ -149,8 +150,7 @@ def reproduce(
             log(row.command(out))
         log(_estimate(rows))
         return []
-    if "aa" in attacks:
-        load_autoattack()  # a missing package is said before anything is written
+    load_attacks(attacks)  # a missing package is said before anything is written
     found: dict[str, list[dict[str, float]]] = {}
     for row in rows:
         log(f"{row.name}, seed {row.config.seed}")
@@ -229,13 +229,15 @@ def _estimate(rows: Sequence[Row]) -> str:
 
 
 def _images(config: TrainConfig) -> int:
-    counts = {"cifar10": 50_000, "svhn": 73_257, "tinyimagenet": 100_000, "demo": 6_000}
-    return config.train_size or counts[config.dataset]
+    images = config.train_size or DATASETS[config.dataset].train_images
+    assert images is not None  # a table's images are no folder's
+    return images
 
 
 def _seconds_per_image(config: TrainConfig) -> float:
-    side = 64 if config.dataset == "tinyimagenet" else 32
-    classes = 200 if config.dataset == "tinyimagenet" else 10
+    source = DATASETS[config.dataset]
+    side, classes = source.size, source.classes
+    assert side is not None and classes is not None  # noqa: PT018 - as above
     with torch.random.fork_rng():
         engine = Engine(dataclasses.replace(config, batch_size=4), classes, torch.device("cpu"))
         x, y = torch.rand(4, 3, side, side), torch.randint(0, classes, (4,))

@@ -14,7 +14,14 @@ from part_fast import checks
 from part_fast.config import PRESETS, TrainConfig
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import evaluate
-from part_fast.experiments.compare import MEASURES, accuracy_table, interval, load_student_t, mean_and_spread, right
+from part_fast.experiments.compare import (
+    MEASURES,
+    accuracy_table,
+    interval,
+    is_correct,
+    load_student_t,
+    mean_and_spread,
+)
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 from part_fast.training.loop import train
@@ -74,7 +81,7 @@ def study(
             _train(config.after_warmup(warm / WEIGHTS, **{"method": "part", "seed": seed, **changes}), folder)
             evaluate(folder, tuple(MEASURES), resume=True)
             for key in MEASURES:
-                hits[key][name].append(right(folder, key))
+                hits[key][name].append(is_correct(folder, key))
             accuracies = {key: float(hits[key][name][-1].float().mean()) for key in MEASURES}
             runs.append({"arm": name, "seed": seed, **accuracies})
 

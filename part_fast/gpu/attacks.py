@@ -26,7 +26,7 @@ from part_fast import AttackModel, CamBudget, PackedEpsilon, mma, pgd
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench.step_cases import settle
 from part_fast.budgets.bank import MaskBank
-from part_fast.config import METHODS, TrainConfig
+from part_fast.config import TrainConfig
 from part_fast.data.catalogue import load
 from part_fast.data.memory import draw_augmentation, to_float
 from part_fast.gpu import oracle
@@ -41,6 +41,7 @@ from part_fast.gpu.record import (
     share_differing,
     synchronize,
 )
+from part_fast.methods import METHODS
 from part_fast.training.engine import Engine
 from part_fast.training.step import batch_epsilon, train_step
 
@@ -99,7 +100,7 @@ class Checks:
         for i in range(steps):
             at = order[i * self.batch % (len(order) - self.batch) :][: self.batch]
             x, y = to_float(self.images[at]), self.labels[at]
-            loss = train_step(engine, "at", x, y, EPS, (0, self.batch, 0))
+            loss = train_step(engine, "at", x, y, EPS)
         require(torch.isfinite(loss), f"the loss is {loss}")
         return engine.model.eval().requires_grad_(False)
 

@@ -89,8 +89,11 @@ def extrema(cam, COUNT: tl.constexpr, THREADS: tl.constexpr, DTYPE: tl.constexpr
 @triton.jit
 def first_tap(position, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr):
     """Index of the first of the four taps of an output position."""
-    # Shifted by one period, since division of a negative number would not round down.
-    return ((2 * position + 1) * SIZE_IN + SIZE_OUT) // (2 * SIZE_OUT) - 2
+    # Shifted by periods, since division of a negative number would not round down. By so many that LLVM cannot divide
+    # in 16 bits: ptxas miscompiles a repeated add.s16x2 on sm_90 (triton issue 11581).
+    PERIODS: tl.constexpr = (1 << 16) // (2 * SIZE_OUT) + 1
+    shifted = (2 * position + 1) * SIZE_IN + (2 * PERIODS - 1) * SIZE_OUT
+    return shifted // (2 * SIZE_OUT) - (PERIODS + 1)
 
 
 @triton.jit

@@ -10,8 +10,16 @@ from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.packed_epsilon import bytes_per_mask, pack_bits
 from part_fast.ops.upsample_cam import reference as upsample_reference
 
-# The raw ops' `rule` argument is the place in this tuple. "soft" is no mask: epsilon_map takes it.
-RULES = ("zscore", "released", "quantile", "soft")
+# What each rule keeps, for help texts; Q is a number. "soft" is no mask: epsilon_map takes it.
+RULE_HELP = {
+    "zscore": "pixels more than a standard deviation above the mean",
+    "released": "what the authors' published code computes",
+    "quantile:Q": "the largest share Q of the pixels",
+    "soft": "in proportion to the map",
+}
+
+# The raw ops' `rule` argument is the place in this tuple.
+RULES = tuple(name.partition(":")[0] for name in RULE_HELP)
 
 
 def _fraction(text: str) -> tuple[int, int]:
@@ -34,19 +42,23 @@ def _fraction(text: str) -> tuple[int, int]:
         return 0, 1
 
 
-def parse_rule(rule: str, height: int, width: int, soft: bool) -> tuple[int, int, int]:
+def parse_rule(rule: object, height: int, width: int, soft: bool) -> tuple[int, int, int]:
     """(rule, k, M): the rule's number, how many pixels `quantile:q` keeps (else 0), the mask's channels."""
-    known = "zscore, released, quantile:q with 0 < q < 1" + (", soft" if soft else "")
     if not isinstance(rule, str):
-        raise BadTypeError(f"rule must be one of {known}, got {type(rule).__name__}")
+        raise BadTypeError(f"rule must be one of {_known(soft)}, got {type(rule).__name__}")
     name, colon, share = rule.partition(":")
     if name == "quantile" and colon:
         numerator, denominator = _fraction(share)
         if 0 < numerator < denominator:
             return RULES.index("quantile"), -(-numerator * height * width // denominator), 1
-    elif rule in ("zscore", "released") or (soft and rule == "soft"):
+    elif rule in RULES and rule != "quantile" and (soft or rule != "soft"):
         return RULES.index(rule), 0, 3 if rule == "released" else 1
-    raise BadValueError(f"rule must be one of {known}, got {rule!r}")
+    raise BadValueError(f"rule must be one of {_known(soft)}, got {rule!r}")
+
+
+def _known(soft: bool) -> str:
+    names = (name.replace(":Q", ":q with 0 < q < 1") for name in RULE_HELP if soft or name != "soft")
+    return ", ".join(names)
 
 
 # matplotlib's jet is linear between these (place, value) points of each channel.

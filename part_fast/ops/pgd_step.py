@@ -176,7 +176,7 @@ def pgd_step_(
         checks.unshared("x_adv", x_adv)
         return x_adv.copy_(pgd_step(x_adv, grad, x, eps, alpha, clip))
     for name, value in zip(("grad", "x", "eps"), tensors[1:], strict=True):
-        _apart(name, value, x_adv)
+        refuse_overlap(name, value, x_adv)
     if checks.transformed() or (torch.is_grad_enabled() and _asks_gradient(*tensors)):
         # The backward reads x_adv as it was, also where it is another argument too.
         kept = x_adv.clone()
@@ -195,7 +195,7 @@ def _asks_gradient(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None) -
     return x_adv.requires_grad or grad.requires_grad or x.requires_grad or (eps is not None and eps.requires_grad)
 
 
-def _apart(name: str, value: Tensor | None, x_adv: Tensor) -> None:
+def refuse_overlap(name: str, value: Tensor | None, x_adv: Tensor) -> None:
     """`value` shares no memory with x_adv, or is the same elements: an in-place kernel reads and writes one by one."""
     if value is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return  # a graph that is traced or transformed has no memory yet, and writes last

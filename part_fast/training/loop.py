@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
-from part_fast.config import WEIGHTED, TrainConfig, find_device, read_config
+from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
 from part_fast.errors import BadValueError, CannotRunError
-from part_fast.evaluation.accuracy import AttackSettings, correct
+from part_fast.evaluation.accuracy import AttackSettings, is_correct
 from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
 from part_fast.evaluation.trained import evaluation_data
+from part_fast.methods import METHODS
 from part_fast.optional import needs
 from part_fast.precision import algorithms
 from part_fast.report import figures
@@ -76,7 +77,7 @@ def train(
     engine = Engine(config, data.num_classes, device, load=not (resume and (out / STATE).is_file()))
     model, budget = engine.model, engine.budget
     bank = None
-    if config.refresh_epochs and config.method in WEIGHTED:
+    if config.refresh_epochs and METHODS[config.method].weighted:
         size = (data.images.shape[2], data.images.shape[3])
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
@@ -106,7 +107,7 @@ def train(
             loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
             begin = time.perf_counter()
             weighted_epoch = epoch - config.warmup_epochs
-            if bank is not None and method in WEIGHTED and weighted_epoch % config.refresh_epochs == 0:
+            if bank is not None and METHODS[method].weighted and weighted_epoch % config.refresh_epochs == 0:
                 bank.fill(budget, data.images)
             order = epoch_order(len(data), config, epoch).to(device)
             agreement: dict[str, float] = {}
@@ -118,7 +119,7 @@ def train(
                 if seen_images == 0 and config.precision != "fp32":
                     agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
                 epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
-                loss = train_step(engine, method, x, batch.labels, epsilon, (seen_images, len(order), epoch))
+                loss = train_step(engine, method, x, batch.labels, epsilon, seen_images, len(order), epoch)
                 seen_images += len(x)
                 loss_sum += loss * len(x)
                 hits += (seen[-1].argmax(1) == batch.labels).sum()
@@ -165,8 +166,10 @@ def accuracies(engine: Engine, test: Dataset, attacked_test: Dataset | None) -> 
     found: dict[str, float | None] = {}
     for name, model in models.items():
         for measure, images in (("natural", test), ("pgd20", attacked_test)):
-            right = None if images is None else correct(model, images, measure, attack)
-            found[f"{name}_{measure}"] = None if right is None else float(right.float().mean())
+            if images is None:
+                found[f"{name}_{measure}"] = None
+            else:
+                found[f"{name}_{measure}"] = float(is_correct(model, images, measure, attack).float().mean())
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
 from part_fast.errors import BadValueError
+from part_fast.evaluation.accuracy import KEPT
 from part_fast.optional import needs
 from part_fast.precision import full_float32
 from part_fast.report import files
@@ -31,7 +32,7 @@ DERIVED = (
     "evaluation.json",
     "evaluation.csv",
     "evaluation_images.safetensors",
-    "evaluation_aa_*",
+    *KEPT,
     "events.out.tfevents.*",
 )
 

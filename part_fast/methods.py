@@ -1,0 +1,56 @@
+"""The training methods by name: what training, its configuration, the command line and the benchmarks know of each.
+
+The table holds the losses, so that it stands above losses.py, and below config.py, which reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from part_fast.losses import mart_loss, mart_objective, trades_loss, trades_objective
+
+
+@dataclass(frozen=True)
+class Method:
+    """One training method.
+
+    help: what it is, for help texts. plain: the name of the method that warms it up, the same without pixel weights.
+    objective: callable(model, x, x_adv, y, beta) -> the loss, a scalar, of images x and x_adv (N,C,H,W) that were
+        attacked already, and labels y (N,); what runs with every attack that is no PGD.
+    loss: attack and objective in one, with the arguments of `trades_loss`: the method's own PGD, which starts elsewhere
+        or increases something else. None: `pgd` itself, then the objective.
+    weighted: whether each pixel has an eps of its own. beta: whether the loss has a robust term, which beta weighs.
+    """
+
+    help: str
+    plain: str
+    objective: Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
+    loss: Callable[..., Tensor] | None = None
+    weighted: bool = False
+    beta: bool = False
+
+
+def _cross_entropy(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    return F.cross_entropy(model(x_adv), y)
+
+
+def _trades(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    return trades_objective(model(x), model(x_adv), y, beta)
+
+
+def _mart(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    return mart_objective(model(x), model(x_adv), y, beta)
+
+
+METHODS: dict[str, Method] = {
+    "at": Method("cross-entropy of attacked images", "at", _cross_entropy),
+    "part": Method("at with an eps for each pixel", "at", _cross_entropy, weighted=True),
+    "trades": Method("accuracy plus beta times stability", "trades", _trades, trades_loss, beta=True),
+    "part-t": Method("trades with an eps for each pixel", "trades", _trades, trades_loss, weighted=True, beta=True),
+    "mart": Method("errors count more", "mart", _mart, mart_loss, beta=True),
+    "part-m": Method("mart with an eps for each pixel", "mart", _mart, mart_loss, weighted=True, beta=True),
+}
