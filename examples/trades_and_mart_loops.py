@@ -15,7 +15,7 @@ from part_fast import AttackModel, CamBudget, mart_loss, trades_loss
 from part_fast.data import load, to_float
 from part_fast.models import resnet_small
 
-args = SimpleNamespace(lr=0.05, step_size=2 / 255, epsilon=8 / 255, num_steps=3, beta=6.0, batch_size=100)
+args = SimpleNamespace(lr=0.05, step_size=2 / 255, epsilon=8 / 255, num_steps=2, beta=6.0, batch_size=50)
 
 
 def train(loss_of, model, device, train_loader, optimizer, **faster) -> float:
@@ -42,7 +42,7 @@ def train(loss_of, model, device, train_loader, optimizer, **faster) -> float:
 
 
 def main() -> None:
-    images = load("demo", "train").subset(600)
+    images = load("demo", "train").subset(200)
     pairs = torch.utils.data.TensorDataset(to_float(images.images), images.labels)
     loader = torch.utils.data.DataLoader(pairs, batch_size=args.batch_size)
     device = torch.device("cpu")
@@ -51,8 +51,10 @@ def main() -> None:
             torch.manual_seed(0)
             model: nn.Module = resnet_small().to(device)
             optimizer = optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
-            fast = AttackModel(model)
-            more = {"attack_model": fast, "epsilon": CamBudget(fast, 8 / 255, 7 / 255)} if part else {}
+            more = {}
+            if part:
+                fast = AttackModel(model)
+                more = {"attack_model": fast, "epsilon": CamBudget(fast, 8 / 255, 7 / 255)}
             losses = [train(loss_of, model, device, loader, optimizer, **more) for _ in range(2)]
             print(f"{name}{' with a CamBudget' if part else ''}: loss {losses[0]:.3f}, then {losses[1]:.3f}")
 
