@@ -9,6 +9,7 @@ CONSTRAINTS ?= constraints.txt
 # environment, with a copy of the checkout in it, of 7 GB below VERSIONS.
 TORCH_VERSIONS ?= 2.10 2.11
 VERSIONS ?= build/versions
+EXAMPLES ?= build/examples
 GPU_ARGS ?=
 export PART_FAST_CUDA
 
@@ -20,7 +21,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo test test-slow test-versions gpu bench lint format lock clean
+.PHONY: help install build demo test test-slow test-examples test-versions gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,6 +55,17 @@ test: install ## all tests but the slow ones, and the Triton kernels in the inte
 
 test-slow: install ## the proofs that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+# An environment that adds to VENV what the examples need, and takes torch and the rest from it.
+test-examples: install ## the examples, with the libraries that they are for in an environment of 0.2 GB: EXAMPLES
+	test -x $(EXAMPLES)/bin/python || $(PY) -m venv $(EXAMPLES)
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
+	    > $$($(EXAMPLES)/bin/python -c 'import site; print(site.getsitepackages()[0])')/part_fast-venv.pth
+	grep -v '^setuptools==' $(CONSTRAINTS) > $(EXAMPLES)/constraints.txt
+	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --constraint $(EXAMPLES)/constraints.txt \
+	    $$($(PY) -c 'import tomllib; print(*(name for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["examples"] if "part_fast" not in name))')
+	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --no-deps robustbench torchattacks
+	$(EXAMPLES)/bin/python -m pytest -m '' tests/test_examples.py tests/test_budget.py $(PYTEST_ARGS)
 
 test-versions: ## the tests on each of TORCH_VERSIONS and on the pinned torch; a log each, a line each at the end
 	@failed=; mkdir -p $(VERSIONS); for version in $(TORCH_VERSIONS); do \
@@ -96,5 +108,5 @@ lock: install ## rewrite constraints.txt from what is installed in VENV
 	$(PY) -m pip freeze --all --exclude-editable --exclude pip >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
-clean: ## remove what was compiled, and the environments of test-versions; VENV and runs stay
+clean: ## remove what was compiled, and the environments of test-versions and test-examples; VENV and runs stay
 	rm -rf build dist part_fast.egg-info part_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

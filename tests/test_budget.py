@@ -418,14 +418,63 @@ def test_grad_cam_classes_explain_an_attack_models_model(name):
     assert torch.equal(got, CamBudget(model, method=kind, rule="soft")(X))
 
 
-def test_grad_cam_instance_is_refused():
-    grad_cam = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
+@pytest.mark.parametrize("name", ["GradCAM", "EigenCAM"])
+@pytest.mark.parametrize("wrap", [nn.Sequential, AttackModel, nn.DataParallel], ids=["plain", "AttackModel", "wrapped"])
+def test_grad_cam_objects_explain_their_own_layers(name, wrap):
+    kind = getattr(pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed"), name)
     net = golden_net()
-    with (
-        grad_cam.GradCAM(model=net, target_layers=[net.relu2]) as explain,
-        pytest.raises(ValueError, match=r"method must be .*, got an instance of GradCAM: give the class itself"),
-    ):
-        CamBudget(net, method=explain, target_layer="relu2")
+    expected = CamBudget(net, method=kind, rule="soft", target_layer="relu2")(X)
+    model = net if wrap is nn.Sequential else wrap(net)
+    with kind(model=net, target_layers=[net.relu2]) as explain:
+        net.train()
+        before = snapshot(net)
+        got = CamBudget(model, method=explain, rule="soft")(X)
+        assert_untouched(before, net)
+    # The copy's logits choose the same classes; the maps are the source's.
+    assert torch.equal(got, expected)
+
+
+def torchcam(name):
+    return getattr(pytest.importorskip("torchcam.methods", reason="torchcam is not installed"), name)
+
+
+@pytest.mark.parametrize("name", ["GradCAM", "LayerCAM", "XGradCAM", "ScoreCAM"])
+@pytest.mark.parametrize("attacked", [False, True], ids=["plain", "AttackModel"])
+def test_torchcam_gives_its_own_output_by_class_and_by_object(name, attacked):
+    kind = torchcam(name)
+    net = golden_net()
+    with kind(net, "relu2") as extractor:
+        logits = net(X)
+        own = torch.cat([extractor([c], net(X[i : i + 1]))[0] for i, c in enumerate(logits.argmax(1).tolist())])
+    expected = part_fast.epsilon_map(own, (16, 16), 0.1, 0.0, "soft")
+    net.train()
+    before = snapshot(net)
+    model = AttackModel(net) if attacked else net
+    by_class = CamBudget(model, 0.1, 0.0, method=kind, rule="soft", target_layer="relu2")(X)
+    assert_untouched(before, net)
+    with kind(net, "relu2") as extractor:
+        by_object = CamBudget(model, 0.1, 0.0, method=extractor, rule="soft")(X)
+    # One image at a time, and in a batch.
+    torch.testing.assert_close(by_class, expected, atol=1e-5, rtol=0)
+    assert torch.equal(by_class, by_object)
+
+
+def test_torchcam_and_the_native_layercam_agree():
+    net = golden_net()
+    theirs = CamBudget(net, 1.0, 0.0, method=torchcam("LayerCAM"), rule="soft", target_layer="relu2")(X)
+    ours = CamBudget(net, 1.0, 0.0, method="layercam", rule="soft", target_layer="relu2")(X)
+    # torchcam divides by the maximum plus 1e-8, and adds channels in another order.
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_objects_of_another_model_or_beside_a_layer_are_refused():
+    grad_cam = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
+    net, other = golden_net(), golden_net()
+    with grad_cam.GradCAM(model=net, target_layers=[net.relu2]) as explain:
+        with pytest.raises(ValueError, match=r"method must explain the budget's model, got a GradCAM of another Net$"):
+            CamBudget(other, method=explain)(X)
+        with pytest.raises(ValueError, match=r"target_layer must be None with an object as method, .* a GradCAM"):
+            CamBudget(net, method=explain, target_layer="relu2")(X)
 
 
 def tiny_swin(embed_dim=24):
