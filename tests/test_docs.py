@@ -38,11 +38,12 @@ class Tokens(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.conv_proj = torch.nn.Conv2d(3, 8, 4, 4)
+        self.norm = torch.nn.LayerNorm(8)
         self.block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.head = torch.nn.Linear(8, 10)
 
     def forward(self, x):
-        return self.head(self.block(self.conv_proj(x).flatten(2).transpose(1, 2)).mean(1))
+        return self.head(self.block(self.norm(self.conv_proj(x).flatten(2).transpose(1, 2))).mean(1))
 
 
 class Vgg(torch.nn.Module):

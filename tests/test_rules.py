@@ -1,5 +1,11 @@
 """Rules: by name and as functions, against the ops, a bisection and values worked out by hand; ensembles; learning."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from golden_attack import EXPECTED, golden_net
@@ -279,3 +285,41 @@ def test_the_table_names_every_rule():
     for name, help in RULES.items():
         find_rule(examples.get(name, name), EPS, LOW)
         assert help
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def said(name):
+    """What an example prints, run as a user runs it."""
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_example_of_rules():
+    text = said("rules")
+    assert "its earlier form   eps from 8.00 to 12.00" in text
+    assert "one region         eps from 8.00 to 12.00, mean 9.000" in text
+    assert re.search(r"mean of 8/255 .* mean 8\.000", text)
+
+
+@pytest.mark.slow
+def test_example_of_a_learned_rule():
+    before, after, mean, spread = map(
+        float, re.search(r"before learning (\S+), after (\S+);.* (\S+)/255\n.* (\S+);", said("learned_rule")).groups()
+    )
+    assert after > before  # which it learns to do
+    assert mean == 7.0  # 4 + 0.25 * (16 - 4)
+    assert spread > 0
+
+
+@pytest.mark.slow
+def test_example_of_a_vision_transformer():
+    pytest.importorskip("torchvision", reason="the torchvision package is not installed")
+    text = said("train_vit")
+    first, last = map(float, re.search(r"first ten steps (\S+), of the last ten (\S+)", text).groups())
+    assert last < first
+    assert "50 different masks for 50 images, 30% of the pixels" in text

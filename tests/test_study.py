@@ -19,7 +19,12 @@ FEW = {"AT": {"method": "at"}, "PART": {}, "random": {"control": "random"}}
 
 def test_arms_are_all_controls_and_rules():
     assert {arm.get("control") for arm in ARMS.values()} >= {None, "permuted", "random", "inverted", "uniform"}
-    assert [arm.get("rule") for arm in ARMS.values() if "rule" in arm] == ["released", "quantile:0.5"]
+    assert [arm.get("rule") for arm in ARMS.values() if "rule" in arm] == [
+        "released",
+        "quantile:0.5",
+        "budget-matched:8/255",
+        "region:centre",
+    ]
     # Below 0.7 points of standard error at any accuracy.
     assert 0.5 / CONFIG.test_size**0.5 < 0.0071
     for changes in ARMS.values():

@@ -305,14 +305,20 @@ def test_other_threads_attention_is_not_seen():
     assert all(torch.equal(one, expected) for one in got)
 
 
-def test_blocks_that_checkpoint():
-    model, x = timm_vit(), images()
-    expected = [CamBudget(model, method=m).evidence(x)[0] for m in ("rollout", "attention-gradient")]
+@pytest.mark.parametrize(
+    ("reentrant", "said"), [(False, "blocks that checkpoint"), (True, "a no_grad of the model's own")]
+)
+def test_blocks_that_checkpoint_are_refused(reentrant, said):
+    model, x = timm_vit(depth=3), images()
+    expected, _ = CamBudget(model, target_layer="blocks.2.norm1").evidence(x)
     for block in model.blocks:
         plain = block.forward
-        block.forward = lambda x, plain=plain, **kwargs: checkpoint(plain, x, use_reentrant=False)
-    got = [CamBudget(model, method=m).evidence(x)[0] for m in ("rollout", "attention-gradient")]
-    torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-5)
+        block.forward = lambda x, plain=plain, **kwargs: checkpoint(plain, x, use_reentrant=reentrant)
+    with pytest.raises(ValueError, match=f"method attention-gradient must .*{said}") as error:
+        CamBudget(model, method="attention-gradient")(x)
+    assert "\n" not in str(error.value)
+    if not reentrant:
+        torch.testing.assert_close(CamBudget(model, target_layer="blocks.2.norm1").evidence(x)[0], expected)
 
 
 def swin(kind):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from part_fast import checks
 from part_fast.errors import BadTypeError, BadValueError
@@ -154,13 +155,17 @@ def attention_maps(
         )
     chosen = logits.detach().argmax(1) if target is None else checks.labels("target", target, x, logits.shape[1])
     wanted = seen.weights if method == "attention-gradient" else seen.weights[-1:]
-    seen.closed = True  # a checkpointed block runs again, and has to save what it saved
     with torch.enable_grad():
         score = logits.gather(1, chosen[:, None].clone()).sum()
     gradients: tuple[Tensor | None, ...] = (None,)
     if score.requires_grad:
-        with seen:
+        try:
             gradients = torch.autograd.grad(score, wanted, allow_unused=True)
+        except CheckpointError as error:  # what runs again computes its attention out of sight
+            raise BadValueError(
+                f"method {method} must see each block's attention once, got blocks that checkpoint: switch it off for "
+                "the budget's model"
+            ) from error
     if any(gradient is None for gradient in gradients):
         raise BadValueError(f"method {method} must have every attention lead to the logits: take another method")
 
@@ -212,7 +217,6 @@ class _AttentionSeen(TorchFunctionMode):
         super().__init__()
         self.method, self.images = method, images
         self.weights: list[Tensor] = []
-        self.closed = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -227,8 +231,6 @@ class _AttentionSeen(TorchFunctionMode):
         return self._keep(result) if func in _SOFTMAX and result.ndim > 2 else result
 
     def _keep(self, weights: Tensor) -> Tensor:
-        if self.closed:
-            return weights
         n, *_, queries, keys = weights.shape
         alike = not self.weights or self.weights[0].shape[-1] == keys
         whole = n == self.images if weights.ndim == 4 else n % self.images == 0

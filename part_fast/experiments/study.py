@@ -37,6 +37,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "uniform": {"control": "uniform"},
     "rule released": {"rule": "released"},
     "rule quantile": {"rule": "quantile:0.5"},
+    # Each image's mean eps is that of AT.
+    "budget-matched": {"rule": "budget-matched:8/255", "eps": 9 / 255, "eps_low": 7 / 255},
+    "ensemble": {"cam": "ensemble"},
+    "region": {"rule": "region:centre"},
+    "eps 12 and 8": {"eps": 12 / 255, "eps_low": 8 / 255},
 }
 CONFIG = dataclasses.replace(
     PRESETS["demo"], dataset="fashion-mnist", train_size=6000, test_size=5000, epochs=5, lr_drops=(4,)
@@ -79,7 +84,7 @@ def study(
             folder = out / f"{name.lower().replace(' ', '-')}-seed{seed}"
             log(f"{name}, seed {seed}")
             _train(config.after_warmup(warm / WEIGHTS, **{"method": "part", "seed": seed, **changes}), folder)
-            evaluate(folder, tuple(MEASURES), resume=True)
+            evaluate(folder, tuple(MEASURES), eps=config.eps, resume=True)  # whatever eps the arm trained with
             for key in MEASURES:
                 hits[key][name].append(is_correct(folder, key))
             accuracies = {key: float(hits[key][name][-1].float().mean()) for key in MEASURES}
