@@ -124,7 +124,8 @@ def test_every_declared_dependency_is_pinned():
     declared = [Requirement(text) for text in importlib.metadata.requires("part_fast") or []]
     assert {"torch", "pytest"} <= {requirement.name for requirement in declared}
     for requirement in declared:
-        if requirement.name != "part_fast":
+        # The examples have an environment of their own, with the current version of each library.
+        if requirement.name != "part_fast" and "examples" not in str(requirement.marker):
             version = pins[canonicalize_name(requirement.name)]
             assert requirement.specifier.contains(version), f"{requirement} against {version}"
 
@@ -208,7 +209,12 @@ def test_without_a_compiler_a_wheel_for_every_machine_holds_what_is_there_now(tm
 def test_extras_bring_what_the_errors_say_and_nothing_else_is_required():
     tomllib = pytest.importorskip("tomllib", reason="this Python has no tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {Requirement(text).name for text in project["dependencies"]} == {"torch", "numpy", "typing_extensions", "triton"}
+    assert {Requirement(text).name for text in project["dependencies"]} == {
+        "torch",
+        "numpy",
+        "typing_extensions",
+        "triton",
+    }
     extras = {
         name: {Requirement(text).name for text in texts} for name, texts in project["optional-dependencies"].items()
     }
