@@ -467,6 +467,16 @@ def test_torchcam_and_the_native_layercam_agree():
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
+def test_torchcam_is_given_maps_whose_channels_are_last():
+    kind, model = torchcam("LayerCAM"), tiny_swin()
+    x = torch.rand(2, 3, 16, 16)
+    theirs = CamBudget(model, 1.0, 0.0, method=kind, rule="soft", target_layer="features.3")(x)
+    ours = CamBudget(model, 1.0, 0.0, method="layercam", rule="soft", target_layer="features.3")(x)
+    # As above; min-max divides rounding by the map's range.
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    assert ours.std() > 0.1
+
+
 def test_objects_of_another_model_or_beside_a_layer_are_refused():
     grad_cam = pytest.importorskip("pytorch_grad_cam", reason="the grad-cam package is not installed")
     net, other = golden_net(), golden_net()

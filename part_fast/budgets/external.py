@@ -46,7 +46,7 @@ def external_cam(
     method: a class of grad-cam or torchcam, whose object is made for `model` and `layer` and closed afterwards; an
     object of theirs, which explains its own layers of the same model; or callable(model, x, target). Of both packages
     the maps are what their objects give.
-    maps_of: the layer's output as maps (N,K,h,w), the `reshape_transform` of grad-cam's classes.
+    maps_of: the layer's output as maps (N,K,h,w), the `reshape_transform` of both packages.
     Every parameter's .grad is put back afterwards, also after an exception.
     Errors: ValueError or TypeError for a result that is no map of every image, for an object of another model, and
     for an object together with a layer.
@@ -55,12 +55,8 @@ def external_cam(
     explained = _explained(model) if package else model
     with grads_kept(explained), eval_mode(explained), torch.enable_grad():
         if isinstance(method, type):
-            made = (
-                method(explained, [layer], reshape_transform=maps_of)
-                if package == "pytorch_grad_cam"
-                else method(explained, layer)
-            )
-            with made as explain:  # which releases its hooks
+            layers = [layer] if package == "pytorch_grad_cam" else layer
+            with method(explained, layers, reshape_transform=maps_of) as explain:  # which releases its hooks
                 maps = _maps(package, explain, x, target)
         elif package:
             _check_object(method, explained, layer)
