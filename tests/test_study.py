@@ -14,7 +14,11 @@ from part_fast.experiments.study import ARMS, CONFIG, study
 TINY = dataclasses.replace(
     PRESETS["demo"], epochs=2, warmup_epochs=1, lr_drops=(1,), steps=1, train_size=20, test_size=20
 )
-FEW = {"AT": {"method": "at"}, "PART": {}, "random": {"control": "random"}}
+FEW = {
+    "AT": {"method": "at"},
+    "PART": {},
+    "random": {"control": "random", "eps": 12 / 255, "rule": "budget-matched:8/255"},
+}
 
 
 def test_arms_are_all_controls_and_rules():
@@ -47,6 +51,8 @@ def test_study(tmp_path, monkeypatch):
             config = json.loads((tmp_path / f"{arm}-seed{seed}" / "config.json").read_text())
             assert config["init"] == str(tmp_path / f"warmup-seed{seed}" / "model.safetensors")
             assert (config["epochs"], config["lr_drops"], config["seed"]) == (1, [0], seed)
+            evaluation = json.loads((tmp_path / f"{arm}-seed{seed}" / "evaluation.json").read_text())
+            assert evaluation["eps"] == 8 / 255  # of the test, whatever the arm trained with
     expected = [
         float(is_correct(tmp_path / f"part-seed{s}", "pgd20").float().mean())
         - float(is_correct(tmp_path / f"at-seed{s}", "pgd20").float().mean())
