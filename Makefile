@@ -56,8 +56,8 @@ test: install ## all tests but the slow ones, and the Triton kernels in the inte
 test-slow: install ## the proofs that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
-# An environment that adds to VENV what the examples need, and takes torch and the rest from it. Of robustbench 1.1.1 the
-# source distribution alone holds `benchmark`; in the wheel it is commented out.
+# An environment that adds to VENV what the examples need, and takes torch and the rest from it. The wheel of
+# torchattacks 3.5.1 writes an old robustbench without `benchmark` over the other one, so that comes last.
 test-examples: install ## the examples, with the libraries that they are for in an environment of 0.2 GB: EXAMPLES
 	test -x $(EXAMPLES)/bin/python || $(PY) -m venv $(EXAMPLES)
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
@@ -65,7 +65,8 @@ test-examples: install ## the examples, with the libraries that they are for in 
 	grep -v '^setuptools==' $(CONSTRAINTS) > $(EXAMPLES)/constraints.txt
 	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --constraint $(EXAMPLES)/constraints.txt \
 	    $$($(PY) -c 'import tomllib; print(*(name for name in tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["examples"] if "part_fast" not in name))')
-	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --no-deps --no-binary robustbench robustbench torchattacks
+	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --no-deps torchattacks
+	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall robustbench
 	$(EXAMPLES)/bin/python -m pytest -m '' tests/test_examples.py tests/test_budget.py $(PYTEST_ARGS)
 
 test-versions: ## the tests on each of TORCH_VERSIONS and on the pinned torch; a log each, a line each at the end

@@ -2,7 +2,7 @@
 
 `load_weights` finds the weights under whatever key and prefix they have. `export_weights` writes a `.pt` that the
 zoo's own class loads. Nothing is downloaded: `benchmark` sees images of its data set's shape, made on the spot.
-It needs robustbench's source distribution (pip's --no-binary robustbench), as its wheel has no `benchmark`.
+Install robustbench after torchattacks, which brings an old copy of it without `benchmark`.
 """
 
 import importlib.util

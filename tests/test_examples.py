@@ -119,6 +119,7 @@ def test_ddp():
     assert "equal weights: True" in said("with_ddp")
 
 
+@slow
 def test_mnist():
     text = said("mnist")
     assert "images (1, 28, 28), map (1, 28, 28), eps 0.25 to 0.30" in text
@@ -126,6 +127,7 @@ def test_mnist():
     assert second < first
 
 
+@slow
 def test_learned_eps():
     text = said("learned_eps")
     ((uniform, learned),) = numbers(r"uniform eps ([\d.]+), under the learned one ([\d.]+)", text)
