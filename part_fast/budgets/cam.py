@@ -45,8 +45,9 @@ class CamBudget:
     eps, eps_low: image units, 0 <= eps_low <= eps: for the pixels that matter, and for the rest.
     method: "gradcam", "xgradcam", "layercam" or "hirescam", see `part_fast.cam`; "ensemble", the mean of all four, each
         stretched to [0,1], or of some, "ensemble:gradcam+layercam"; of transformers, without a layer, "rollout" or
-        "attention-gradient", see `budgets.tokens.attention_maps`; or, at whatever they cost, a class of the `grad-cam`
-        package, or callable(model, x, target) -> (N,h,w), run in eval mode, which needs no layer.
+        "attention-gradient", see `budgets.tokens.attention_maps`; or, at whatever they cost, a class or an
+        object of the packages grad-cam and torchcam, or callable(model, x, target) -> (N,h,w), run in eval mode. An
+        object and a callable need no layer.
     rule: "zscore", "released" (for images of three channels), "quantile:q" or "soft", see `part_fast.epsilon_map`;
         "budget-matched:MEAN" or "region:NAME", see `budgets.rules`; or a function (cam (N,h,w), size (H,W)) -> weights
         (N,1,H,W) or (N,C,H,W) in [0,1], which also gets target=(N,), the explained classes, if it has such a parameter:
