@@ -1,4 +1,5 @@
-// 3x3 convolutions on the CPU with a quarter of the products: Winograd's F(4x4, 3x3). See part_fast/ops/winograd.py.
+// 3x3 convolutions on the CPU with a quarter of the products: Winograd's F(4x4, 3x3). See
+// part_fast/attack_model/cpu/winograd.py.
 #include <cstdlib>
 #include <memory>
 #include <string_view>

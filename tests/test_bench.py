@@ -215,7 +215,7 @@ def test_freed_memory_is_kept():
         clocks.keep_freed_memory()
         # The first times take memory, and may leave a piece that is a few bytes too short for the next.
         print(min(faults() for _ in range(5)))"""
-    # In one process of eight a small piece lies behind each of the large ones, so that none is large enough for the next.
+    # In one process of eight a small piece lies behind each of the large ones, and none is large enough for the next.
     for _ in range(4):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         told, kept = (int(line) for line in done.stdout.split())

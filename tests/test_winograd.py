@@ -1,4 +1,4 @@
-"""Tests of ops.winograd: a convolution and its input gradient, against torch's in float64."""
+"""Tests of attack_model.cpu.winograd: a convolution and its input gradient, against torch's in float64."""
 
 import os
 import subprocess

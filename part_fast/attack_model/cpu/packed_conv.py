@@ -22,7 +22,7 @@ class PackedConv2d(nn.Conv2d):
 
     What a convolution on the CPU does to its weights first, in every forward and in every backward, is done once for
     each here, in the first forward and backward after `repack`. 3x3 convolutions of stride 1 on enough pixels are
-    multiplied by `ops.winograd` in float32, with a quarter of the products, and errors relative to the largest input of
+    multiplied by `winograd` in float32, with a quarter of the products, and errors relative to the largest input of
     a 6x6 tile: two to three times torch's where inputs are of one size, see `winograd.convolve`; all others by oneDNN
     in `dtype`, bit for bit what torch does. Gradients are for the input alone.
 
@@ -131,7 +131,7 @@ class PackedConv2d(nn.Conv2d):
         return onednn.convolve_transposed(_dense(grad_out), self._backward, sizes, rest)
 
     def winograd_takes(self, values: Tensor) -> bool:
-        """Whether inputs, or gradients of outputs, are for `ops.winograd` to multiply."""
+        """Whether inputs, or gradients of outputs, are for `winograd` to multiply."""
         return self.by_winograd and winograd.pays(values, self.dtype)
 
     def transformed(self, backward: bool = False) -> Tensor:
