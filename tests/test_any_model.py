@@ -405,8 +405,9 @@ def no_process_left() -> Iterator[None]:
 
 def distributed() -> nn.Module:
     one_process()
-    # In torch 2.10 each forward overwrites the buffers, which the one before has saved for its backward.
-    return nn.parallel.DistributedDataParallel(Net(), broadcast_buffers=not torch.__version__.startswith("2.10."))
+    # In torch 2.10 and 2.11 each forward overwrites the buffers, which the one before has saved for its backward.
+    overwrites = torch.__version__.startswith(("2.10.", "2.11."))
+    return nn.parallel.DistributedDataParallel(Net(), broadcast_buffers=not overwrites)
 
 
 def sharded() -> nn.Module:
