@@ -51,14 +51,21 @@ def both(model, x):
     return out.detach(), torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), leaf)[0]
 
 
-def is_the_model(fast, model, x=None):
+def is_the_model(fast, model, x=None, deep=False):
     """Up to float32's rounding; of gradients relative to the largest, since what cancels leaves rounding alone. A
-    second call would find what the first has spoilt."""
+    second call would find what the first has spoilt.
+
+    deep: of hundreds of thousands of ReLUs some are at 0 up to rounding, which depends on the number of threads. Each
+    that is cut off on one side alone changes the gradient of a few pixels by percents, and hardly all of it together.
+    """
     x = batch() if x is None else x
     for _ in range(2):
         (found, gradient), (expected, theirs) = both(fast, x), both(model, x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        assert (gradient - theirs).abs().max() < 1e-3 * theirs.abs().max()
+        if deep:
+            assert (gradient - theirs).norm() < 0.05 * theirs.norm()
+        else:
+            assert (gradient - theirs).abs().max() < 1e-3 * theirs.abs().max()
 
 
 def passes(fast, x=None):
@@ -113,9 +120,9 @@ def test_named_networks(name):
     assert (found[fuse.residual], found[fuse.conv_add_relu], found[fuse.cast]) == (blocks, others, casts)
     assert fast.fused == 2 * blocks + others
     assert f"fused={fast.fused}" in repr(fast)
-    is_the_model(fast, model, x)
+    is_the_model(fast, model, x, deep=True)
     model.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in model.state_dict().items()})
-    is_the_model(fast, model, x)
+    is_the_model(fast, model, x, deep=True)
 
 
 def test_networks_know_nothing_of_it():
