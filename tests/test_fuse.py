@@ -56,7 +56,7 @@ def is_the_model(fast, model, x=None, deep=False):
     second call would find what the first has spoilt.
 
     deep: of hundreds of thousands of ReLUs some are at 0 up to rounding, which depends on the number of threads. Each
-    that is cut off on one side alone changes the gradient as a whole by some percent; more images have shown 4.
+    that is cut off on one side alone changes the gradient as a whole by some percent: with other images it was 4.
     """
     x = batch() if x is None else x
     for _ in range(2):
