@@ -164,7 +164,11 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
     [
         ("--method free", "method must be one of at, part, trades, part-t, mart, part-m, got 'free'"),
         ("--attack deepfool", f"attack must be one of {', '.join(for_training())}, got 'deepfool'"),
-        ("--rule otsu", "rule must be one of zscore, released, quantile:q with 0 < q < 1, soft, budget-matched:MEAN"),
+        (
+            "--rule otsu",
+            "rule must be one of zscore, released, quantile:q with 0 < q < 1, soft, budget-matched:MEAN, region:NAME, "
+            "or a function, got 'otsu'",
+        ),
         ("--cam eigencam", "cam must be one of gradcam, xgradcam, layercam, hirescam"),
         ("--model vgg", "model takes one of resnet18, resnet-small"),
         ("--dataset mnist", "data set takes one of demo, fashion-mnist, cifar10"),

@@ -55,17 +55,15 @@ def is_the_model(fast, model, x=None, deep=False):
     """Up to float32's rounding; of gradients relative to the largest, since what cancels leaves rounding alone. A
     second call would find what the first has spoilt.
 
-    deep: of hundreds of thousands of ReLUs some are at 0 up to rounding, which depends on the number of threads. Each
-    that is cut off on one side alone changes the gradient as a whole by some percent: with other images it was 4.
+    deep: of hundreds of thousands of ReLUs some are at 0 up to rounding, which depends on the number of threads. One
+    that is cut off on one side alone changes an image's gradient by some percent, so that one image of all suffices.
     """
     x = batch() if x is None else x
     for _ in range(2):
         (found, gradient), (expected, theirs) = both(fast, x), both(model, x)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        if deep:
-            assert (gradient - theirs).norm() < 0.2 * theirs.norm()
-        else:
-            assert (gradient - theirs).abs().max() < 1e-3 * theirs.abs().max()
+        near = (gradient - theirs).abs().amax((1, 2, 3)) < 1e-3 * theirs.abs().amax((1, 2, 3))
+        assert near.any() if deep else near.all()
 
 
 def passes(fast, x=None):
@@ -114,7 +112,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_named_networks(name):
     kind, blocks, others, casts = NETWORKS[name]
-    model, x = made(kind), batch(side=32)
+    model, x = made(kind), batch(4, side=32)
     fast = AttackModel(model)
     found = calls(fast)
     assert (found[fuse.residual], found[fuse.conv_add_relu], found[fuse.cast]) == (blocks, others, casts)

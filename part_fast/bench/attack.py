@@ -41,7 +41,14 @@ from part_fast.attack_model.cpu import winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.bench.cases import MismatchError
 from part_fast.bench.clocks import Progress, clock_for, silent, threads_of, time_in_turn
-from part_fast.bench.command import at_least_one, check_threads, current_device, environment_line, result_paths
+from part_fast.bench.command import (
+    at_least_one,
+    check_threads,
+    current_device,
+    environment_line,
+    result_paths,
+    write_results,
+)
 from part_fast.bench.step_cases import MODELS, SIZE, default_batch, settle
 from part_fast.config import find_device
 from part_fast.models.catalogue import build_model
@@ -282,9 +289,5 @@ def attack(
         "rounds": rounds,
         "threads": list(dict.fromkeys(row["threads"] for row in rows)),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_csv(paths[0], rows)
-    draw(paths[1], rows, heading)
-    files.write_json(paths[2], record)
-    print(f"\nwritten: {', '.join(map(str, paths))}")
+    write_results(paths, rows, draw, heading, record)
     return rows

@@ -36,7 +36,14 @@ from torch import Tensor, nn
 from part_fast.attack_model import AttackModel
 from part_fast.bench.cases import EPS, EPS_LOW, MismatchError
 from part_fast.bench.clocks import Pass, Progress, clock_for, silent, threads_of, time_in_turn
-from part_fast.bench.command import at_least_one, check_threads, current_device, environment_line, result_paths
+from part_fast.bench.command import (
+    at_least_one,
+    check_threads,
+    current_device,
+    environment_line,
+    result_paths,
+    write_results,
+)
 from part_fast.bench.step_cases import AWAY, MODELS, SIZE, default_batch, settle
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import find_device
@@ -285,9 +292,5 @@ def cam(
         "rounds": rounds,
         "threads": list(dict.fromkeys(row["threads"] for row in rows)),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_csv(paths[0], rows)
-    draw(paths[1], rows, heading)
-    files.write_json(paths[2], record)
-    print(f"\nwritten: {', '.join(map(str, paths))}")
+    write_results(paths, rows, draw, heading, record)
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from part_fast.errors import BadValueError
+from part_fast.report import files
 
 
 def at_least_one(name: str, *values: int) -> None:
@@ -51,3 +52,19 @@ def environment_line(record: Mapping[str, Any], device: torch.device) -> str:
         hardware = f"{record['cpu']} ({record['cpu_capability']}), {record['threads']} threads"
     commit = f" ({record['commit'][:8]})" if record["commit"] else ""
     return f"part_fast {record['part_fast']}{commit}, torch {record['torch']}, {device}: {hardware}"
+
+
+def write_results(
+    paths: Sequence[Path],
+    rows: Sequence[Mapping[str, Any]],
+    draw: Callable[[Path, Any, str], None],
+    heading: str,
+    record: Mapping[str, Any],
+) -> None:
+    """The rows as CSV, their figure, and the environment as JSON, into the files of `result_paths`, in this order."""
+    table, figure, environment = paths
+    table.parent.mkdir(parents=True, exist_ok=True)
+    files.write_csv(table, rows)
+    draw(figure, rows, heading)
+    files.write_json(environment, record)
+    print(f"\nwritten: {', '.join(map(str, paths))}")

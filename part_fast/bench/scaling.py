@@ -27,7 +27,14 @@ import numpy as np
 import torch
 
 from part_fast.bench.clocks import Clock, CpuClock, Pass, Progress, clock_for, silent, threads_of, time_in_turn
-from part_fast.bench.command import at_least_one, check_threads, current_device, environment_line, result_paths
+from part_fast.bench.command import (
+    at_least_one,
+    check_threads,
+    current_device,
+    environment_line,
+    result_paths,
+    write_results,
+)
 from part_fast.bench.flop import FlopCount
 from part_fast.bench.step_cases import SMALL, StepCases, compare, configuration
 from part_fast.config import TrainConfig, find_device
@@ -203,9 +210,5 @@ def scaling(
         "rounds": rounds,
         "threads": list(dict.fromkeys(row["threads"] for row in rows)),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_csv(paths[0], rows)
-    draw(paths[1], rows, heading)
-    files.write_json(paths[2], record)
-    print(f"\nwritten: {', '.join(map(str, paths))}")
+    write_results(paths, rows, draw, heading, record)
     return rows
