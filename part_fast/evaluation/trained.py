@@ -58,10 +58,19 @@ def load_trained(
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     else:
         raise MissingFileError(f"there is no run folder or checkpoint at {where}")
+    recorded = config.root if root is None else None
     config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
     config.check()
     place = find_device(device)
-    data = evaluation_data(config, n).to(place)
+    try:
+        data = evaluation_data(config, n).to(place)
+    except MissingFileError as error:
+        if recorded is None:
+            raise
+        raise MissingFileError(
+            f"{config.dataset} is not in {recorded}, where the run found it: name the folder that holds it now by "
+            f"--root ({error})"
+        ) from error
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
         net = build_model(config.model, data.num_classes)
     load_weights(net, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, find_device, read_config
-from part_fast.data.catalogue import load
+from part_fast.data.catalogue import load, root_anywhere
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
 from part_fast.errors import BadValueError, CannotRunError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
@@ -69,6 +70,7 @@ def train(
     torch.manual_seed(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
+    config = dataclasses.replace(config, root=root_anywhere(data, config.root))
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
