@@ -475,7 +475,13 @@ def pets(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dataset", "root"),
-    [("folder:data/pets", None), ("folder:pets", "data"), ("folder:pets", None), ("cifar10", None), ("cifar10", "data")],
+    [
+        ("folder:data/pets", None),
+        ("folder:pets", "data"),
+        ("folder:pets", None),
+        ("cifar10", None),
+        ("cifar10", "data"),
+    ],
 )
 def test_a_run_finds_its_data_set_from_another_folder(dataset, root, pets, tmp_path, monkeypatch):
     if dataset == "folder:pets" and root is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,11 @@ from torch import nn
 
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load
-from part_fast.data.memory import Dataset
+from part_fast.data.memory import Dataset, to_float
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
+from part_fast.models.external import check_network, is_external, refuse_own_code
 
 
 class Trained(NamedTuple):
@@ -39,11 +41,15 @@ def load_trained(
     """The model in a run folder; or in a checkpoint file, in a run folder or with data set and model named.
 
     n: a balanced subset of the test images; default: those of the run.
+    model: default that of the run, unless it is a function of the user's own: to build it runs code that the caller
+    must name, not a file.
 
     Raises:
         FileNotFoundError: there is no such run folder, checkpoint or data set.
         ValueError: an argument is missing, or the weights do not fit.
+        ImportError: the network is of a package or module that cannot be imported.
     """
+    alone = False
     if where.is_dir():
         config, weights = read_config(where), where / "model.safetensors"
         if not weights.is_file():
@@ -51,13 +57,16 @@ def load_trained(
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     elif where.is_file():
         config, weights = TrainConfig(), where
-        if (where.parent / "config.json").is_file():  # a run's, such as its averaged weights
+        alone = not (where.parent / "config.json").is_file()
+        if not alone:  # a run's, such as its averaged weights
             config = read_config(where.parent)
         elif dataset is None or model is None:
             raise BadValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     else:
         raise MissingFileError(f"there is no run folder or checkpoint at {where}")
+    if model is None:
+        refuse_own_code(config.model, (where if where.is_dir() else where.parent) / "config.json")
     recorded = config.root if root is None else None
     config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
     config.check()
@@ -74,6 +83,14 @@ def load_trained(
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
         net = build_model(config.model, data.num_classes)
     load_weights(net, weights)
+    if is_external(config.model):
+        check_network(net.to(place), config.model, to_float(data.images[:2]), data.num_classes)
+        if alone:
+            warnings.warn(
+                f"{config.model} gets images in [0,1]: if {weights} was trained on normalised ones, name a function of "
+                "your own that normalises first",
+                stacklevel=2,
+            )
     return Trained(net.eval().requires_grad_(False).to(place), config, data, weights)
 
 

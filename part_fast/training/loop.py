@@ -77,9 +77,11 @@ def train(
 
     # A run that was stopped in its first epoch has no state yet, and starts as it did.
     engine = Engine(config, data.num_classes, device, load=not (resume and (out / STATE).is_file()))
-    model, budget = engine.model, engine.budget
+    engine.try_network(data)
+    model = engine.model
+    budget = engine.budget if METHODS[config.method].weighted else None
     bank = None
-    if config.refresh_epochs and METHODS[config.method].weighted:
+    if config.refresh_epochs and budget is not None:
         size = (data.images.shape[2], data.images.shape[3])
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
@@ -110,7 +112,7 @@ def train(
             begin = time.perf_counter()
             weighted_epoch = epoch - config.warmup_epochs
             if bank is not None and METHODS[method].weighted and weighted_epoch % config.refresh_epochs == 0:
-                bank.fill(budget, data.images)
+                bank.fill(engine.budget, data.images)
             order = epoch_order(len(data), config, epoch).to(device)
             agreement: dict[str, float] = {}
             model.train()
