@@ -149,7 +149,8 @@ def listed(text: str, arguments: set[str]) -> str:
     for line in _one_argument_a_line(text, arguments):
         named = NAMED.match(line)
         if named and named[1].partition(",")[0] in arguments:
-            lines += ([] if inside else [""]) + [f"- `{named[1].replace(', ', '`, `')}`: {_plain(line[named.end() :])}"]
+            names = ", ".join(f"`{name}`" if name in arguments else name for name in named[1].split(", "))
+            lines += ([] if inside else [""]) + [f"- {names}: {_plain(line[named.end() :])}"]
             inside, columns = True, False
         elif inside and line and (line[0] == " " or line[0].islower()):
             was_columns, columns = columns, bool(COLUMNS.search(line))
@@ -157,20 +158,24 @@ def listed(text: str, arguments: set[str]) -> str:
             start = " " * 8 if columns else " " * 4 + "- " * bool(CHOICE.match(line))
             lines.append(start + (line.strip() if columns else _plain(line.strip())))
         else:
-            lines += [""] if inside or STARTS.match(line) else []
+            before = lines[-1] if lines else ""
+            is_code = line[:1] == " " and line.lstrip()[0] != "`" and before[:1] != " " and before.endswith(":")
+            lines += [""] if inside or is_code or STARTS.match(line) else []
             lines.append(line if line[:1] == " " else _plain(line))
             inside = False
     return "\n".join(lines)
 
 
 def _one_argument_a_line(text: str, arguments: set[str]) -> Iterator[str]:
+    inside = False
     for line in text.splitlines():
+        first = NAMED.match(line)
+        inside = bool(line) and (inside or (first is not None and first[1].partition(",")[0] in arguments))
         begin = 0
-        if (match := NAMED.match(line)) and match[1].partition(",")[0] in arguments:
-            for match in NAMED.finditer(line):
-                if line[: match.start()].endswith(". ") and match[1].partition(",")[0] in arguments:
-                    yield line[begin : match.start()].rstrip()
-                    begin = match.start()
+        for named in NAMED.finditer(line) if inside else ():
+            if line[: named.start()].endswith(". ") and named[1].partition(",")[0] in arguments:
+                yield line[begin : named.start()].rstrip()
+                begin = named.start()
         yield line[begin:]
 
 
