@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from part_fast.config import TrainConfig, find_device, read_config
-from part_fast.data.catalogue import load
+from part_fast.data.catalogue import DATASETS, load
 from part_fast.data.memory import Dataset, to_float
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.models.catalogue import build_model
@@ -49,24 +50,12 @@ def load_trained(
         ValueError: an argument is missing, or the weights do not fit.
         ImportError: the network is of a package or module that cannot be imported.
     """
-    alone = False
-    if where.is_dir():
-        config, weights = read_config(where), where / "model.safetensors"
-        if not weights.is_file():
-            raise MissingFileError(f"{where} holds a run without model.safetensors: no epoch of it is finished")
-        config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
-    elif where.is_file():
-        config, weights = TrainConfig(), where
-        alone = not (where.parent / "config.json").is_file()
-        if not alone:  # a run's, such as its averaged weights
-            config = read_config(where.parent)
-        elif dataset is None or model is None:
-            raise BadValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
-        config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
-    else:
-        raise MissingFileError(f"there is no run folder or checkpoint at {where}")
+    config, weights, alone = _find(where)
+    if alone and (dataset is None or model is None):
+        raise BadValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
     if model is None:
-        refuse_own_code(config.model, (where if where.is_dir() else where.parent) / "config.json")
+        refuse_own_code(config.model, weights.parent / "config.json")
+    config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     recorded = config.root if root is None else None
     config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
     config.check()
@@ -92,6 +81,50 @@ def load_trained(
                 stacklevel=2,
             )
     return Trained(net.eval().requires_grad_(False).to(place), config, data, weights)
+
+
+def load_model(where: str | os.PathLike[str], *, model: str | None = None, num_classes: int | None = None) -> nn.Module:
+    """The trained model of a run folder or a checkpoint, on the CPU and in eval mode, for images (N,3,H,W) in [0,1].
+
+    Needs neither the data set nor a GPU. The package safetensors, of the extra `train`, reads what training writes.
+
+    where: a run folder, for its `model.safetensors`; a checkpoint in one, such as `averaged.safetensors`; or any
+        checkpoint that `models.load_weights` reads, together with `model`.
+    model: a name that `models.build_model` knows, such as "resnet18"; default: the run's.
+    num_classes: default: of the run's data set, 10 for a checkpoint alone; to be given for a run on a folder of images.
+
+    Equivalent to `load_weights(build_model(model, num_classes), weights).eval()`, by the names that the run's
+    config.json holds.
+    Errors: FileNotFoundError where there is no such run or checkpoint; ValueError where an argument is missing, or the
+    weights do not fit.
+    """
+    where = Path(where)
+    config, weights, alone = _find(where)
+    if alone and model is None:
+        raise BadValueError(f"{where} is a checkpoint alone, not a run folder: model must be given, such as 'resnet18'")
+    if num_classes is None and not alone:
+        if config.dataset not in DATASETS:  # images of a folder, which need not be here
+            raise BadValueError(f"num_classes must be given for {where}, which was trained on {config.dataset}")
+        num_classes = DATASETS[config.dataset].classes
+    if model is None:
+        refuse_own_code(config.model, weights.parent / "config.json")
+    with torch.random.fork_rng(devices=[]):
+        net = build_model(model or config.model, 10 if num_classes is None else num_classes)
+    return load_weights(net, weights).eval()
+
+
+def _find(where: Path) -> tuple[TrainConfig, Path, bool]:
+    """(configuration, weights, whether they are a checkpoint alone, whose configuration nobody knows)."""
+    if where.is_dir():
+        config, weights = read_config(where), where / "model.safetensors"
+        if not weights.is_file():
+            raise MissingFileError(f"{where} holds a run without model.safetensors: no epoch of it is finished")
+        return config, weights, False
+    if not where.is_file():
+        raise MissingFileError(f"there is no run folder or checkpoint at {where}")
+    if (where.parent / "config.json").is_file():  # a run's, such as its averaged weights
+        return read_config(where.parent), where, False
+    return TrainConfig(), where, True
 
 
 def evaluation_data(config: TrainConfig, n: int | None = None) -> Dataset:
