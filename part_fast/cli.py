@@ -95,13 +95,19 @@ class Evaluate:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     sanity_images: int = 0
     """Look for signs of gradient masking on so many of the images."""
+    sweep: str | None = None
+    """Besides, accuracy on at most 1,000 of the images as PGD grows: in eps, in steps, or in eps,steps; sweep.json."""
 
     def run(self) -> None:
         from part_fast.evaluation.accuracy import evaluate
+        from part_fast.evaluation.sweep import check_kinds, sweep
         from part_fast.report.files import table
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["attacks"] = _names(self.attacks)
+        kinds = values.pop("sweep")
+        if kinds is not None:
+            check_kinds(_names(kinds))
         record = evaluate(**values)
         rows = [
             (name, f"{100 * r['accuracy']:.2f}", f"{100 * r['standard_error']:.2f}", str(r["n"]), f"{r['seconds']:.1f}")
@@ -110,6 +116,17 @@ class Evaluate:
         print(table(("attack", "accuracy %", "standard error", "images", "seconds"), rows))
         for warning in record["warnings"]:
             print(f"warning: {warning}")
+        if kinds is None:
+            return
+        for name in ("attacks", "sanity_images"):
+            del values[name]
+        for kind, curve in sweep(kinds=_names(kinds), **values)["curves"].items():
+            strengths = [_as_written(point[kind]) for point in curve["points"]]
+            accuracies = [(f"{100 * p['accuracy']:.2f}", f"{100 * p['standard_error']:.2f}") for p in curve["points"]]
+            rows = [(strength, *cells) for strength, cells in zip(strengths, accuracies, strict=True)]
+            print(f"\n{table((kind, 'accuracy %', 'standard error'), rows)}")
+            for warning in curve["warnings"]:
+                print(f"warning: {warning}")
 
 
 @dataclass
@@ -391,6 +408,25 @@ class Demo:
 
 
 @dataclass
+class Report:
+    """One HTML page about runs: accuracies with spread, curves, masks over epochs, robustness, speed, what differs."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    """Run folders, or folders that hold some: a demo's, a study's, a reproduction's."""
+    out: Path
+    """The .html file to make, which needs no other file."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def run(self) -> None:
+        from part_fast.experiments.report import report
+
+        for warning in report(self.runs, self.out, overwrite=self.overwrite)["warnings"]:
+            print(f"warning: {warning}")
+        print(f"page: {self.out}")
+
+
+@dataclass
 class Info:
     """Versions, devices and threads; which backends are live, which are not and why."""
 
@@ -404,7 +440,7 @@ class Info:
         print(json.dumps(record, indent=2) if self.json else environment_text(record))
 
 
-Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Info
+Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Report | Info
 # A name is one word, or two, as it is typed.
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
@@ -419,6 +455,7 @@ COMMANDS: dict[str, type[Command]] = {
     "reproduce": Reproduce,
     "study": Study,
     "demo": Demo,
+    "report": Report,
     "info": Info,
 }
 
