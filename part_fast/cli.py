@@ -121,10 +121,11 @@ class Evaluate:
         for name in ("attacks", "sanity_images"):
             del values[name]
         for kind, curve in sweep(kinds=_names(kinds), **values)["curves"].items():
-            strengths = [_as_written(point[kind]) for point in curve["points"]]
-            accuracies = [(f"{100 * p['accuracy']:.2f}", f"{100 * p['standard_error']:.2f}") for p in curve["points"]]
-            rows = [(strength, *cells) for strength, cells in zip(strengths, accuracies, strict=True)]
-            print(f"\n{table((kind, 'accuracy %', 'standard error'), rows)}")
+            points = [
+                (_as_written(p[kind]), f"{100 * p['accuracy']:.2f}", f"{100 * p['standard_error']:.2f}")
+                for p in curve["points"]
+            ]
+            print(f"\n{table((kind, 'accuracy %', 'standard error'), points)}")
             for warning in curve["warnings"]:
                 print(f"warning: {warning}")
 
@@ -415,13 +416,16 @@ class Report:
     """Run folders, or folders that hold some: a demo's, a study's, a reproduction's."""
     out: Path
     """The .html file to make, which needs no other file."""
+    mask_epochs: tuple[int, ...] = ()
+    """Epochs whose masks to show, such as 30 40 50 60; default: at most seven, evenly spaced."""
     overwrite: bool = False
     """Replace the file."""
 
     def run(self) -> None:
         from part_fast.experiments.report import report
 
-        for warning in report(self.runs, self.out, overwrite=self.overwrite)["warnings"]:
+        made = report(self.runs, self.out, mask_epochs=self.mask_epochs, overwrite=self.overwrite)
+        for warning in made["warnings"]:
             print(f"warning: {warning}")
         print(f"page: {self.out}")
 

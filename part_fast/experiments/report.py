@@ -222,7 +222,7 @@ class _Page:
             load_student_t()
         except MissingPackageError as error:
             return [], [*says, f"Differences with their intervals are left out: {error}."]
-        cells = []
+        cells: list[tuple[str, ...]] = []
         for row, attack, before, after in pairs:
             points = (f"{row.name} - {base.name}", attack)
             if len(before) < 2:
@@ -304,7 +304,7 @@ class _Page:
             ("run", *(f"{x:.4g}" for x in xs)),
             cells,
         )
-        return Chart(title, line_chart(title, x_label, y_label, series, even=even), numbers)
+        return Chart(title, y_label, line_chart(title, x_label, y_label, series, even=even), numbers)
 
     def _legend(self, names: Sequence[str] = ()) -> list[tuple[str, str]]:
         return [(key(place), name) for name, place in self.places.items() if not names or name in names]

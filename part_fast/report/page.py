@@ -40,9 +40,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """An <svg> of `charts`, under a heading; `numbers` says the same to those who cannot see it."""
+    """An <svg> of `charts`, under a heading; unit: of its vertical axis; `numbers` says the same as a table."""
 
     title: str
+    unit: str
     svg: str
     numbers: Table
 
