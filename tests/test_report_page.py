@@ -1,4 +1,4 @@
-"""`part-fast report`: the numbers of the page by hand, what it names as missing, what it refuses, and a real browser."""
+"""`part-fast report`: the page's numbers by hand, what it names as missing, what it refuses, and a real browser."""
 
 import base64
 import dataclasses
@@ -342,7 +342,7 @@ def test_a_chart_is_drawn_to_its_axes():
     svg = str(charts.line_chart("t", "epoch", "accuracy", [line]))
     (points,) = re.findall(r'points="([^"]+)"', svg)
     (x1, y1), (x2, y2), (x4, y4) = (map(float, pair.split(",")) for pair in points.split())
-    assert (x1, x4) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
+    assert (x1, x4) == (charts.LEFT + charts.INSET, charts.WIDTH - charts.RIGHT)
     assert x2 - x1 == pytest.approx((x4 - x1) / 3, abs=0.1)
     assert y2 == pytest.approx((y1 + y4) / 2, abs=0.1)
     assert (y4, y1) == (charts.TOP, charts.HEIGHT - charts.BOTTOM)
@@ -353,8 +353,8 @@ def test_a_chart_is_drawn_to_its_axes():
     assert "<a>" not in svg
     evenly = str(charts.line_chart("t", "eps", "accuracy", [line], even=True))
     assert [float(pair.split(",")[0]) for pair in re.findall(r'points="([^"]+)"', evenly)[0].split()] == [
-        charts.LEFT,
-        pytest.approx((charts.LEFT + charts.WIDTH - charts.RIGHT) / 2, abs=0.1),
+        charts.LEFT + charts.INSET,
+        pytest.approx((charts.LEFT + charts.INSET + charts.WIDTH - charts.RIGHT) / 2, abs=0.1),
         charts.WIDTH - charts.RIGHT,
     ]
 
@@ -427,4 +427,4 @@ def test_a_browser_takes_the_picture_of_the_docs(four, tmp_path):
         assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
     assert sizes == [[255, 255, 255], [0x14, 0x18, 0x1D]]
     in_the_docs = Image.open(ROOT / "docs" / "report.png")
-    assert in_the_docs.size[0] == 1280
+    assert in_the_docs.size[0] == 1080

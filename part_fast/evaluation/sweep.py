@@ -141,9 +141,8 @@ def _warnings(kind: str, points: Sequence[dict[str, Any]], hits: Sequence[Tensor
             found.append(f"accuracy rises from {names[0]} to {names[1]}, {excess}")
     last = points[-1]
     if kind == "eps" and last["eps"] >= 0.5 and last["accuracy"] > 0.01:
-        found.append(
-            f"{100 * last['accuracy']:.1f}% are right at {_named(kind, last['eps'])}, which must fool everything"
-        )
+        share = f"{100 * last['accuracy']:.1f}%"
+        found.append(f"{share} are right at {_named(kind, last['eps'])}, where an attack must fool everything")
     return found
 
 

@@ -15,6 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 440, 270
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 40
+INSET = 10  # from the left end of the axis to the first point, whose marker would hide a number
 # As many as the page's style has; a further series gets the first colour again, with dashes.
 COLORS = 8
 
@@ -40,11 +41,11 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series],
     lines = [line for one in series for line in (one.points, *one.thin)]
     xs = sorted({x for line in lines for x, _ in line})
     low, high, step = _ticks(min(y for line in lines for _, y in line), max(y for line in lines for _, y in line))
-    inner, tall = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    inner, tall = WIDTH - LEFT - INSET - RIGHT, HEIGHT - TOP - BOTTOM
 
     def across(x: float) -> float:
         share = xs.index(x) / max(len(xs) - 1, 1) if even else (x - xs[0]) / ((xs[-1] - xs[0]) or 1)
-        return LEFT + inner * (share if len(xs) > 1 else 0.5)
+        return LEFT + INSET + inner * (share if len(xs) > 1 else 0.5)
 
     def down(y: float) -> float:
         return TOP + tall * (1 - (y - low) / (high - low))

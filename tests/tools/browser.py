@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 # The page lies in a frame of the width wanted, since windows have a least width.
-HARNESS = """<!DOCTYPE html><html><head><link rel="icon" href="data:,"></head><body><pre id="found">nothing</pre><script>
+HARNESS = """<!DOCTYPE html><html><head><link rel="icon" href="data:,"></head><body>
+<pre id="found">nothing</pre><script>
 const widths = WIDTHS, found = [];
 function next() {
   if (!widths.length) { document.getElementById("found").textContent = JSON.stringify(found); return; }
@@ -66,11 +67,10 @@ def run_chromium(*arguments: str) -> subprocess.CompletedProcess[str]:
     program = find_chromium()
     assert program is not None
     # Chromium asks its maker for updates and the like, unless told not to.
-    quiet = ("networking", "component-update", "sync", "default-apps", "extensions")
+    off = ("gpu", "quic", "background-networking", "component-update", "sync", "dev-shm-usage")
     with tempfile.TemporaryDirectory() as profile:
-        command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-        command += ["--disable-background-networking", *(f"--disable-{name}" for name in quiet[1:])]
-        command += ["--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={profile}", *arguments]
+        command = [program, "--headless", "--no-sandbox", "--no-first-run", "--hide-scrollbars"]
+        command += [*(f"--disable-{name}" for name in off), f"--user-data-dir={profile}", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
