@@ -354,7 +354,7 @@ def test_fashion_mnist_layouts(tmp_path, packed, where, split):
         ({"images": idx(GRAY_LABELS)}, "is not an idx file of uint8 with 3 dimensions: it starts 00 00 08 01"),
         ({"images": idx(GRAY)[:-1]}, r"has 3935 bytes, its header \(5, 28, 28\) says 3936"),
         ({"images": idx(GRAY) + b"\0"}, r"has 3937 bytes, its header \(5, 28, 28\) says 3936"),
-        ({"images": b"\0\0\x08\x03" + b"\xff" * 12}, r"has 16 bytes, its header \(4294967295, "),
+        ({"images": b"\0\0\x08\x03" + b"\xff" * 12}, r"says that it holds \(4294967295, .* more than 2147483648 bytes"),
         ({"images": gzip.compress(idx(GRAY))[:-20]}, "is not a whole gzip file"),
         ({"images": idx(GRAY[:, :27])}, "holds images of 27x28, Fashion-MNIST has 28x28"),
         ({"images": idx(GRAY[:4])}, "holds 4 train images but 5 labels"),

@@ -79,7 +79,7 @@ def load_cifar(cifar: _Cifar, split: str, root: Path | None, download: bool) -> 
         wanted = " to ".join(dict.fromkeys((stems[0], stems[-1])))
         raise not_found(cifar.name, f"{wanted} (or .bin)", places, "")
     parts = [
-        read_cifar_binary(path, cifar.title, cifar.label_bytes)
+        read_cifar_binary(path, cifar.title, cifar.label_bytes, len(cifar.classes))
         if path.suffix == ".bin"
         else read_cifar_pickle(path, cifar.title, cifar.field, len(cifar.classes))
         for path in files

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data.files import first_line
 from part_fast.data.memory import Dataset
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.optional import needs
+from part_fast.reading import first_line
 
 
 def dataset_of(
