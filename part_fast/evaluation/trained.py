@@ -58,7 +58,8 @@ def load_trained(
         config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     else:
         raise MissingFileError(f"there is no run folder or checkpoint at {where}")
-    config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
+    # Not what the run says of downloads: the file may be another's, and nobody has asked for one here.
+    config = dataclasses.replace(config, root=root or config.root, download=download)
     config.check()
     place = find_device(device)
     data = evaluation_data(config, n).to(place)
