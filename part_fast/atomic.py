@@ -9,14 +9,33 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary file to write, which takes the place of `path` when the block ends: no reader meets half a file.
 
-    If the block raises, `path` stays as it was and the temporary file is removed.
+    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. synced: the
+    file is on the disk before it takes that place, and the folder is afterwards, so that a power cut takes neither.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        if synced:
+            _sync(temporary)
         os.replace(temporary, path)
+        if synced:
+            _sync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write to a full disk
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that may not be written to
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until what was written to a file, or renamed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -37,6 +37,12 @@ SCHEDULES = {
 CYCLIC_PEAK = 0.4  # of the epochs; Wong et al., "Fast is better than free", ICLR 2020
 
 
+# What is done about an update whose loss or gradients are not finite.
+ON_NONFINITE = {
+    "stop": "with the step and its images",
+    "skip": "leave weights and statistics as they were, and count it",
+}
+
 Switch = bool | Literal["auto"]
 
 
@@ -63,6 +69,9 @@ class TrainConfig:
     """Train on a balanced subset of so many images; default: all."""
     test_size: int | None = None
     """Test on a balanced subset of so many images; default: all."""
+    validation: int = 0
+    """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them after each epoch picks
+    best.safetensors. 0: none."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
     """A checkpoint to start from; default: random weights."""
@@ -118,6 +127,7 @@ class TrainConfig:
     """Capture the steps of the attack as a CUDA graph: on (also by the flag alone), off, or auto: on CUDA."""
     deterministic: bool = False
     """Run algorithms alone that repeat their results; without it the fastest are found by timing on CUDA."""
+    on_nonfinite: Annotated[str, Doc(f"An update that is not finite: {described(ON_NONFINITE)}.")] = "stop"
     pgd_test_size: int = 500
     """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
     seed: int = 0
@@ -145,6 +155,7 @@ class TrainConfig:
         check_choice("precision", self.precision, (*PRECISIONS, "auto"))
         if self.cuda_graph not in (True, False, "auto"):
             raise BadValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         parse_average(self.average)
         if METHODS[self.method].weighted:
             eps_pair(self.eps, self.eps_low)
@@ -160,7 +171,7 @@ class TrainConfig:
             checks.number(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "steps", "pgd_test_size"):
+        for name in ("warmup_epochs", "steps", "pgd_test_size", "validation"):
             checks.count(name, getattr(self, name))
         checks.seed("seed", self.seed)
         for name in ("train_size", "test_size"):
