@@ -208,8 +208,9 @@ def evaluate(
         record["warnings"] += flags
     write()
     if distributed.rank() == 0:
-        for stale in itertools.chain.from_iterable(out.glob(pattern) for pattern in KEPT):
-            stale.unlink()
+        for stale in itertools.chain.from_iterable(out.glob(f"evaluation_{name}_*") for name in results):
+            if any(stale.match(pattern) for pattern in KEPT):  # of an attack whose result is written now
+                stale.unlink()
     distributed.barrier()
     return record
 

@@ -17,9 +17,10 @@ from part_fast.atomic import replacing
 from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
 from part_fast.models.resnet import ResNet
+from part_fast.models.weights_file import read_weights
 from part_fast.models.wideresnet import WideResNet
 from part_fast.optional import needs
-from part_fast.reading import first_line, read_tensors, read_torch
+from part_fast.reading import first_line, read_torch
 
 # The file formats of `export_weights`, and the endings that say which.
 FORMATS = {"safetensors": (".safetensors",), "robustbench": (".pt", ".pth")}
@@ -156,7 +157,7 @@ def _read_checkpoint(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         raise MissingFileError(f"no checkpoint file at {path}")
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return read_weights(path)
     try:
         raw = read_torch(path)
     # A damaged file can raise nearly anything; the first line of any of them says what happened.
