@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from typing_extensions import Doc
 
 import part_fast
-from part_fast import backends
+from part_fast import backends, distributed
 from part_fast.attacks.catalogue import for_evaluation
 from part_fast.budgets.rules import RULES
 from part_fast.choices import described, either
@@ -51,15 +51,19 @@ class Train:
     """Replace the run in the folder."""
     tensorboard: bool = False
     """Write TensorBoard event files too."""
+    save_every: float = 10.0
+    """Minutes between two states within an epoch, from which --resume goes on; each end of an epoch leaves one too."""
 
     def run(self) -> None:
         from part_fast.training.loop import train
 
+        how = {name: getattr(self, name) for name in ("resume", "overwrite", "tensorboard", "save_every")}
         try:
-            train(self.config, self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
-        except KeyboardInterrupt:
-            again = f" --model {self.config.model}" if is_own_code(self.config.model) else ""
-            print(f"stopped; go on with: part-fast train --out {self.out} --resume{again}", file=sys.stderr)
+            train(self.config, self.out, **how)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+            if distributed.rank() == 0:
+                again = f" --model {self.config.model}" if is_own_code(self.config.model) else ""
+                print(f"stopped; go on with: part-fast train --out {self.out} --resume{again}", file=sys.stderr)
             raise
         print(f"run folder: {self.out}")
 
@@ -532,6 +536,8 @@ def _as_written(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line, without the program's name; the exit code: 0, 2 for bad input, 130 for Ctrl-C.
+
+    SystemExit(143) where `part-fast train` was stopped by SIGTERM, after it has saved its state.
 
     What the caller can mend, a `UsageError` or an OSError, is one line on stderr; every other exception keeps its
     traceback.

@@ -24,8 +24,9 @@ from part_fast.experiments.compare import (
 )
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
+from part_fast.training.checkpoint import STATE
 from part_fast.training.loop import train
-from part_fast.training.run_folder import STATE, WEIGHTS
+from part_fast.training.run_folder import WEIGHTS
 
 # The arms that are trained after the warm-up; the others are compared with the first.
 ARMS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,8 @@ from torch import Tensor
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Dataset, to_float
-from part_fast.errors import BadValueError
+from part_fast.errors import BadValueError, UsageError
+from part_fast.methods import METHODS
 from part_fast.optional import needs
 from part_fast.report import files
 from part_fast.training.engine import Engine
@@ -47,10 +48,15 @@ def keep_masks(out: Path, engine: Engine, test: Dataset, epoch: int) -> None:
     The maps are those of the model as `evaluate` sees it, in float32 and eval mode, by the run's CAM and rule, before
     its control. A plain method, which trains without them, leaves them too: what PART would make of its model. Later
     epochs in the file are of a run that was stopped before its state was written, and are dropped; a file that is
-    damaged or of other images begins anew.
+    damaged or of other images begins anew. A network that has no CAM leaves none where the method needs none.
     """
     few = test.subset(min(IMAGES, len(test)))
-    weights, eps = mask_weights(engine, few)
+    try:
+        weights, eps = mask_weights(engine, few)
+    except UsageError:
+        if METHODS[engine.config.method].weighted:
+            raise
+        return  # a network without a CAM, which a plain method does not need
     history = MaskHistory(
         few.images.cpu(),
         few.labels.cpu(),
@@ -79,7 +85,10 @@ def mask_weights(engine: Engine, data: Dataset) -> tuple[Tensor, tuple[float, fl
     """(the eps maps of the images as uint8 (N,M,H,W), 255 for eps and 0 for eps_low; eps and eps_low)."""
     eps, eps_low = pair_of(engine.config)
     # The model and not its copy that is attacked, which may be compiled for other batch sizes.
-    budget = CamBudget(engine.model, eps, eps_low, method=engine.config.cam, rule=engine.config.mask_rule)
+    config = engine.config
+    budget = CamBudget(
+        engine.model, eps, eps_low, method=config.cam, rule=config.mask_rule, target_layer=config.target_layer
+    )
     weights = (budget(to_float(data.images)) - eps_low) / (eps - eps_low)
     return (255 * weights).round().to(torch.uint8), (eps, eps_low)
 
