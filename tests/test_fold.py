@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.v2
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -375,6 +376,88 @@ def test_torchvisions_networks(name, folded):
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     pairs, why_not = foldable(trace(model.eval()))
     assert (len(pairs), norms, why_not) == (folded, folded, None)
+
+
+def test_a_part_that_is_for_training_alone_does_not_stop_the_rest():
+    """GoogLeNet's two classifiers in the middle have a convolution and a BatchNorm of 128 channels each, as 11 more."""
+    torch.manual_seed(0)
+    model = torchvision.models.googlenet(num_classes=CLASSES, init_weights=False).eval()
+    pairs, why_not = foldable(trace(model))
+    assert (len(pairs), why_not) == (3 + 9 * 6, None)
+    assert not [conv for conv, _ in pairs if conv.startswith("aux")]
+    # The folded copy is compared on the real network's shapes: 64 is the least that its pooling takes.
+    fast, x = AttackModel(model.double()), torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    assert fast.folded == len(pairs)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+class Beside(Net):
+    """A second BatchNorm, beside a convolution of its own that is left out, in a module that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Module()
+        self.part.conv, self.part.norm = nn.Conv2d(3, 8, 3, padding=1), bn()
+        self.part.other, self.part.other_norm = nn.Conv2d(3, 8, 3, padding=1), bn()
+        self.second = False
+
+    def body(self, x):
+        norm = self.part.other_norm if self.second else self.part.norm
+        return self.layer4(F.relu(norm(self.part.conv(x))))
+
+
+class Alone(Beside):
+    """A second BatchNorm in a module that is left out, beside a convolution of other channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.apart = nn.Sequential(nn.Conv2d(3, 4, 3), bn())
+
+    def body(self, x):
+        norm = self.apart[1] if self.second else self.part.norm
+        return self.layer4(F.relu(norm(self.part.conv(x))))
+
+
+@pytest.mark.parametrize("kind", [Beside, Alone])
+def test_a_batch_norm_that_may_take_the_place_of_another_still_does(kind):
+    model = made(kind).double()
+    with pytest.warns(UserWarning, match="its forward leaves out BatchNorms that it may choose another time"):
+        fast = AttackModel(model)
+    assert fast.folded == 0
+    for model.second in (False, True):
+        is_the_model(fast, model)
+
+
+class Normalizing(Net):
+    def __init__(self, normalize):
+        super().__init__()
+        self.normalize = normalize
+
+    def forward(self, x):
+        return super().forward(self.normalize(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [torchvision.transforms.Normalize, torchvision.transforms.v2.Normalize])
+def test_torchvisions_normalize_in_the_forward(kind, inplace):
+    model = made(lambda: Normalizing(kind([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])))
+    x = batch()
+    leaf = (x - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.25]).view(3, 1, 1)
+    torch.testing.assert_close(model(x), Net.forward(model, leaf))
+    model.normalize.inplace = inplace
+    fast = AttackModel(model)
+    assert fast.folded == 2
+    assert fast.fused == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a graph that computes something else
+        torch.testing.assert_close(fast(x.clone()), model(x.clone()))
+        if not inplace:
+            torch.testing.assert_close(gradient(fast, x), gradient(model, x), rtol=1e-4, atol=1e-6)
+    double = model.double()
+    torch.testing.assert_close(AttackModel(double)(x.double()), double(x.double()), rtol=1e-9, atol=1e-9)
+    # Numbers that are changed are those of the next forward.
+    model.float().normalize.mean = [0.1, 0.1, 0.1]
+    torch.testing.assert_close(fast(x.clone()), model(x.clone()))
 
 
 def test_folded_weights_are_those_of_the_two():

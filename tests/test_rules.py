@@ -88,7 +88,11 @@ def test_functions_that_give_no_weights(rule, error, message):
 @pytest.mark.parametrize(
     ("rule", "error", "message"),
     [
-        ("nope", ValueError, r"zscore, released, quantile:q .*soft, budget-matched:MEAN, region:NAME, or a function"),
+        (
+            "nope",
+            ValueError,
+            r"zscore, released, quantile:q .*soft, budget-matched:MEAN, region:NAME, learned:FILE, or a function",
+        ),
         ("budget-matched", ValueError, "budget-matched:MEAN"),
         ("budget-matched:9/255", ValueError, r"must have eps_low <= MEAN <= eps, .*got 'budget-matched:9/255'"),
         ("budget-matched:x", ValueError, "must have eps_low <= MEAN <= eps"),
@@ -276,12 +280,14 @@ def test_a_run_takes_the_names(rule):
         TrainConfig(cam="ensemble:nope").check()
 
 
-def test_the_table_names_every_rule():
+def test_the_table_names_every_rule(tmp_path):
     examples = {
         "quantile:Q": "quantile:0.5",
         "budget-matched:MEAN": "budget-matched:5/255",
         "region:NAME": "region:centre",
+        "learned:FILE": f"learned:{tmp_path / 'rule.safetensors'}",
     }
+    LearnedRule((16, 16)).save(tmp_path / "rule.safetensors")
     for name, help in RULES.items():
         find_rule(examples.get(name, name), EPS, LOW)
         assert help

@@ -44,7 +44,8 @@ def foldable(forward: Trace | str) -> tuple[list[tuple[str, str]], str | None]:
 
     Refused: layers called twice or never; convolutions whose weights are shared, parametrized, or read by name; layers
     with hooks; and BatchNorms that are perhaps chosen among several, as a forward does that draws random numbers, or
-    that calls some of the model's BatchNorms and not others of the same size.
+    that calls some of the model's BatchNorms and not others of the same size. These others do not count where a whole
+    part of the model is left out, convolution and BatchNorm, such as a classifier for training alone.
     """
     if isinstance(forward, str):
         return [], forward
@@ -56,7 +57,10 @@ def foldable(forward: Trace | str) -> tuple[list[tuple[str, str]], str | None]:
     # By module, of which one may have several names.
     owners = collections.Counter(id(p) for module in modules.values() for p in module._parameters.values())
     norms = {name: module for name, module in modules.items() if isinstance(module, BATCH_NORMS)}
-    idle = {norm.num_features for name, norm in norms.items() if not calls[name] and name not in read}
+    used = {*calls, *read}
+    idle = {
+        norm.num_features for name, norm in norms.items() if name not in used and not _is_apart(name, modules, used)
+    }
     pairs = []
     for node in nodes:
         bn, before = str(node.target), node.args[0] if node.args else None
@@ -81,6 +85,22 @@ def foldable(forward: Trace | str) -> tuple[list[tuple[str, str]], str | None]:
         "its forward leaves out BatchNorms that it may choose another time"
         if idle
         else "none of them is all that a convolution of its own leads to"
+    )
+
+
+def _is_apart(name: str, modules: dict[str, nn.Module], used: set[str]) -> bool:
+    """Whether a BatchNorm that the forward leaves out has a convolution beside it, and nothing around it is used.
+
+    Were it chosen another time, it would be with its own convolution, not after one that is folded.
+    """
+    parent = name.rpartition(".")[0]
+    return (
+        bool(parent)
+        and not any(f"{other}.".startswith(f"{parent}.") for other in used)
+        and any(
+            isinstance(part, nn.Conv2d) and part.out_channels == getattr(modules[name], "num_features", None)
+            for part in modules[parent].children()
+        )
     )
 
 

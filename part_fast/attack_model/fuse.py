@@ -40,7 +40,7 @@ from part_fast.attack_model.cpu import packed_conv
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
 from part_fast.attack_model.fold import Folded, FoldedAct
 from part_fast.attack_model.follow import flat
-from part_fast.attack_model.trace import Call, Trace
+from part_fast.attack_model.trace import Call, Trace, is_normalize
 
 
 def fuse(forward: Trace | str) -> None:
@@ -184,7 +184,7 @@ def _read(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
 
 def _is_layer(module: nn.Module) -> bool:
     kind = type(module)
-    if kind in (PackedConv2d, Folded, FoldedAct):
+    if kind in (PackedConv2d, Folded, FoldedAct) or is_normalize(module):
         return True
     return kind.__module__.startswith("torch.nn.") and kind is not nn.Sequential
 

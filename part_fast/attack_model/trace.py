@@ -109,6 +109,18 @@ def traced(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Trace | s
     return Trace(model, prefix, graph, [] if keeps or sets else tracer.whole_calls())
 
 
+def is_normalize(module: nn.Module) -> bool:
+    """Whether it is torchvision's `transforms.Normalize`, v1 or v2.
+
+    Both ask what kind of object their input is: v1 raises for what torch.fx passes, v2 gives it back as it was.
+    """
+    kind = type(module)
+    return kind.__name__ == "Normalize" and kind.__module__ in (
+        "torchvision.transforms.transforms",
+        "torchvision.transforms.v2._misc",
+    )
+
+
 def _same_objects(old: dict[str, Any], new: dict[str, Any]) -> bool:
     # Where torch.fx meets a tensor that is nobody's attribute, it keeps it under this name.
     new = {key: value for key, value in new.items() if not key.startswith("_tensor_constant")}
@@ -179,7 +191,7 @@ class _Tracer(Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the module is one node."""
-        return self._is_layer(m) or super().is_leaf_module(m, module_qualified_name)
+        return self._is_layer(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from part_fast import checks
-from part_fast.errors import BadTypeError, BadValueError
+from part_fast.atomic import replacing
+from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.ops.cam_mask import RULE_HELP, _fraction, parse_rule
 from part_fast.ops.upsample_cam import upsample_cam
+from part_fast.optional import needs
 
 # (cam (N,h,w), size (H,W)) -> weights (N,1,H,W) or (N,C,H,W) in [0,1]; asked with target=(N,) where it takes one.
 Rule = Callable[..., Tensor]
@@ -22,6 +25,7 @@ RULES = {
     **RULE_HELP,
     "budget-matched:MEAN": "as soft, raised or lowered to the mean eps MEAN in each image",
     "region:NAME": "the top-left, top-right, bottom-left or bottom-right quarter or the centre",
+    "learned:FILE": "maps per class that the study learned",
 }
 _REGIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")
 
@@ -29,8 +33,9 @@ _REGIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")
 def find_rule(rule: str | Rule, eps: float, eps_low: float, *, functions: bool = True) -> str | Rule:
     """A rule of the ops by its name, or the function that any other rule is, for a budget of eps and eps_low.
 
-    functions: whether the caller takes functions, of which the message tells; a configuration has names alone.
-    Errors: TypeError or ValueError that lists the names.
+    functions: whether the caller takes functions, of which the message tells; a configuration has names alone, whose
+    files are not read.
+    Errors: TypeError or ValueError that lists the names; FileNotFoundError or ValueError for a file of learned maps.
     """
     if isinstance(rule, str):
         name, colon, value = rule.partition(":")
@@ -44,10 +49,12 @@ def find_rule(rule: str | Rule, eps: float, eps_low: float, *, functions: bool =
             return budget_matched((mean - eps_low) / (eps - eps_low) if eps > eps_low else 1.0)
         if name == "region" and colon:
             return region(value)
+        if name == "learned" and value:
+            return LearnedRule.load(Path(value)) if functions else rule
         try:
             parse_rule(rule, 1, 1, soft=True)
         except BadValueError as error:
-            others = ", ".join(name for name in RULES if name.partition(":")[0] in ("budget-matched", "region"))
+            others = ", ".join(name for name in RULES if name not in RULE_HELP)
             listed = f", soft, {others}{', or a function' if functions else ''}, got"
             raise BadValueError(str(error).replace(", soft, got", listed)) from None
         return rule
@@ -190,9 +197,51 @@ class LearnedRule(nn.Module):
         """Weights (N,1,H,W) from maps cam (N,h,w) that explain the classes target (N,)."""
         if tuple(size) != self.size:
             raise BadValueError(f"size must be {self.size}, of which the maps are learned, got {tuple(size)}")
-        place = self.place.index_select(0, target) if self.per_class else self.place
-        weights = torch.sigmoid(place + self.gain * _enlarged(cam, size))
+        place, gain = self.place.to(cam.device), self.gain.to(cam.device)
+        place = place.index_select(0, target) if self.per_class else place
+        weights = torch.sigmoid(place + gain * _enlarged(cam, size))
         return weights if self.mean is None else fixed_mean(weights, self.mean)
+
+    def save(self, path: Path) -> None:
+        """Write the rule to a file, which `rule="learned:FILE"` reads."""
+        with needs("safetensors", "train"):
+            from safetensors.torch import save_file
+        mean = torch.tensor(torch.nan if self.mean is None else self.mean, dtype=torch.float64)
+        state = {"place": self.place.detach().cpu(), "gain": self.gain.detach().cpu(), "mean": mean}
+        with replacing(path) as temporary:
+            save_file({key: value.clone() for key, value in state.items()}, temporary)
+
+    @classmethod
+    def load(cls, path: Path) -> LearnedRule:
+        """The rule that `save` wrote, without gradients. Errors: FileNotFoundError or ValueError, naming the file."""
+        if not path.is_file():
+            raise MissingFileError(f"rule learned:FILE: there is no file {path}")
+        with needs("safetensors", "train"):
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise BadValueError(f"rule learned:FILE: {path} cannot be read: {error}") from error
+        place, gain, mean = (state.get(key) for key in ("place", "gain", "mean"))
+        if (
+            place is None
+            or gain is None
+            or mean is None
+            or place.ndim != 4
+            or place.shape[1] != 1
+            or not len(place)
+            or gain.numel() != 1
+            or mean.numel() != 1
+        ):
+            raise BadValueError(f"rule learned:FILE: {path} must hold place (classes,1,H,W), gain and mean, got others")
+        share = float(mean)
+        rule = cls((place.shape[2], place.shape[3]), len(place), None if math.isnan(share) else share)
+        rule.per_class = len(place) > 1
+        with torch.no_grad():
+            rule.place.copy_(place)
+            rule.gain.copy_(gain.view(()))
+        return rule.requires_grad_(False)
 
 
 def _enlarged(cam: Tensor, size: tuple[int, int]) -> Tensor:

@@ -11,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from part_fast import checks
-from part_fast.config import PRESETS, TrainConfig
+from part_fast.config import PRESETS, TrainConfig, find_device
+from part_fast.data.catalogue import load
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import evaluate
+from part_fast.evaluation.trained import load_trained
 from part_fast.experiments.compare import (
     MEASURES,
     accuracy_table,
@@ -22,12 +24,15 @@ from part_fast.experiments.compare import (
     load_student_t,
     mean_and_spread,
 )
+from part_fast.experiments.learned import learn_rule
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 from part_fast.training.checkpoint import STATE
 from part_fast.training.loop import train
 from part_fast.training.run_folder import WEIGHTS
 
+# The rule of an arm whose maps are learned from the warm-up; the mean weight of its images.
+LEARNED, LEARNED_MEAN = "learned", 0.5
 # The arms that are trained after the warm-up; the others are compared with the first.
 ARMS: dict[str, dict[str, Any]] = {
     "AT": {"method": "at"},
@@ -43,6 +48,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "ensemble": {"cam": "ensemble"},
     "region": {"rule": "region:centre"},
     "eps 12 and 8": {"eps": 12 / 255, "eps_low": 8 / 255},
+    # Maps per class, learned once from each seed's warm-up; each image's mean eps is that of AT.
+    "learned": {"rule": LEARNED, "eps": 9 / 255, "eps_low": 7 / 255},
 }
 CONFIG = dataclasses.replace(
     PRESETS["demo"], dataset="fashion-mnist", train_size=6000, test_size=5000, epochs=5, lr_drops=(4,)
@@ -84,8 +91,15 @@ def study(
         for name, changes in arms.items():
             folder = out / f"{name.lower().replace(' ', '-')}-seed{seed}"
             log(f"{name}, seed {seed}")
-            _train(config.after_warmup(warm / WEIGHTS, **{"method": "part", "seed": seed, **changes}), folder)
-            evaluate(folder, tuple(MEASURES), eps=config.eps, resume=True)  # whatever eps the arm trained with
+            changes = {"method": "part", "seed": seed, **changes}
+            if changes.get("rule") == LEARNED:
+                file = out / f"{folder.name}.safetensors"
+                changes["rule"] = f"{LEARNED}:{file}"
+                if not file.exists():
+                    _learn(dataclasses.replace(config, **changes), warm, file)
+            _train(config.after_warmup(warm / WEIGHTS, **changes), folder)
+            # Whatever eps the arm trained with.
+            evaluate(folder, tuple(MEASURES), eps=config.eps, model=config.model, resume=True)
             for key in MEASURES:
                 hits[key][name].append(is_correct(folder, key))
             accuracies = {key: float(hits[key][name][-1].float().mean()) for key in MEASURES}
@@ -127,6 +141,15 @@ def study(
     )
     log(f"{text}\n\nstudy.json, runs.csv, differences.csv and study.png are in {out}")
     return record
+
+
+def _learn(config: TrainConfig, warm: Path, file: Path) -> None:
+    """Learn where the warm-up's network is hurt most, on the images that it was trained on, and keep it in a file."""
+    device = find_device(config.device)
+    data = load(config.dataset, "train", config.root, config.download)
+    data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
+    model = load_trained(warm, 1, model=config.model, root=config.root, device=str(device)).model
+    learn_rule(model, data, config, LEARNED_MEAN).save(file)
 
 
 def _train(config: TrainConfig, folder: Path) -> None:

@@ -73,7 +73,7 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
 
 
 def promote_previous(folder: Path) -> None:
-    """Let the state before the newest, which is damaged, take its place, before the next one takes the place of both."""
+    """Let the state before the newest, which is damaged, take its place, before the next takes the place of both."""
     with replacing(folder / STATE, synced=True) as copy:
         shutil.copyfile(folder / PREVIOUS, copy)
 
@@ -98,8 +98,8 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:
         raise BadValueError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, dict) else None
-        raise BadValueError(f"{path} is of another version of part_fast: state {str(found)[:20]}, not {VERSION}")
+        version = state.get("version") if isinstance(state, dict) else None
+        raise BadValueError(f"{path} is of another version of part_fast: state {str(version)[:20]}, not {VERSION}")
     missing = [name for name in ("config", "rows", "epoch", "processes", "model") if name not in state]
     if missing:
         raise BadValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
