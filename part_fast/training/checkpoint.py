@@ -72,7 +72,7 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
 
 
 def promote_previous(folder: Path) -> None:
-    """Let the state before the newest, which is damaged, take its place, before the next one takes the place of both."""
+    """Let the state before the newest, which is damaged, take its place, or the next one would replace both."""
     with replacing(folder / STATE, synced=True) as copy:
         shutil.copyfile(folder / PREVIOUS, copy)
 

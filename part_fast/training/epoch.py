@@ -68,7 +68,7 @@ class Epoch:
         return order
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels (N,). No GPU is waited for."""
+        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels (N,). No GPU waits."""
         finite = torch.isfinite(loss)
         self.first_bad.masked_fill_((self.first_bad < 0) & ~finite, self.done)
         hits = (logits.argmax(1) == labels).sum()
