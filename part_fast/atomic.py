@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +13,17 @@ from pathlib import Path
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary file to write, which takes the place of `path` when the block ends: no reader meets half a file.
 
-    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. synced: the
-    file is on the disk before it takes that place, and the folder is afterwards, so that a power cut takes neither.
+    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. Who may read
+    the file is what the umask says, as for a file that `open` makes, whoever writes it: safetensors, for one, lets its
+    owner alone read it. synced: the file is on the disk before it takes that place, and the folder is afterwards, so
+    that a power cut takes neither.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    mode = _mode_of_new_file(temporary)
     try:
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         if synced:
             _sync(temporary)
         os.replace(temporary, path)
@@ -30,6 +36,16 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # of a folder that may not be written to
             temporary.unlink(missing_ok=True)
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """The permissions that a new file at `path` gets; asked of the file system, since reading the umask changes it."""
+    path.unlink(missing_ok=True)  # of a process that was killed
+    path.touch()
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    finally:
+        path.unlink()
 
 
 def _sync(path: Path) -> None:

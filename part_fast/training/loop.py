@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from part_fast import checks, distributed
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, find_device, read_config
-from part_fast.data.catalogue import load
+from part_fast.data.catalogue import load, root_anywhere
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
@@ -86,6 +87,7 @@ def train(
     torch.manual_seed(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
+    config = dataclasses.replace(config, root=root_anywhere(data, config.root))
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
     test = evaluation_data(config).to(device)
@@ -96,9 +98,11 @@ def train(
     if state is not None:
         refuse_edited(config, out, state)
     engine = Engine(config, data.num_classes, device, load=state is None)
-    model, budget = engine.model, engine.budget
+    engine.try_network(data)
+    model = engine.model
+    budget = engine.budget if METHODS[config.method].weighted else None
     bank = None
-    if config.refresh_epochs and METHODS[config.method].weighted:
+    if config.refresh_epochs and budget is not None:
         size = (data.images.shape[2], data.images.shape[3])
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
@@ -135,7 +139,7 @@ def train(
             since_warmup = epoch.number - config.warmup_epochs
             refreshes = bank is not None and METHODS[method].weighted and since_warmup % config.refresh_epochs == 0
             if bank is not None and refreshes and not epoch.begun:
-                bank.fill(budget, data.images)
+                bank.fill(engine.budget, data.images)
             order = epoch.order(len(data), config).to(device)
             model.train()
             for batch in data.batches(config.batch_size, order=order[epoch.done :], join_last=True):
