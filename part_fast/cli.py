@@ -180,8 +180,15 @@ class Export:
         from part_fast.evaluation.trained import load_trained
         from part_fast.models.checkpoints import export_weights
 
-        which = {"dataset": self.dataset, "model": self.model, "weights": self.weights, "root": self.root}
-        net, _, _, path = load_trained(self.where, 1, **which, device="cpu")
+        net, _, _, path = load_trained(
+            self.where,
+            1,
+            dataset=self.dataset,
+            model=self.model,
+            weights=self.weights,
+            root=self.root,
+            device="cpu",
+        )
         print(f"weights: {path}")
         print(export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite))
 

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY_RUN
+from conftest import ROOT, TINY_RUN, load_once
+from safetensors.torch import load_file
 
 from part_fast.config import read_config
 from part_fast.evaluation import trained
@@ -29,10 +31,11 @@ from part_fast.evaluation.sanity import gradient_agreement
 from part_fast.methods import METHODS
 from part_fast.models.checkpoints import load_weights
 from part_fast.models.weights_file import read_about, read_weights, write_weights
-from part_fast.training import checkpoint, loop, run_folder
+from part_fast.training import checkpoint, loop, run_folder, step
 from part_fast.training.checkpoint import PREVIOUS, STATE, read_state, write_state
+from part_fast.training.epoch import best_epoch, overfitting_warning
 from part_fast.training.loop import train
-from part_fast.training.run_folder import WEIGHTS
+from part_fast.training.run_folder import AVERAGED, BEST, WEIGHTS, locked
 
 TINY = dataclasses.replace(
     TINY_RUN, method="at", epochs=3, train_size=27, batch_size=8, test_size=10, warmup_epochs=1, augment=True
