@@ -38,8 +38,8 @@ def masks(
 
     where, dataset, model, weights: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps
     map each, and the attack uses the first. target_layer: as in `CamBudget`; default the run's. The attack is that of
-    the training, within the eps map. A JSON file beside `out` holds what the titles say: labels, predictions, the share of
-    pixels that keep the full eps.
+    the training, within the eps map. A JSON file beside `out` holds what the titles say: labels, predictions, the share
+    of pixels that keep the full eps.
 
     Returns: what the JSON file holds.
 
