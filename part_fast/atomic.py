@@ -13,14 +13,14 @@ from pathlib import Path
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary file to write, which takes the place of `path` when the block ends: no reader meets half a file.
 
-    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. Who may read
-    the file is what the umask says, as for a file that `open` makes, whoever writes it: safetensors, for one, lets its
-    owner alone read it. synced: the file is on the disk before it takes that place, and the folder is afterwards, so
-    that a power cut takes neither.
+    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. synced: the
+    file is on the disk before it takes that place, and the folder is afterwards, so that a power cut takes neither. Who
+    may read the file is what the umask says, as for a file that `open` makes, whoever writes it: safetensors, for one,
+    lets its owner alone read it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    mode = _mode_of_new_file(temporary)
     try:
+        mode = _mode_of_new_file(temporary)
         yield temporary
         if stat.S_IMODE(temporary.stat().st_mode) != mode:
             temporary.chmod(mode)

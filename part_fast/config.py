@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 from typing_extensions import Doc
@@ -21,10 +23,11 @@ from part_fast.budgets.controls import CONTROLS, check_control
 from part_fast.budgets.rules import RULES, find_rule, has_bits
 from part_fast.choices import check_choice, described, either
 from part_fast.data.catalogue import DATASETS
-from part_fast.errors import BadValueError, MissingFileError
+from part_fast.errors import BadValueError, MissingFileError, UsageError
 from part_fast.methods import METHODS
 from part_fast.models.catalogue import MODELS
 from part_fast.ops.packed_epsilon import eps_pair
+from part_fast.reading import read_json
 
 SCHEDULES = {
     "piecewise": "at --lr-drops",
@@ -47,8 +50,8 @@ Switch = bool | Literal["auto"]
 class TrainConfig:
     """One training run. Images are in [0,1]; eps, eps_low and alpha are in their units, so 8/255 is 8 gray levels.
 
-    Where a field takes a name, its help is made from the table that the names are in. The command line evaluates these
-    annotations, and nothing else does.
+    Where a field takes a name, its help is made from the table that the names are in. The command line and `from_json`
+    evaluate these annotations, and nothing else does.
     """
 
     preset: Annotated[str, Doc(f"The set of numbers to start from: {either(PRESETS)}.")] = "demo"
@@ -248,17 +251,60 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: str) -> TrainConfig:
-        """From what `to_json` gave.
+        """From what `to_json` gave. A field that is missing has its default, and a warning says so.
 
         Raises:
-            ValueError: a field is unknown; `source` says where it stands.
+            ValueError: a field is unknown, or of another type than the field takes; `source` says where it stands.
         """
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise BadValueError(
                 f"{source} is not a training configuration of this version: unknown {', '.join(unknown)}"
             )
-        return cls(**{**values, "lr_drops": tuple(values.get("lr_drops", cls.lr_drops))})
+        kinds = get_type_hints(cls)
+        read = {name: _typed(f"{source}: {name}", value, kinds[name]) for name, value in values.items()}
+        config = cls(**read)
+        missing = [f"{name} ({getattr(config, name)!r})" for name in kinds if name not in values]
+        if missing:
+            warnings.warn(f"{source} does not say {', '.join(missing)}: the defaults are taken", stacklevel=3)
+        return config
+
+
+# What a value of a configuration may be in JSON, and what a message calls it.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    float: ((int, float), "a number"),
+    int: ((int,), "a whole number"),
+    bool: ((bool,), "true or false"),
+    str: ((str,), "a text"),
+    NoneType: ((NoneType,), "null"),
+    tuple[int, ...]: ((list,), "a list of whole numbers"),
+    Literal["auto"]: ((str,), "'auto'"),
+}
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value`, read from JSON, if it is of that type; a list as a tuple, a number that a float field has as a float."""
+    kinds = get_args(kind) if kind not in _KINDS else (kind,)
+    if not any(type(value) in _KINDS[one][0] for one in kinds):
+        takes = either(_KINDS[one][1] for one in kinds)
+        raise BadValueError(f"{name} must be {takes}, got {_shown(value)}")
+    if isinstance(value, list):
+        if not all(type(one) is int for one in value):
+            raise BadValueError(f"{name} must be a list of whole numbers, got {_shown(value)}")
+        return tuple(value)
+    if isinstance(value, str):
+        try:
+            text = os.fsencode(value)  # a name of a file may be any of these
+        except UnicodeEncodeError:
+            text = b"\0"
+        if b"\0" in text:
+            raise BadValueError(f"{name} must be a text, got one with a character that no text has")
+    return checks.number(name, value) if kind is float else value
+
+
+def _shown(value: Any) -> str:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value)[:80] if plain else f"a {type(value).__name__}"
 
 
 # Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes.
@@ -291,13 +337,12 @@ def read_config(folder: Path) -> TrainConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{folder} holds no run: there is no config.json")
+    config = TrainConfig.from_json(read_json(path), str(path))
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise BadValueError(f"{path} is not a training configuration: it holds a {type(values).__name__}")
-    return TrainConfig.from_json(values, str(path))
+        config.check()
+    except UsageError as error:
+        raise BadValueError(f"{path}: {error}") from error
+    return config
 
 
 def find_device(name: str) -> torch.device:

@@ -202,7 +202,8 @@ def test_without_a_compiler_a_wheel_for_every_machine_holds_what_is_there_now(tm
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"part_fast/ops/pgd_step.py", "part_fast/py.typed", "part_fast/assets/fashion-mnist-demo.npz.xz"} <= names
+    data = {"part_fast/py.typed", "part_fast/report/page.html", "part_fast/assets/fashion-mnist-demo.npz.xz"}
+    assert {"part_fast/ops/pgd_step.py", *data} <= names
     assert not [name for name in names if name.endswith((".so", "no_more.py"))]
 
 

@@ -69,7 +69,8 @@ def load_trained(
         refuse_own_code(config.model, path.parent / "config.json")
     config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
     recorded = config.root if root is None else None
-    config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
+    # Not what the run says of downloads: the file may be another's, and nobody has asked for one here.
+    config = dataclasses.replace(config, root=root or config.root, download=download)
     config.check()
     place = find_device(device)
     try:

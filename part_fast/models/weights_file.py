@@ -14,6 +14,7 @@ from torch import Tensor
 from part_fast.atomic import replacing
 from part_fast.errors import BadValueError
 from part_fast.optional import needs
+from part_fast.reading import read_tensors
 
 # One key, whose value is JSON: safetensors writes several keys in any order, and equal weights are to make equal files.
 KEY = "part_fast"
@@ -37,12 +38,9 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], **about: Any) -> No
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; those of a file with a checksum are compared with it.
 
-    Errors: ValueError for a damaged file; what safetensors raises for one that it cannot read.
+    Errors: ValueError for a file that is damaged or cannot be read; FileNotFoundError.
     """
-    with needs("safetensors", "train"):
-        from safetensors import safe_open
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    tensors = read_tensors(path)
     about = read_about(path)
     if about is not None and about.pop("sha256", None) != digest(tensors, about):
         raise BadValueError(f"{path} is damaged: its tensors are not those that its checksum was made of")
@@ -62,7 +60,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
         return None
     try:
         about = json.loads(metadata[KEY])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadValueError(f"{path} is damaged: what it says of itself is not JSON") from error
     if not isinstance(about, dict):
         raise BadValueError(f"{path} is damaged: what it says of itself is a {type(about).__name__}")

@@ -13,6 +13,7 @@ import torch
 
 from part_fast.atomic import replacing
 from part_fast.errors import BadValueError
+from part_fast.reading import first_line, read_torch
 
 STATE, PREVIOUS = "training_state.pt", "training_state.previous.pt"
 
@@ -81,19 +82,29 @@ def _read(path: Path) -> dict[str, Any]:
     """The state in a file. Errors: ValueError where it is damaged."""
     with path.open("rb") as file:
         length = path.stat().st_size - len(MARK) - 32
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         left = max(length, 0)
         while left and (chunk := file.read(min(left, 1 << 22))):
-            found.update(chunk)
+            digest.update(chunk)
             left -= len(chunk)
         end = file.read()
     if length < 0 or end[: len(MARK)] != MARK:
         raise BadValueError(f"{path} is damaged: it does not end in a checksum")
-    if end[len(MARK) :] != found.digest():
+    if end[len(MARK) :] != digest.digest():
         raise BadValueError(f"{path} is damaged: it does not have the checksum that it was written with")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    if state["version"] != VERSION:
-        raise BadValueError(f"{path} is of another version of part_fast: state {state['version']}, not {VERSION}")
+    try:
+        state = read_torch(path)
+    # A file that was made to look like one of ours can raise nearly anything.
+    except Exception as error:
+        raise BadValueError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, dict) else None
+        raise BadValueError(f"{path} is of another version of part_fast: state {str(found)[:20]}, not {VERSION}")
+    missing = [name for name in ("config", "rows", "epoch", "processes", "model") if name not in state]
+    if missing:
+        raise BadValueError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    if not isinstance(state["config"], dict) or not isinstance(state["rows"], list):
+        raise BadValueError(f"{path} is damaged: it takes a configuration and the rows of metrics.csv")
     return state
 
 

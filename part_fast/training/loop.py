@@ -36,6 +36,7 @@ from part_fast.training.epoch import (
     refuse_bad_loss,
     refuse_bad_weights,
 )
+from part_fast.training.mask_history import keep_masks
 from part_fast.training.progress import Progress
 from part_fast.training.run_folder import Checkpoints, check_folder, export, load_state, mend, opened, refuse_edited
 from part_fast.training.signals import SAVE, Stop
@@ -58,11 +59,11 @@ def train(
     """Train one model and leave a run folder behind, from which a run that was stopped or killed goes on.
 
     `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png,
-    averaged.safetensors where weights are averaged, best.safetensors with config.validation, and training_state.pt,
-    written after every epoch and every `save_every` minutes, from which `resume` goes on exactly as if it had never
-    stopped. SIGTERM and Ctrl-C let the update finish and the state be saved first. Nothing is written before everything
-    that can be checked is; `overwrite` replaces a run that is already there. Under torchrun each process trains on its
-    share of every batch, and the first one writes.
+    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors with
+    config.validation, and training_state.pt, written after every epoch and every `save_every` minutes, from which
+    `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish and the state be saved
+    first. Nothing is written before everything that can be checked is; `overwrite` replaces a run that is already
+    there. Under torchrun each process trains on its share of every batch, and the first one writes.
 
     Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
 
@@ -192,6 +193,7 @@ def train(
             epoch = Epoch(epoch.number + 1, device)
             checkpoints.save(epoch)
             if main:
+                keep_masks(out, engine, test, len(rows) - 1)
                 export(out, engine, rows)
                 if writer is not None:
                     _log_scalars(writer, rows[-1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import socket
 import time
@@ -17,11 +16,12 @@ import torch
 from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
-from part_fast.errors import BadValueError, CannotRunError
+from part_fast.errors import BadValueError, CannotRunError, UsageError
 from part_fast.evaluation.accuracy import KEPT
 from part_fast.models.checkpoints import own_copies
 from part_fast.models.weights_file import read_about, write_weights
 from part_fast.precision import full_float32
+from part_fast.reading import first_line, read_json
 from part_fast.report import files
 from part_fast.report.environment import environment
 from part_fast.training.checkpoint import PREVIOUS, STATE, write_state
@@ -36,6 +36,8 @@ RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, PREVIOUS, "environmen
 # Files of some runs, and those that other commands make of a run, which are stale once it is overwritten.
 DERIVED = (
     AVERAGED,
+    "masks.safetensors",
+    "sweep.json",
     BEST,
     "evaluation.json",
     "evaluation.csv",
@@ -140,10 +142,10 @@ def _first_environment(out: Path) -> dict[str, Any]:
     """What the run began on. Errors: ValueError where its record is damaged."""
     path = out / "environment.json"
     try:
-        record = json.loads(path.read_text()) if path.is_file() else {}
+        record = read_json(path) if path.is_file() else {}
     except ValueError as error:
-        raise BadValueError(f"{path} cannot be read: {error}; without it the run goes on") from error
-    if not isinstance(record, dict) or not isinstance(record.get("resumed", []), list):
+        raise BadValueError(f"{error}; without it the run goes on") from error
+    if not isinstance(record.get("resumed", []), list):
         raise BadValueError(f"{path} is no record of an environment; without it the run goes on")
     return record
 
@@ -199,8 +201,20 @@ class Checkpoints:
 def load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
     """Restore what `Checkpoints` saved; returns the rows so far, and the epoch to go on with.
 
-    Errors: ValueError where an epoch was begun by another number of processes.
+    Errors: ValueError where an epoch was begun by another number of processes, or the state is not of such a run.
     """
+    try:
+        return _load_state(state, engine, bank)
+    except UsageError:
+        raise
+    # What the file lacks, or holds instead of what `Checkpoints` writes, can raise nearly anything.
+    except Exception as error:
+        raise BadValueError(
+            f"{state['file']} does not fit this run: {type(error).__name__}, {first_line(error)}"
+        ) from error
+
+
+def _load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
     processes, number = state["processes"], distributed.size()
     own = dict(processes[distributed.rank() if len(processes) == number else 0])
     if len(processes) != number and own["order_rng"] is not None:
