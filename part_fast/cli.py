@@ -38,6 +38,9 @@ DatasetOfRun = Annotated[str | None, Doc(f"{described(DATASETS)}; default: the r
 ModelOfRun = Annotated[str | None, Doc(f"{described(MODELS)}; default: the run's.")]
 
 
+WeightsOfRun = Annotated[str | None, Doc("Of a run folder: last, best or averaged; default: last.")]
+
+
 @dataclass
 class Train:
     """Train a network by PART or a plain method; a run folder: config.json, metrics.csv, model.safetensors, ..."""
@@ -85,6 +88,7 @@ class Evaluate:
     """Do not repeat an attack whose result the folder holds."""
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
+    weights: WeightsOfRun = None
     root: str | None = None
     """The only folder to look for the data set in; default: where the run found it, else as in train."""
     download: bool = False
@@ -115,6 +119,7 @@ class Evaluate:
         if kinds is not None:
             check_kinds(_names(kinds))
         record = evaluate(**values)
+        print(f"weights: {record['checkpoint']}")
         rows = [
             (name, f"{100 * r['accuracy']:.2f}", f"{100 * r['standard_error']:.2f}", str(r["n"]), f"{r['seconds']:.1f}")
             for name, r in record["results"].items()
@@ -153,6 +158,7 @@ class Masks:
     """Replace the files."""
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
+    weights: WeightsOfRun = None
     root: str | None = None
     """The only folder to look for the data set in; default: where the run found it, else as in train."""
     download: bool = False
@@ -184,6 +190,7 @@ class Export:
     dataset: str | None = None
     """The data set that the checkpoint was trained on; default: the run's."""
     model: ModelOfRun = None
+    weights: WeightsOfRun = None
     root: str | None = None
     """The only folder to look for the data set in; default: where the run found it, else as in train."""
 
@@ -191,7 +198,16 @@ class Export:
         from part_fast.evaluation.trained import load_trained
         from part_fast.models.checkpoints import export_weights
 
-        net = load_trained(self.where, 1, dataset=self.dataset, model=self.model, root=self.root, device="cpu").model
+        net, _, _, path = load_trained(
+            self.where,
+            1,
+            dataset=self.dataset,
+            model=self.model,
+            weights=self.weights,
+            root=self.root,
+            device="cpu",
+        )
+        print(f"weights: {path}")
         print(export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite))
 
 

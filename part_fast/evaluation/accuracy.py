@@ -113,6 +113,7 @@ def evaluate(
     resume: bool = False,
     dataset: str | None = None,
     model: str | None = None,
+    weights: str | None = None,
     root: str | None = None,
     download: bool = False,
     eps: float | None = None,
@@ -125,7 +126,8 @@ def evaluate(
     """Accuracies, with standard errors, of a run folder's model or of a checkpoint, into evaluation.json and .csv.
 
     where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, which lies in
-        one or has `dataset` and `model` named. attacks: see `is_correct`. n: a balanced subset of the test images;
+        one or has `dataset` and `model` named. weights: of a run folder, as in `load_trained`.
+    attacks: see `is_correct`. n: a balanced subset of the test images;
         default: those of the run.
     out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks in it
         are kept if they were made with the same settings. resume: do not repeat an attack whose result it holds.
@@ -154,8 +156,8 @@ def evaluate(
     checks.seed("seed", seed)
     checks.count("sanity_images", sanity_images)
     place = distributed.join(find_device(device))
-    net, config, data, weights = load_trained(
-        where, n, dataset=dataset, model=model, root=root, download=download, device=str(place)
+    net, config, data, path = load_trained(
+        where, n, dataset=dataset, model=model, weights=weights, root=root, download=download, device=str(place)
     )
     attack = AttackSettings(
         checks.number("eps", config.eps if eps is None else eps, 0),
@@ -165,8 +167,8 @@ def evaluate(
     out = (where if where.is_dir() else where.parent) if out is None else out
     summary, per_image = out / "evaluation.json", out / "evaluation_images.safetensors"
     settings = {
-        "checkpoint": str(weights),
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "checkpoint": str(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "dataset": config.dataset,
         "n": len(data),
         **dataclasses.asdict(attack),

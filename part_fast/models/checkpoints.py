@@ -17,9 +17,8 @@ from part_fast.atomic import replacing
 from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
 from part_fast.models.resnet import ResNet
-from part_fast.models.weights_file import read_weights
+from part_fast.models.weights_file import read_weights, write_weights
 from part_fast.models.wideresnet import WideResNet
-from part_fast.optional import needs
 from part_fast.reading import first_line, read_torch
 
 # The file formats of `export_weights`, and the endings that say which.
@@ -138,18 +137,14 @@ def export_weights(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already: pass overwrite=True (--overwrite) to replace it")
 
-    if format == "safetensors":
-        with needs("safetensors", "train"):
-            from safetensors.torch import save_file
-
     state = own_copies(model)
     if sub_block1:
         state |= {f"sub_{key}": value.clone() for key, value in state.items() if key.startswith("block1.")}
+    if format == "safetensors":
+        write_weights(path, state)
+        return path
     with replacing(path) as temporary:
-        if format == "safetensors":
-            save_file(state, temporary)
-        else:
-            torch.save(state, temporary)
+        torch.save(state, temporary)
     return path
 
 

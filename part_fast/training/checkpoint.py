@@ -73,7 +73,7 @@ def read_state(folder: Path, warn: Callable[[str], object]) -> dict[str, Any] | 
 
 
 def promote_previous(folder: Path) -> None:
-    """Let the state before the newest, which is damaged, take its place, before the next takes the place of both."""
+    """Let the state before the newest, which is damaged, take its place, or the next one would replace both."""
     with replacing(folder / STATE, synced=True) as copy:
         shutil.copyfile(folder / PREVIOUS, copy)
 
@@ -82,15 +82,15 @@ def _read(path: Path) -> dict[str, Any]:
     """The state in a file. Errors: ValueError where it is damaged."""
     with path.open("rb") as file:
         length = path.stat().st_size - len(MARK) - 32
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         left = max(length, 0)
         while left and (chunk := file.read(min(left, 1 << 22))):
-            found.update(chunk)
+            digest.update(chunk)
             left -= len(chunk)
         end = file.read()
     if length < 0 or end[: len(MARK)] != MARK:
         raise BadValueError(f"{path} is damaged: it does not end in a checksum")
-    if end[len(MARK) :] != found.digest():
+    if end[len(MARK) :] != digest.digest():
         raise BadValueError(f"{path} is damaged: it does not have the checksum that it was written with")
     try:
         state = read_torch(path)

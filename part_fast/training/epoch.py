@@ -146,7 +146,7 @@ def refuse_bad_weights(engine: Engine, epoch: int, checkpoint: str) -> None:
     averaged = {} if engine.averaged is None else engine.averaged.module.state_dict()
     for what, tensors in (("weights", engine.model.state_dict()), ("averaged weights", averaged)):
         for name, value in tensors.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise CannotRunError(
                     f"training diverged in epoch {epoch + 1}: the {what} {name} are not finite; {checkpoint}"
                 )

@@ -18,6 +18,7 @@ from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
 from part_fast.errors import BadValueError, CannotRunError, UsageError
 from part_fast.evaluation.accuracy import KEPT
+from part_fast.models.checkpoints import own_copies
 from part_fast.models.weights_file import read_about, write_weights
 from part_fast.precision import full_float32
 from part_fast.reading import first_line, read_json
@@ -239,7 +240,7 @@ def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
     if best_epoch(rows) == len(rows):
         models[BEST] = engine.model
     for name, model in models.items():
-        write_weights(out / name, model.state_dict(), epoch=len(rows))
+        write_weights(out / name, own_copies(model), epoch=len(rows))
     files.write_csv(out / "metrics.csv", rows)
 
 
