@@ -26,6 +26,7 @@ from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset,
 from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, UsageError
 from part_fast.models.catalogue import MODELS
+from part_fast.models.external import is_own_code, refuse_own_code
 from part_fast.ops.cam import METHODS
 from part_fast.optional import needs
 
@@ -39,7 +40,7 @@ ModelOfRun = Annotated[str | None, Doc(f"{described(MODELS)}; default: the run's
 
 @dataclass
 class Train:
-    """Train one model and leave a run folder: config.json, metrics.csv, model.safetensors, curves.png, ..."""
+    """Train a network by PART or a plain method; a run folder: config.json, metrics.csv, model.safetensors, ..."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path
@@ -57,14 +58,15 @@ class Train:
         try:
             train(self.config, self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
         except KeyboardInterrupt:
-            print(f"stopped; go on with: part-fast train --out {self.out} --resume", file=sys.stderr)
+            again = f" --model {self.config.model}" if is_own_code(self.config.model) else ""
+            print(f"stopped; go on with: part-fast train --out {self.out} --resume{again}", file=sys.stderr)
             raise
         print(f"run folder: {self.out}")
 
 
 @dataclass
 class Evaluate:
-    """Accuracy on natural and attacked test images, with standard errors; evaluation.json and .csv."""
+    """Measure accuracy on natural and attacked test images, with standard errors: evaluation.json and .csv."""
 
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
     """A run folder, or a checkpoint file: in a run folder, or together with --dataset and --model."""
@@ -80,7 +82,7 @@ class Evaluate:
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
     root: str | None = None
-    """The only folder to look for the data set in."""
+    """The only folder to look for the data set in; default: where the run found it, else as in train."""
     download: bool = False
     """Download the data set where it is not found."""
     eps: float | None = None
@@ -94,7 +96,7 @@ class Evaluate:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     sanity_images: int = 0
-    """Look for signs of gradient masking on so many of the images."""
+    """Look on so many of the images for signs of gradient masking: a robustness that comes from useless gradients."""
 
     def run(self) -> None:
         from part_fast.evaluation.accuracy import evaluate
@@ -114,21 +116,23 @@ class Evaluate:
 
 @dataclass
 class Masks:
-    """A PNG grid of test images: image, CAM, eps map, adversarial image, its difference x8."""
+    """Draw test images as a PNG grid: image, class activation map, eps map, adversarial image, its difference x8."""
 
     where: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR_OR_CHECKPOINT")]
     """A run folder, or a checkpoint file: in a run folder, or together with --dataset and --model."""
     out: Path
     """The PNG file to make; a JSON file with the titles' contents goes beside it."""
     n: int = 8
-    """Images, from a balanced subset."""
+    """How many images, a row each, with classes as equal in number as can be."""
     rule: Annotated[str | None, Doc(f"{described(RULES)}; default: the run's. With commas: a map by each.")] = None
+    target_layer: str | None = None
+    """The layer whose output CAMs explain, by its name in the network; default: the run's, else layer4 or block3."""
     overwrite: bool = False
     """Replace the files."""
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
     root: str | None = None
-    """The only folder to look for the data set in."""
+    """The only folder to look for the data set in; default: where the run found it, else as in train."""
     download: bool = False
     """Download the data set where it is not found."""
     seed: int = 0
@@ -159,7 +163,7 @@ class Export:
     """The data set that the checkpoint was trained on; default: the run's."""
     model: ModelOfRun = None
     root: str | None = None
-    """The only folder to look for the data set in."""
+    """The only folder to look for the data set in; default: where the run found it, else as in train."""
 
     def run(self) -> None:
         from part_fast.evaluation.trained import load_trained
@@ -171,7 +175,7 @@ class Export:
 
 @dataclass
 class BenchOps:
-    """Every op, by every provider, beside torch.compile, published masks and a copy of the same bytes."""
+    """Time every op on every backend, beside torch.compile, published masks and a copy of the same bytes."""
 
     out: Path = Path("runs/bench")
     """The folder to make: ops.csv, ratios.csv, ops.png, environment.json."""
@@ -182,7 +186,7 @@ class BenchOps:
     rounds: int | None = None
     """Rounds, each of which times everything once; default: 21, with --quick 7."""
     threads: tuple[int, ...] = ()
-    """Of a CPU; each case is measured with each number; default: as many as torch has."""
+    """Numbers of CPU threads; each case is measured with each; default: as many as torch has."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -196,16 +200,16 @@ class BenchOps:
 
 @dataclass
 class BenchStep:
-    """Training steps beside published loops, against their goals, and where their time goes."""
+    """Time training steps beside published loops and against goals, and show where their time goes."""
 
     out: Path = Path("runs/bench")
     """The folder to make: step.csv, step_ratios.csv, step_profile.csv, step.json, step.md, step.png."""
     models: tuple[str, ...] = ()
-    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    """Networks to time; default: resnet18 and wrn-34-10, with --quick resnet-small."""
     batch_size: int | None = None
-    """Images; default: 32, of wrn-34-10 4, on a GPU 128."""
+    """Images per batch; default: 32, of wrn-34-10 4, on a GPU 128."""
     precision: str = "auto"
-    """Of ours, fp32, bf16 or fp16; auto: bf16 where the hardware multiplies in it, else fp32."""
+    """Of our steps: fp32, bf16 or fp16; auto: bf16 where the hardware multiplies in it, else fp32."""
     compile: bool = False
     """Run our attacks by torch.compile."""
     cuda_graph: bool = False
@@ -227,14 +231,14 @@ class BenchStep:
 
 @dataclass
 class BenchAttack:
-    """An attack step's forward and gradient, change by change, from published code to AttackModel."""
+    """Time an attack step's forward and gradient, change by change, from published code to AttackModel."""
 
     out: Path = Path("runs/bench/attack")
     """The folder to make: attack.csv, attack.png, environment.json."""
     models: tuple[str, ...] = ()
-    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    """Networks to time; default: resnet18 and wrn-34-10, with --quick resnet-small."""
     batch_size: int | None = None
-    """Images; default: 32, of wrn-34-10 4, on a GPU 128."""
+    """Images per batch; default: 32, of wrn-34-10 4, on a GPU 128."""
     compile: bool = False
     """With the variants by torch.compile."""
     quick: bool = False
@@ -242,7 +246,7 @@ class BenchAttack:
     rounds: int | None = None
     """Rounds, each of which times everything once; default: 9, with --quick 3."""
     threads: tuple[int, ...] = ()
-    """Of a CPU; each network is measured with each number; default: as many as torch has."""
+    """Numbers of CPU threads; each network is measured with each; default: as many as torch has."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -256,21 +260,23 @@ class BenchAttack:
 
 @dataclass
 class BenchCam:
-    """CamBudget beside the grad-cam package and published masks, in forwards of the batch."""
+    """Time eps maps (CamBudget) beside the grad-cam package and published masks, in forwards of the batch."""
 
     out: Path = Path("runs/bench/cam")
     """The folder to make: cam.csv, cam.png, environment.json."""
     models: tuple[str, ...] = ()
-    """Networks; default: resnet18 and wrn-34-10, with --quick resnet-small."""
+    """Networks to time; default: resnet18 and wrn-34-10, with --quick resnet-small."""
     batch_sizes: tuple[int, ...] = ()
-    """Images; default: 1 and 32, of wrn-34-10 1 and 4, on a GPU 1 and 128; with --quick 32 or 128."""
-    methods: Annotated[tuple[str, ...], Doc(f"Of CAMs: {either(METHODS)}; default: all, with --quick gradcam.")] = ()
+    """Images per batch; default: 1 and 32, of wrn-34-10 1 and 4, on a GPU 1 and 128; with --quick 32 or 128."""
+    methods: Annotated[
+        tuple[str, ...], Doc(f"Methods of CAMs: {either(METHODS)}; default: all, with --quick gradcam.")
+    ] = ()
     quick: bool = False
     """A small network, one method, and fewer rounds."""
     rounds: int | None = None
     """Rounds, each of which times everything once; default: 9, with --quick 3."""
     threads: tuple[int, ...] = ()
-    """Of a CPU; each case is measured with each number; default: as many as torch has."""
+    """Numbers of CPU threads; each case is measured with each; default: as many as torch has."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -284,7 +290,7 @@ class BenchCam:
 
 @dataclass
 class BenchScaling:
-    """How a PART step's cost grows with steps, width, resolution and batch, beside the count of operations."""
+    """Time PART steps of more attack steps, width, resolution and batch, beside the count of operations."""
 
     out: Path = Path("runs/bench/scaling")
     """The folder to make: scaling.csv, scaling.png, environment.json."""
@@ -293,7 +299,7 @@ class BenchScaling:
     rounds: int | None = None
     """Rounds, each of which times everything once; default: 5, with --quick 3."""
     threads: tuple[int, ...] = ()
-    """Of a CPU; the changes are measured with each number; default: 1."""
+    """Numbers of CPU threads; the changes are measured with each; default: 1."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     overwrite: bool = False
@@ -318,22 +324,22 @@ def _bench(measure: Callable[..., Any], flags: Bench) -> None:
 
 @dataclass
 class Reproduce:
-    """Train and evaluate every row of one of the poster's tables, or go on with it; ours beside the poster's."""
+    """Train and evaluate every row of a results table of PART's authors (ICML 2024), and print ours beside it."""
 
-    table: Annotated[str, Doc(f"{either(_poster())}.")]
+    table: Annotated[str, Doc(f"The table of the data set: {either(_published())}.")]
     out: Path = Path("runs/reproduce")
     """The folder to make or to go on with: a run folder per row and seed, reproduce.json, reproduce.csv."""
     seeds: int | None = None
     """Runs of each row; default: 3, with --scale small 1."""
     scale: str = "full"
-    """full: the poster's setting; small: the same rows on the demo's images and small network, 32 test images."""
+    """full: the published setting; small: the same rows on the demo's images and small network, 32 test images."""
     attacks: Annotated[
-        str | None, Doc(f"Separated by commas: {described(for_evaluation())}; default: the poster's.")
+        str | None, Doc(f"Separated by commas: {described(for_evaluation())}; default: the table's.")
     ] = None
     dry_run: bool = False
     """Print the commands and an estimate of the time from a measured step."""
     root: str | None = None
-    """The only folder to look for the data set in."""
+    """The only folder to look for the data set in; default: as in train."""
     download: bool = False
     """Download the data set where it is not found."""
     device: str = "auto"
@@ -347,7 +353,7 @@ class Reproduce:
         reproduce(**values)
 
 
-def _poster() -> Iterable[str]:
+def _published() -> Iterable[str]:
     from part_fast.experiments.reproduce import POSTER
 
     return POSTER
@@ -355,14 +361,14 @@ def _poster() -> Iterable[str]:
 
 @dataclass
 class Study:
-    """AT against PART with other maps in the CAM's place and other rules: does it matter which pixels keep eps?"""
+    """Compare plain training (AT), PART, and PART with other eps maps: does it matter which pixels keep eps?"""
 
     out: Path
     """The folder to make or to go on with: a run folder per arm and seed, study.json, two tables, study.png."""
     seeds: int = 5
     """Runs of each arm."""
     root: str | None = None
-    """The only folder to look for Fashion-MNIST in."""
+    """The only folder to look for Fashion-MNIST in; default: as in train."""
     download: bool = False
     """Download it where it is not found."""
     device: str = "auto"
@@ -377,7 +383,7 @@ class Study:
 
 @dataclass
 class Demo:
-    """Train AT and PART on 6,000 real images in some minutes on two CPU cores, and compare them."""
+    """Compare plain adversarial training (AT) and PART on 6,000 real images, in some minutes on two CPU cores."""
 
     out: Path
     """The folder to make: a run folder per model, results.json, results.csv, curves.png, masks.png."""
@@ -392,7 +398,7 @@ class Demo:
 
 @dataclass
 class Info:
-    """Versions, devices and threads; which backends are live, which are not and why."""
+    """Print versions, devices, threads, and which backends are live, which are not and why."""
 
     json: bool = False
     """As JSON."""
@@ -515,7 +521,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _usage(commands: Iterable[str]) -> str:
     listed = "\n".join(f"  {name:<13} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in commands)
-    return f"usage: part-fast COMMAND [FLAGS]\n\n{listed}\n\npart-fast COMMAND --help lists its flags."
+    return (
+        "usage: part-fast COMMAND [FLAGS]\n\nAdversarial training with an eps for each pixel (PART), from class "
+        f"activation maps (CAM).\n\n{listed}\n\npart-fast COMMAND --help lists its flags."
+    )
 
 
 def _commands_of(first: str) -> list[str]:
@@ -561,7 +570,10 @@ def _starting_config(arguments: list[str]) -> TrainConfig:
         return preset(named)
     out = _flag(arguments, "--out")
     if "--resume" in arguments and out is not None:
-        return read_config(Path(out))
+        config = read_config(Path(out))
+        if _flag(arguments, "--model") is None:
+            refuse_own_code(config.model, Path(out) / "config.json")
+        return config
     return next(iter(PRESETS.values()))
 
 

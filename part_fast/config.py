@@ -27,7 +27,7 @@ from part_fast.models.catalogue import MODELS
 from part_fast.ops.packed_epsilon import eps_pair
 
 SCHEDULES = {
-    "piecewise": "lr_drops",
+    "piecewise": "at --lr-drops",
     "cosine": "to 0",
     "cyclic": "up in the first 40 %, then down to 0",
 }
@@ -69,41 +69,47 @@ class TrainConfig:
     batch_size: int = 128
     """Images per batch, and per process where there are several."""
     accumulate: int = 1
-    """Batches whose gradients make one update."""
+    """Batches whose gradients are added up for one update of the weights."""
     lr: float = 0.01
     """Learning rate of SGD."""
     lr_drops: tuple[int, ...] = (60, 90)
     """Epochs, counted from the first of the warm-up, at which the learning rate falls to a tenth."""
-    schedule: Annotated[str, Doc(f"Of the learning rate: {described(SCHEDULES)}.")] = "piecewise"
+    schedule: Annotated[str, Doc(f"How the learning rate falls: {described(SCHEDULES)}.")] = "piecewise"
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 2e-4
     """Weight decay of SGD."""
     eps: float = 8 / 255
-    """How far a pixel may move."""
-    eps_low: Annotated[float, Doc(f"How far a pixel may move that matters little ({_weighted()}).")] = 7 / 255
+    """How far a pixel may move; images are in [0,1], so 8/255 is 8 gray levels."""
+    eps_low: Annotated[
+        float, Doc(f"How far a pixel may move that matters little to the prediction ({_weighted()}).")
+    ] = 7 / 255
     alpha: float = 2 / 255
-    """Step size of the attack."""
+    """How far one step of the attack moves a pixel."""
     steps: int = 10
     """Steps of the attack."""
-    beta: Annotated[float, Doc(f"Weight of the robust term ({_with_beta()}).")] = 6.0
-    rule: Annotated[str, Doc(f"From class activation map to eps, the full one for: {described(RULES)}.")] = "zscore"
+    beta: Annotated[float, Doc(f"Weight of the robust term of the loss ({_with_beta()}).")] = 6.0
+    rule: Annotated[str, Doc(f"Which pixels get the full eps, by the class activation map: {described(RULES)}.")] = (
+        "zscore"
+    )
     refresh: str = "batch"
-    """When masks are made: batch, of the very images of each batch; or K, of the whole training set every K epochs."""
+    """When masks, which pixels keep the full eps, are made: batch, of each batch; K, of all images every K epochs."""
     control: Annotated[str, Doc(f"What is done to the masks, to tell whether they matter: {either(CONTROLS)}.")] = (
         "none"
     )
     released: bool = False
     """What the authors' published code does: rule released, control permuted, learning rate dropped by the epochs after
-    the warm-up, uniform start neither within the eps map nor clipped."""
-    cam: Annotated[str, Doc(f"Class activation map: {described(CAM_CHOICES)}.")] = "gradcam"
+    the warm-up, uniform start neither within the eps map nor clipped; other starts, such as fgsm's, stay the same."""
+    cam: Annotated[str, Doc(f"How the class activation map (CAM) is made: {described(CAM_CHOICES)}.")] = "gradcam"
+    target_layer: str | None = None
+    """The layer whose output CAMs explain, by its name in the network; default: layer4 or block3."""
     average: str = "none"
     """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
     ends of epochs, from that one on, counted from 1)."""
     precision: Annotated[
         str,
         Doc(
-            f"Of convolutions and linear layers: {', '.join(PRECISIONS)} (fp16 on CUDA alone), or auto: on CUDA bf16 "
+            f"In which layers multiply: {', '.join(PRECISIONS)} (fp16 on CUDA alone), or auto: on CUDA bf16 "
             "where the card multiplies in it, else fp32."
         ),
     ] = "auto"
@@ -114,11 +120,11 @@ class TrainConfig:
     cuda_graph: Switch = "auto"
     """Capture the steps of the attack as a CUDA graph: on (also by the flag alone), off, or auto: on CUDA."""
     deterministic: bool = False
-    """Run algorithms alone that repeat their results; without it the fastest are found by timing on CUDA."""
+    """Run only algorithms that repeat their results; without it the fastest are found by timing on CUDA."""
     pgd_test_size: int = 500
     """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
     seed: int = 0
-    """Seed of everything random: initial weights, order of the images, augmentation, attack."""
+    """Seed of the random numbers: initial weights, order of the images, augmentation, attack."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
@@ -147,7 +153,7 @@ class TrainConfig:
             eps_pair(self.eps, self.eps_low)
         for name in ("eps", "eps_low"):  # which a plain method does not use, so that its default may be above eps
             checks.number(name, getattr(self, name), 0)
-        find_rule(self.rule, max(self.eps, self.eps_low), self.eps_low)
+        find_rule(self.rule, max(self.eps, self.eps_low), self.eps_low, functions=False)
         if self.refresh_epochs and not has_bits(self.mask_rule):
             raise BadValueError(
                 f"refresh must be batch with rule {self.mask_rule}, whose maps are no masks that could be kept"

@@ -47,10 +47,10 @@ def _mart(model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, beta: float) ->
 
 
 METHODS: dict[str, Method] = {
-    "at": Method("cross-entropy of attacked images", "at", _cross_entropy),
-    "part": Method("at with an eps for each pixel", "at", _cross_entropy, weighted=True),
+    "at": Method("plain adversarial training: cross-entropy of attacked images", "at", _cross_entropy),
+    "part": Method("at with an eps for each pixel, the method of this package", "at", _cross_entropy, weighted=True),
     "trades": Method("accuracy plus beta times stability", "trades", _trades, trades_loss, beta=True),
     "part-t": Method("trades with an eps for each pixel", "trades", _trades, trades_loss, weighted=True, beta=True),
-    "mart": Method("errors count more", "mart", _mart, mart_loss, beta=True),
+    "mart": Method("attacked images that are nearly wrong count more", "mart", _mart, mart_loss, beta=True),
     "part-m": Method("mart with an eps for each pixel", "mart", _mart, mart_loss, weighted=True, beta=True),
 }

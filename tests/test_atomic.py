@@ -1,9 +1,14 @@
 """Files are written whole or not at all, by one function."""
 
+import os
+
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 
 from part_fast.atomic import replacing
+from part_fast.models import export_weights, resnet_small
 
 
 def test_the_new_file_appears_when_the_block_ends(tmp_path):
@@ -28,6 +33,50 @@ def test_the_old_file_stays_if_the_block_raises(tmp_path):
         write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077], indirect=True, ids=oct)
+def test_files_are_as_readable_as_those_of_open(umask, tmp_path):
+    (tmp_path / "plain").write_text("")
+    expected = (tmp_path / "plain").stat().st_mode
+    writers = {
+        "a.json": lambda path: path.write_text("new"),
+        "b.safetensors": lambda path: save_file({"a": torch.zeros(1)}, path),
+        "c.pt": lambda path: torch.save({"a": torch.zeros(1)}, path),
+    }
+    for name, write in writers.items():
+        for _ in range(2):  # a new file, and one that takes the place of another
+            with replacing(tmp_path / name) as temporary:
+                write(temporary)
+            assert (tmp_path / name).stat().st_mode == expected, name
+            (tmp_path / name).chmod(0o600)
+    for name in ("weights.safetensors", "weights.pt"):
+        assert export_weights(resnet_small(), tmp_path / name).stat().st_mode == expected
+
+
+def test_what_a_killed_process_left_does_not_decide_who_may_read(tmp_path):
+    left = tmp_path / ".result.json.tmp"
+    left.write_text("half")
+    left.chmod(0o600)
+    (tmp_path / "plain").write_text("")
+    with replacing(tmp_path / "result.json") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "result.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_block_that_writes_nothing_replaces_nothing(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass
+    assert path.read_text() == "old"
 
 
 def test_nothing_else_replaces_files():

@@ -167,7 +167,7 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
         (
             "--rule otsu",
             "rule must be one of zscore, released, quantile:q with 0 < q < 1, soft, budget-matched:MEAN, region:NAME, "
-            "or a function, got 'otsu'",
+            "got 'otsu'",
         ),
         ("--cam eigencam", "cam must be one of gradcam, xgradcam, layercam, hirescam"),
         ("--model vgg", "model takes one of resnet18, resnet-small"),

@@ -31,7 +31,14 @@ def test_names():
     assert list(for_training()) == ["pgd", "fgsm", "mma"]
     assert list(for_evaluation()) == ["natural", "pgdSTEPS", "fgsm", "mma", "aa"]
     assert list(METHODS) == ["at", "part", "trades", "part-t", "mart", "part-m"]
-    assert list(MODELS) == ["resnet18", "resnet-small", "wrn-DEPTH-WIDTH"]
+    assert list(MODELS) == [
+        "resnet18",
+        "resnet-small",
+        "wrn-DEPTH-WIDTH",
+        "torchvision:NAME",
+        "timm:NAME",
+        "MODULE:FUNCTION",
+    ]
     assert list(DATASETS)[:6] == ["demo", "fashion-mnist", "cifar10", "cifar100", "svhn", "tinyimagenet"]
     assert list(DATASETS)[6:] == ["folder:PATH"]
     assert RULES == ("zscore", "released", "quantile", "soft")
@@ -218,7 +225,7 @@ USES = {
     "evaluation/sanity.py": "which attack is stronger than which",
     "experiments/compare.py": "what the demo and the study measure",
     "experiments/demo.py": "what the demo compares",
-    "experiments/reproduce.py": "the poster's rows and columns",
+    "experiments/reproduce.py": "the published rows and columns",
     "experiments/study.py": "what the study compares",
     "training/loop.py": "columns of metrics.csv",
 }

@@ -4,17 +4,24 @@ import csv
 import dataclasses
 import json
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_RUN as TINY
 from conftest import load_once
+from PIL import Image
 from safetensors.torch import load_file
 
 from part_fast.attacks import catalogue
 from part_fast.budgets.bank import MaskBank
 from part_fast.budgets.cam import CamBudget
+from part_fast.config import read_config
+from part_fast.data.catalogue import load
 from part_fast.data.memory import to_float
+from part_fast.evaluation import trained
+from part_fast.evaluation.trained import load_trained
 from part_fast.methods import METHODS
 from part_fast.models.catalogue import build_model
 from part_fast.report import files
@@ -447,3 +454,66 @@ def test_released_start_is_neither_within_the_map_nor_clipped(monkeypatch):
     moved = (starts[0] - x).abs()
     assert starts[0].max() > 1
     assert 0.9 * config.eps < moved.max() <= config.eps + 1e-6
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """A folder of images per class in pets, in the folder that the process is in; nothing else is searched."""
+    here = tmp_path / "here"
+    pictures = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8).numpy()
+    for split in ("train", "test"):
+        for i, picture in enumerate(pictures):
+            place = here / "data" / "pets" / split / ("cat", "dog")[i % 2] / f"{i}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(place)
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("PART_FAST_DATA", raising=False)
+    monkeypatch.setattr(loop, "load", load)  # not those kept by quick_runs
+    monkeypatch.setattr(trained, "load", load)
+    return here
+
+
+@pytest.mark.parametrize(
+    ("dataset", "root"),
+    [
+        ("folder:data/pets", None),
+        ("folder:pets", "data"),
+        ("folder:pets", None),
+        ("cifar10", None),
+        ("cifar10", "data"),
+    ],
+)
+def test_a_run_finds_its_data_set_from_another_folder(dataset, root, pets, tmp_path, monkeypatch):
+    if dataset == "folder:pets" and root is None:
+        monkeypatch.chdir("data")
+    if dataset == "cifar10":
+        for name in ("data_batch_1", "test_batch"):
+            content = [bytes([i % 2]) + bytes(range(192)) * 16 for i in range(4)]
+            Path(f"data/{name}.bin").write_bytes(b"".join(content))
+    run = tmp_path / "runs" / "x"
+    config = tiny(
+        dataset=dataset, root=root, method="at", epochs=1, warmup_epochs=0, train_size=4, test_size=4, precision="fp32"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there are fewer images than published
+        train(config, run, log=lambda line: None)
+        monkeypatch.chdir(tmp_path / "runs")
+        assert len(load_trained(Path("x")).data) == 4
+        rows = train(dataclasses.replace(read_config(run), epochs=2), run, resume=True, log=lambda line: None)
+        assert len(rows) == 2
+
+        (pets / "data").rename(tmp_path / "moved")
+        with pytest.raises(FileNotFoundError) as caught:
+            load_trained(Path("x"))
+        assert "name the folder that holds it now by --root" in str(caught.value)
+        assert str(pets) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        if dataset == "folder:data/pets":
+            (tmp_path / "moved").rename(tmp_path / "data")
+            assert len(load_trained(Path("x"), root="..").data) == 4
+        else:
+            assert len(load_trained(Path("x"), root="../moved").data) == 4
+
+
+def test_a_run_whose_data_set_needs_no_root_records_none(finished):
+    assert read_config(finished[0]).root is None

@@ -26,9 +26,10 @@ RULES = {
 _REGIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre")
 
 
-def find_rule(rule: str | Rule, eps: float, eps_low: float) -> str | Rule:
+def find_rule(rule: str | Rule, eps: float, eps_low: float, *, functions: bool = True) -> str | Rule:
     """A rule of the ops by its name, or the function that any other rule is, for a budget of eps and eps_low.
 
+    functions: whether the caller takes functions, of which the message tells; a configuration has names alone.
     Errors: TypeError or ValueError that lists the names.
     """
     if isinstance(rule, str):
@@ -47,7 +48,8 @@ def find_rule(rule: str | Rule, eps: float, eps_low: float) -> str | Rule:
             parse_rule(rule, 1, 1, soft=True)
         except BadValueError as error:
             others = ", ".join(name for name in RULES if name.partition(":")[0] in ("budget-matched", "region"))
-            raise BadValueError(str(error).replace(", soft, got", f", soft, {others}, or a function, got")) from None
+            listed = f", soft, {others}{', or a function' if functions else ''}, got"
+            raise BadValueError(str(error).replace(", soft, got", listed)) from None
         return rule
     if not callable(rule) or isinstance(rule, type):
         raise BadTypeError(f"rule must be a name or a function (cam, size) -> weights, got {rule!r}")

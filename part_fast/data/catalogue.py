@@ -12,6 +12,7 @@ from part_fast.data.cifar import CIFAR10, CIFAR100, load_cifar
 from part_fast.data.fashion_mnist import load_demo, load_fashion_mnist
 from part_fast.data.folders import load_folder, load_tinyimagenet
 from part_fast.data.memory import Dataset
+from part_fast.data.places import roots
 from part_fast.data.svhn import load_svhn
 from part_fast.errors import BadValueError
 
@@ -54,6 +55,21 @@ def load(name: str, split: str, root: str | os.PathLike[str] | None = None, down
         raise BadValueError(f"split takes 'train' or 'test', got {split!r}")
     read = partial(row.read, path) if path else row.read
     return read(split, None if root is None else Path(root).expanduser(), download)
+
+
+def root_anywhere(data: Dataset, root: str | None) -> str | None:
+    """The `root` with which `load` finds again, started from any folder, the data set that it has found by `root`.
+
+    An absolute path; None for a data set that needs no root, since it was found without one and under no relative path.
+    """
+    if root is not None:
+        return str(Path(root).expanduser().absolute())
+    source = Path(data.source)
+    if source.is_absolute():
+        return None
+    if ":" in data.name:  # folder:PATH
+        return str(Path.cwd())
+    return next((str(base.absolute()) for base in roots(None) if source.is_relative_to(base)), None)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def masks(
     overwrite: bool = False,
     dataset: str | None = None,
     model: str | None = None,
+    target_layer: str | None = None,
     root: str | None = None,
     download: bool = False,
     seed: int = 0,
@@ -35,8 +36,9 @@ def masks(
     """A PNG grid, a row per image: n test images, their CAM, eps map, adversarial image and difference x8.
 
     where, dataset, model: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps map each,
-    and the attack uses the first. The attack is that of the training, within the eps map. A JSON file beside `out`
-    holds what the titles say: labels, predictions, the share of pixels that keep the full eps.
+    and the attack uses the first. target_layer: as in `CamBudget`; default the run's. The attack is that of the
+    training, within the eps map. A JSON file beside `out` holds what the titles say: labels, predictions, the share of
+    pixels that keep the full eps.
 
     Returns: what the JSON file holds.
 
@@ -61,10 +63,14 @@ def masks(
     # The run of a plain method does not use eps_low, which may then lie above its eps.
     config = dataclasses.replace(config, rule=rules[0], eps_low=min(config.eps, config.eps_low))
     x, y = to_float(data.images), data.labels
-    maps = {name: CamBudget(net, config.eps, config.eps_low, method=config.cam, rule=name)(x) for name in rules}
+    layer = config.target_layer if target_layer is None else target_layer
+
+    def budget(eps: float, eps_low: float, rule: str) -> CamBudget:
+        return CamBudget(net, eps, eps_low, method=config.cam, rule=rule, target_layer=layer)
+
+    maps = {name: budget(config.eps, config.eps_low, name)(x) for name in rules}
     eps = maps[rules[0]]
-    # Between 0 and 1 the soft rule gives the enlarged CAM itself.
-    cams = CamBudget(net, 1.0, 0.0, method=config.cam, rule="soft")(x)[:, 0]
+    cams = budget(1.0, 0.0, "soft")(x)[:, 0]  # between 0 and 1 the soft rule gives the enlarged CAM itself
     start = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
     x_adv = pgd(net, x, y, eps, config.alpha, config.steps, start=(x + start * eps).clamp(0, 1))
     predicted, attacked = (clean_logits(net, images).argmax(1) for images in (x, x_adv))

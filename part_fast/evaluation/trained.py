@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +13,11 @@ from torch import nn
 
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import DATASETS, load
-from part_fast.data.memory import Dataset
+from part_fast.data.memory import Dataset, to_float
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
+from part_fast.models.external import check_network, is_external, refuse_own_code
 
 
 class Trained(NamedTuple):
@@ -40,22 +42,44 @@ def load_trained(
     """The model in a run folder; or in a checkpoint file, in a run folder or with data set and model named.
 
     n: a balanced subset of the test images; default: those of the run.
+    model: default that of the run, unless it is a function of the user's own: to build it runs code that the caller
+    must name, not a file.
 
     Raises:
         FileNotFoundError: there is no such run folder, checkpoint or data set.
         ValueError: an argument is missing, or the weights do not fit.
+        ImportError: the network is of a package or module that cannot be imported.
     """
     config, weights, alone = _find(where)
     if alone and (dataset is None or model is None):
         raise BadValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
+    if model is None:
+        refuse_own_code(config.model, weights.parent / "config.json")
     config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
+    recorded = config.root if root is None else None
     config = dataclasses.replace(config, root=root or config.root, download=download or config.download)
     config.check()
     place = find_device(device)
-    data = evaluation_data(config, n).to(place)
+    try:
+        data = evaluation_data(config, n).to(place)
+    except MissingFileError as error:
+        if recorded is None:
+            raise
+        raise MissingFileError(
+            f"{config.dataset} is not in {recorded}, where the run found it: name the folder that holds it now by "
+            f"--root ({error})"
+        ) from error
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
         net = build_model(config.model, data.num_classes)
     load_weights(net, weights)
+    if is_external(config.model):
+        check_network(net.to(place), config.model, to_float(data.images[:2]), data.num_classes)
+        if alone:
+            warnings.warn(
+                f"{config.model} gets images in [0,1]: if {weights} was trained on normalised ones, name a function of "
+                "your own that normalises first",
+                stacklevel=2,
+            )
     return Trained(net.eval().requires_grad_(False).to(place), config, data, weights)
 
 
@@ -82,6 +106,8 @@ def load_model(where: str | os.PathLike[str], *, model: str | None = None, num_c
         if config.dataset not in DATASETS:  # images of a folder, which need not be here
             raise BadValueError(f"num_classes must be given for {where}, which was trained on {config.dataset}")
         num_classes = DATASETS[config.dataset].classes
+    if model is None:
+        refuse_own_code(config.model, weights.parent / "config.json")
     with torch.random.fork_rng(devices=[]):
         net = build_model(model or config.model, 10 if num_classes is None else num_classes)
     return load_weights(net, weights).eval()

@@ -1,1 +1,1 @@
-"""Experiments: the demo, the study, the poster's tables, and how their runs are compared."""
+"""Experiments: the demo, the study, the published tables, and how their runs are compared."""

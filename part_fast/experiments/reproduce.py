@@ -1,4 +1,4 @@
-"""The rows of the poster's tables: each a training run and its evaluation, printed beside the poster's numbers."""
+"""The rows of PART's published tables: each a training run and its evaluation, printed beside what was published."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from part_fast.training.loop import train
 from part_fast.training.run_folder import STATE
 from part_fast.training.step import batch_epsilon, train_step
 
-# Zhang et al., ICML 2024, the poster: natural, PGD-20, MMA, AutoAttack, in %.
+# Zhang et al., ICML 2024, as on its poster: natural, PGD-20, MMA, AutoAttack, in %.
 MEASURES = ("natural", "pgd20", "mma", "aa")
 POSTER: dict[str, dict[str, tuple[float, float, float, float]]] = {
     "cifar10": {
@@ -76,7 +76,7 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One run of one row: the poster's name for it, how it is trained, where it is kept."""
+    """One run of one row: its name in the published table, how it is trained, where it is kept."""
 
     name: str
     config: TrainConfig
@@ -95,7 +95,7 @@ class Row:
 
 
 def plan(table: str, seeds: int | None = None, scale: str = "full") -> list[Row]:
-    """Every run of a table, the poster's rows in order, the seeds of a row together; seeds: default 3, small 1.
+    """Every run of a table, its rows in order, the seeds of a row together; seeds: default 3, small 1.
 
     Errors: ValueError for an unknown table or scale, listing the known.
     """
@@ -130,10 +130,10 @@ def reproduce(
     device: str = "auto",
     log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Run, or go on with, every row of a table, and print ours beside the poster's.
+    """Run, or go on with, every row of a table, and print ours beside what was published.
 
     table: one of `POSTER`. scale: full, the poster's setting; small, the same rows on the demo's images
-    and small network with 32 test images, whose numbers are not comparable with the poster's. Finished runs and
+    and small network with 32 test images, whose numbers are not comparable with the published ones. Finished runs and
     evaluations are kept.
     dry_run: print the commands and an estimate of their time from a measured step, and do nothing.
     `out` then holds a run folder per row and seed, and reproduce.json and reproduce.csv, which is returned.
@@ -196,7 +196,7 @@ def _records(
 
 
 def comparison(records: Sequence[dict[str, Any]], attacks: Sequence[str], seeds: int, scale: str) -> str:
-    """The table as text: ours with its spread over seeds, the poster's, and the difference."""
+    """The table as text: ours with its spread over seeds, the published one, and the difference."""
     lines = []
     for record in records:
         cells = [record["method"]]
@@ -206,10 +206,10 @@ def comparison(records: Sequence[dict[str, Any]], attacks: Sequence[str], seeds:
             published = record[f"{key}_poster"]
             cells.append("-" if published is None else f"{published:.2f} ({record[f'{key}_difference']:+.2f})")
         lines.append(tuple(cells))
-    header = ("method", *(cell for key in attacks for cell in (f"{key} %", "poster (ours - it)")))
+    header = ("method", *(cell for key in attacks for cell in (f"{key} %", "published (ours - it)")))
     below = f"ours: mean{' ± standard deviation' if seeds > 1 else ''} of {seeds} seed{'s' if seeds > 1 else ''}"
     if scale == "small":
-        below += "; small scale, on other images and a smaller network: not comparable with the poster's"
+        below += "; small scale, on other images and a smaller network: not comparable with the published ones"
     return f"{files.table(header, lines)}\n{below}"
 
 

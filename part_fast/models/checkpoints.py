@@ -86,7 +86,7 @@ def export_weights(
     contiguous, in the model's dtype; `load_weights` reads both formats.
 
     Args:
-        model: what `build_model` makes.
+        model: what `build_model` makes; for robustbench one of part_fast's own networks.
         path: a name ending in .safetensors, or in .pt or .pth for robustbench.
         format: "safetensors" or "robustbench"; default: by the ending of `path`.
         sub_block1: also write the weights of `block1` as `sub_block1`, which RobustBench's WideResNet carries under
@@ -96,15 +96,15 @@ def export_weights(
     Raises:
         FileExistsError: there is a file at `path` and `overwrite` is not set.
         FileNotFoundError: there is no such folder.
-        TypeError: model is not a ResNet or WideResNet of this module.
+        TypeError: model is no module; or, for robustbench, no ResNet or WideResNet of part_fast.
         ValueError: an unknown format or another ending than its own, `sub_block1` for a model without `block1`, or
             robustbench for a model that normalises inside: RobustBench's does not, its logits would be others.
 
     Source: github.com/RobustBench/robustbench, `robustbench/model_zoo/architectures`.
     """
     path = Path(path)
-    if not isinstance(model, ResNet | WideResNet):
-        raise BadTypeError(f"model takes a ResNet or WideResNet of part_fast.models, got {type(model).__name__}")
+    if not isinstance(model, nn.Module):
+        raise BadTypeError(f"model takes a torch.nn.Module, got {type(model).__name__}")
     if format is None:
         format = next((name for name, endings in FORMATS.items() if path.suffix in endings), None)
         if format is None:
@@ -118,6 +118,11 @@ def export_weights(
         )
     if sub_block1 and not isinstance(model, WideResNet):
         raise BadValueError(f"sub_block1 takes a WideResNet, got {type(model).__name__}, which has no block1")
+    if format == "robustbench" and not isinstance(model, ResNet | WideResNet):
+        raise BadTypeError(
+            "model takes a ResNet or WideResNet of part_fast.models for format robustbench, got "
+            f"{type(model).__name__}: give a path that ends in .safetensors"
+        )
     if format == "robustbench" and not isinstance(model.normalize, nn.Identity):
         raise BadValueError("format robustbench takes a model without mean and std: RobustBench's does not normalise")
     if not path.parent.is_dir():
@@ -129,20 +134,30 @@ def export_weights(
         with needs("safetensors", "train"):
             from safetensors.torch import save_file
 
-    state = model.state_dict()
+    state = own_copies(model)
     if sub_block1:
-        state |= {f"sub_{key}": value for key, value in state.items() if key.startswith("block1.")}
-    # Copies: a file then holds each tensor's own values alone, and no storage that two of them share.
-    state = {
-        key: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
-        for key, value in state.items()
-    }
+        state |= {f"sub_{key}": value.clone() for key, value in state.items() if key.startswith("block1.")}
     with replacing(path) as temporary:
         if format == "safetensors":
             save_file(state, temporary)
         else:
             torch.save(state, temporary)
     return path
+
+
+def own_copies(model: nn.Module) -> dict[str, Tensor]:
+    """The model's `state_dict`, each tensor contiguous on the CPU with a storage of its own, which files need.
+
+    Errors: ValueError for a state that holds something else than tensors.
+    """
+    copies = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise BadValueError(
+                f"the state_dict of {type(model).__name__} must hold tensors alone, got {key!r}, {type(value).__name__}"
+            )
+        copies[key] = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+    return copies
 
 
 def _read_checkpoint(path: Path) -> Mapping[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,9 +18,11 @@ from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig
-from part_fast.data.memory import batch_length
+from part_fast.data.memory import Dataset, batch_length, to_float
+from part_fast.methods import METHODS
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
+from part_fast.models.external import check_network, is_external
 
 
 class Engine:
@@ -27,6 +30,8 @@ class Engine:
 
     model: the weights. trained: what the loss forwards, the model or its DistributedDataParallel. attack_model: its
     copy that attacks and CAMs run on. averaged: torch's AveragedModel, or None. load: whether config.init is read.
+
+    Errors: ValueError for a network without a layer that CAMs can explain, if the method needs one.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, *, load: bool = True) -> None:
@@ -40,14 +45,8 @@ class Engine:
         self.attack_model = AttackModel(
             self.model, precision=config.precision, compile=config.compile, cuda_graph=bool(config.cuda_graph)
         )
-        self.budget = CamBudget(
-            self.attack_model,
-            config.eps,
-            min(config.eps, config.eps_low),  # a plain method does not use it, and its eps may be smaller
-            method=config.cam,
-            rule=config.mask_rule,
-            control=config.mask_control,
-        )
+        if METHODS[config.method].weighted:
+            _ = self.budget
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             config.lr,
@@ -68,6 +67,29 @@ class Engine:
                 )
         self._group = 0
         self._last = True
+
+    @functools.cached_property
+    def budget(self) -> CamBudget:
+        """The eps map of images."""
+        config = self.config
+        return CamBudget(
+            self.attack_model,
+            config.eps,
+            min(config.eps, config.eps_low),  # a plain method does not use it, and its eps may be smaller
+            method=config.cam,
+            rule=config.mask_rule,
+            target_layer=config.target_layer,
+            control=config.mask_control,
+        )
+
+    def try_network(self, data: Dataset) -> None:
+        """Errors: ValueError where a network of others does not take the images, or its layer has no CAM of them."""
+        config = self.config
+        if is_external(config.model):
+            x = to_float(data.images[:2])
+            check_network(self.model, config.model, x, data.num_classes, trains=len(x) > 1)
+            if METHODS[config.method].weighted:
+                self.budget(x)
 
     @record_function("part_fast: optimizer")
     def begin(self, done: int, total: int, epoch: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, find_device, read_config
-from part_fast.data.catalogue import load
+from part_fast.data.catalogue import load, root_anywhere
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
 from part_fast.errors import BadValueError, CannotRunError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
@@ -69,15 +70,18 @@ def train(
     torch.manual_seed(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
+    config = dataclasses.replace(config, root=root_anywhere(data, config.root))
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
 
     # A run that was stopped in its first epoch has no state yet, and starts as it did.
     engine = Engine(config, data.num_classes, device, load=not (resume and (out / STATE).is_file()))
-    model, budget = engine.model, engine.budget
+    engine.try_network(data)
+    model = engine.model
+    budget = engine.budget if METHODS[config.method].weighted else None
     bank = None
-    if config.refresh_epochs and METHODS[config.method].weighted:
+    if config.refresh_epochs and budget is not None:
         size = (data.images.shape[2], data.images.shape[3])
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
@@ -108,7 +112,7 @@ def train(
             begin = time.perf_counter()
             weighted_epoch = epoch - config.warmup_epochs
             if bank is not None and METHODS[method].weighted and weighted_epoch % config.refresh_epochs == 0:
-                bank.fill(budget, data.images)
+                bank.fill(engine.budget, data.images)
             order = epoch_order(len(data), config, epoch).to(device)
             agreement: dict[str, float] = {}
             model.train()

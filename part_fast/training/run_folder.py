@@ -13,6 +13,7 @@ from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import KEPT
+from part_fast.models.checkpoints import own_copies
 from part_fast.optional import needs
 from part_fast.precision import full_float32
 from part_fast.report import files
@@ -93,7 +94,7 @@ def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
     models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
     for name, model in models.items():
         with files.replacing(out / name) as temporary:
-            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+            save_file(own_copies(model), temporary)
     files.write_csv(out / "metrics.csv", rows)
 
 

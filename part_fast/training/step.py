@@ -17,16 +17,20 @@ from part_fast.training.engine import Engine
 
 def batch_epsilon(
     method: str,
-    budget: CamBudget,
+    budget: CamBudget | None,
     bank: MaskBank | None,
     indices: Tensor,
     drawn: Augmentation | None,
     config: TrainConfig,
 ) -> float | Tensor | CamBudget:
-    """How far the pixels of a batch may move: one eps, the maps kept in the bank, or a budget yet to be asked."""
+    """How far the pixels of a batch may move: one eps, the maps kept in the bank, or a budget yet to be asked.
+
+    budget: only a method with weighted pixels needs one.
+    """
     if not METHODS[method].weighted:
         return config.eps
     if bank is None:
+        assert budget is not None
         return budget
     return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
 
