@@ -175,6 +175,17 @@ def test_docstrings_come_out_as_lists_and_code(site):
     assert re.search(r"<pre>.*gradcam {4}mean_hw\(g_k\)", ops)
 
 
+def test_functions_are_documented_and_not_modules_of_their_name(site):
+    pages = {path.stem: path.read_text() for path in (site / "reference").glob("*.html")}
+    functions = [name for name, value in documented().items() if inspect.isfunction(value)]
+    assert len(functions) > 30
+    for name in functions:
+        (page,) = (text for text in pages.values() if f'<h2 id="{name}"' in text)
+        section = page.partition(f'<h2 id="{name}"')[2].partition("<h2 id=")[0]
+        assert 'class="doc-signature' in section or "doc-signature" in section.partition("<h3")[0], name
+        assert "<h3" not in section, f"{name} has members: it is the module's page"
+
+
 def test_a_link_out_of_the_documentation_shows_the_file(site):
     structure = Links((site / "structure.html").read_text())
     assert "source/part_fast/ops/pgd_step.py.html" in structure.links
