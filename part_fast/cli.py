@@ -97,13 +97,19 @@ class Evaluate:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     sanity_images: int = 0
     """Look on so many of the images for signs of gradient masking: a robustness that comes from useless gradients."""
+    sweep: str | None = None
+    """Besides, accuracy on at most 1,000 of the images as PGD grows: in eps, in steps, or in eps,steps; sweep.json."""
 
     def run(self) -> None:
         from part_fast.evaluation.accuracy import evaluate
+        from part_fast.evaluation.sweep import check_kinds, sweep
         from part_fast.report.files import table
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["attacks"] = _names(self.attacks)
+        kinds = values.pop("sweep")
+        if kinds is not None:
+            check_kinds(_names(kinds))
         record = evaluate(**values)
         rows = [
             (name, f"{100 * r['accuracy']:.2f}", f"{100 * r['standard_error']:.2f}", str(r["n"]), f"{r['seconds']:.1f}")
@@ -112,6 +118,18 @@ class Evaluate:
         print(table(("attack", "accuracy %", "standard error", "images", "seconds"), rows))
         for warning in record["warnings"]:
             print(f"warning: {warning}")
+        if kinds is None:
+            return
+        for name in ("attacks", "sanity_images"):
+            del values[name]
+        for kind, curve in sweep(kinds=_names(kinds), **values)["curves"].items():
+            points = [
+                (_as_written(p[kind]), f"{100 * p['accuracy']:.2f}", f"{100 * p['standard_error']:.2f}")
+                for p in curve["points"]
+            ]
+            print(f"\n{table((kind, 'accuracy %', 'standard error'), points)}")
+            for warning in curve["warnings"]:
+                print(f"warning: {warning}")
 
 
 @dataclass
@@ -397,6 +415,28 @@ class Demo:
 
 
 @dataclass
+class Report:
+    """One HTML page about runs: accuracies with spread, curves, masks over epochs, robustness, speed, what differs."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    """Run folders, or folders that hold some: a demo's, a study's, a reproduction's."""
+    out: Path
+    """The .html file to make, which needs no other file."""
+    mask_epochs: tuple[int, ...] = ()
+    """Epochs whose masks to show, such as 30 40 50 60; default: at most seven, evenly spaced."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def run(self) -> None:
+        from part_fast.experiments.report import report
+
+        made = report(self.runs, self.out, mask_epochs=self.mask_epochs, overwrite=self.overwrite)
+        for warning in made["warnings"]:
+            print(f"warning: {warning}")
+        print(f"page: {self.out}")
+
+
+@dataclass
 class Info:
     """Print versions, devices, threads, and which backends are live, which are not and why."""
 
@@ -410,7 +450,7 @@ class Info:
         print(json.dumps(record, indent=2) if self.json else environment_text(record))
 
 
-Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Info
+Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Report | Info
 # A name is one word, or two, as it is typed.
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
@@ -425,6 +465,7 @@ COMMANDS: dict[str, type[Command]] = {
     "reproduce": Reproduce,
     "study": Study,
     "demo": Demo,
+    "report": Report,
     "info": Info,
 }
 

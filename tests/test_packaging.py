@@ -202,7 +202,8 @@ def test_without_a_compiler_a_wheel_for_every_machine_holds_what_is_there_now(tm
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"part_fast/ops/pgd_step.py", "part_fast/py.typed", "part_fast/assets/fashion-mnist-demo.npz.xz"} <= names
+    data = {"part_fast/py.typed", "part_fast/report/page.html", "part_fast/assets/fashion-mnist-demo.npz.xz"}
+    assert {"part_fast/ops/pgd_step.py", *data} <= names
     assert not [name for name in names if name.endswith((".so", "no_more.py"))]
 
 
@@ -226,4 +227,4 @@ def test_extras_bring_what_the_errors_say_and_nothing_else_is_required():
     assert said >= {("tyro", "train"), ("pyautoattack", "aa"), ("scipy", "study"), ("torchvision", "download")}
     assert [pair for pair in said if pair[0] not in extras[pair[1]]] == []
     everything = Requirement(project["optional-dependencies"]["all"][0]).extras
-    assert everything == set(extras) - {"all", "test", "dev", "examples"}
+    assert everything == set(extras) - {"all", "test", "dev", "examples", "docs"}

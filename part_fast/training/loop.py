@@ -28,6 +28,7 @@ from part_fast.optional import needs
 from part_fast.precision import algorithms
 from part_fast.report import figures
 from part_fast.training.engine import Engine
+from part_fast.training.mask_history import keep_masks
 from part_fast.training.run_folder import STATE, check_folder, export, load_state, prepare_folder, save_state
 from part_fast.training.step import batch_epsilon, train_step
 
@@ -47,9 +48,10 @@ def train(
     """Train one model, with a checkpoint after every epoch, and leave a run folder behind.
 
     `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png,
-    averaged.safetensors where weights are averaged, and training_state.pt, from which `resume` goes on exactly as if
-    it had never stopped. Nothing is written before everything that can be checked is; `overwrite` replaces a run that
-    is already there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, and training_state.pt, from
+    which `resume` goes on exactly as if it had never stopped. Nothing is written before everything that can be checked
+    is; `overwrite` replaces a run that is already there. Under torchrun each process trains on its share of every
+    batch, and the first one writes.
 
     Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
 
@@ -151,6 +153,7 @@ def train(
                 }
             )
             if main:
+                keep_masks(out, engine, test, epoch)
                 save_state(out, engine, rows, bank)
                 if writer is not None:
                     _log_scalars(writer, rows[-1])

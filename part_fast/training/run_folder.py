@@ -30,6 +30,8 @@ RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, "environment.json", "
 # Files that other commands make of a run, which are stale once it is overwritten.
 DERIVED = (
     AVERAGED,
+    "masks.safetensors",
+    "sweep.json",
     "evaluation.json",
     "evaluation.csv",
     "evaluation_images.safetensors",
