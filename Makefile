@@ -10,6 +10,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH_VERSIONS ?= 2.10 2.11
 VERSIONS ?= build/versions
 EXAMPLES ?= build/examples
+DOCS ?= build/docs
 GPU_ARGS ?=
 export PART_FAST_CUDA
 
@@ -21,7 +22,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo test test-slow test-examples test-versions gpu bench lint format lock clean
+.PHONY: help install build demo docs test test-slow test-examples test-versions gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,6 +49,16 @@ build: $(BUILT) ## the same: compiles what changed in csrc
 
 demo: install ## train AT and PART on real images, evaluate both, show the table and the pictures
 	$(VENV)/bin/part-fast demo --out runs/demo --overwrite
+
+# Its environment needs neither torch nor part_fast: docstrings are read, not imported.
+$(DOCS)/docs.stamp: $(CONSTRAINTS) pyproject.toml | $(PY)
+	test -x $(DOCS)/bin/python || $(PY) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) \
+	    $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: $(DOCS)/docs.stamp ## the documentation as a site: build/site/index.html; its environment of 0.2 GB is DOCS
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 test: install ## all tests but the slow ones, and the Triton kernels in the interpreter
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret $(PYTEST_ARGS) || test $$? -eq 5 # 5: no test has the mark
@@ -105,9 +116,10 @@ format: install ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
-lock: install ## rewrite constraints.txt from what is installed in VENV
+lock: install $(DOCS)/docs.stamp ## rewrite constraints.txt from what is installed in VENV and DOCS
 	grep '^#' constraints.txt > build/constraints.txt
-	$(PY) -m pip freeze --all --exclude-editable --exclude pip >> build/constraints.txt
+	{ $(PY) -m pip freeze --all --exclude-editable --exclude pip; $(DOCS)/bin/python -m pip freeze; } \
+	    | LC_ALL=C sort --ignore-case --unique >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean: ## remove what was compiled, and the environments of test-versions and test-examples; VENV and runs stay

@@ -214,6 +214,21 @@ def test_load_model_of_a_checkpoint_alone_or_of_a_folders_run(model, run, tmp_pa
         load_model(run)
 
 
+def test_load_model_of_somebody_elses_network_says_what_its_images_are(tmp_path):
+    vision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    net = vision.squeezenet1_1(num_classes=3)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with pytest.warns(UserWarning, match=r"torchvision:squeezenet1_1 gets images in \[0,1\]"):
+        loaded = load_model(tmp_path / "net.pt", model="torchvision:squeezenet1_1", num_classes=3)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in net.state_dict().items())
+
+
+def test_load_model_builds_no_code_that_a_run_folder_alone_names(run):
+    files.write_json(run / "config.json", dataclasses.replace(CONFIG, model="somewhere:network").to_json())
+    with pytest.raises(ValueError, match="somewhere:network"):
+        load_model(run)
+
+
 def test_loaded_model_is_in_eval_mode_and_mode_is_given_back(model, run):
     net = load_trained(run).model
     assert not net.training

@@ -90,11 +90,7 @@ def load_trained(
     if is_external(config.model):
         check_network(net.to(place), config.model, to_float(data.images[:2]), data.num_classes)
         if alone:
-            warnings.warn(
-                f"{config.model} gets images in [0,1]: if {path} was trained on normalised ones, name a function of "
-                "your own that normalises first",
-                stacklevel=2,
-            )
+            _warn_of_normalisation(config.model, path)
     return Trained(net.eval().requires_grad_(False).to(place), config, data, path)
 
 
@@ -125,7 +121,18 @@ def load_model(where: str | os.PathLike[str], *, model: str | None = None, num_c
         refuse_own_code(config.model, weights.parent / "config.json")
     with torch.random.fork_rng(devices=[]):
         net = build_model(model or config.model, 10 if num_classes is None else num_classes)
-    return load_weights(net, weights).eval()
+    load_weights(net, weights)
+    if alone and model is not None and is_external(model):
+        _warn_of_normalisation(model, weights)
+    return net.eval()
+
+
+def _warn_of_normalisation(model: str, weights: Path) -> None:
+    warnings.warn(
+        f"{model} gets images in [0,1]: if {weights} was trained on normalised ones, name a function of your own that "
+        "normalises first",
+        stacklevel=3,
+    )
 
 
 def _find(where: Path, weights: str | None = None) -> tuple[TrainConfig, Path, bool]:
