@@ -1,6 +1,7 @@
 """The C++ ops give the same bits with any number of threads, and attacks in several threads those of one after another."""
 
 import copy
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -171,3 +172,35 @@ def test_threads_that_only_ask_share_one_attack_model(nets):
     with ThreadPoolExecutor(4) as pool:
         for number, got in enumerate(pool.map(found, range(24))):
             assert_same_bits(got, expected[number % 4])
+
+
+def test_a_copy_is_made_while_other_threads_compute(nets):
+    """While the one is traced, a network runs in another thread, which draws random numbers and goes on after them."""
+    x = torch.rand(2, 3, 16, 16)
+    other = copy.deepcopy(nets[0]).eval()
+    expected, seen = other(x), []
+
+    def elsewhere() -> None:
+        seen.append((other(x), torch.rand(3)))
+
+    class Meeting(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = torch.nn.Conv2d(3, 10, 3), torch.nn.BatchNorm2d(10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            return self.bn(self.conv(x)).mean((2, 3))
+
+    torch.manual_seed(0)
+    drawn = torch.rand(30)
+    torch.manual_seed(0)
+    model = Meeting().eval()
+    torch.manual_seed(0)
+    fast = AttackModel(model)
+    assert seen
+    assert all(torch.equal(logits, expected) for logits, _ in seen)
+    assert torch.equal(torch.cat([numbers for _, numbers in seen]), drawn[: 3 * len(seen)])
+    assert fast.folded == 1
