@@ -12,6 +12,9 @@ VERSIONS ?= build/versions
 EXAMPLES ?= build/examples
 DOCS ?= build/docs
 GPU_ARGS ?=
+# What `make sanitize` runs, with one thread and with two: the tests of the C++ ops. SANITIZE_ARGS=-m '' runs the slow too.
+SANITIZED := cam cam_mask epsilon_map packed_epsilon pgd_step project_linf sanitize threads upsample_cam winograd
+SANITIZE_ARGS ?= -k "cpp or winograd or sanitize"
 export PART_FAST_CUDA
 
 PY := $(VENV)/bin/python
@@ -22,7 +25,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo docs test test-slow test-examples test-versions gpu bench lint format lock clean
+.PHONY: help install build demo docs test test-slow test-examples test-versions sanitize gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -98,6 +101,15 @@ test-torch-%: ## the tests on one more torch, such as test-torch-2.10
 	printf '%s\n' 'torch==$*.*' 'numpy<2.4' 'setuptools>=77,<82' > $(VERSIONS)/torch-$*/constraints.new
 	cd $(VERSIONS)/torch-$* && { cmp -s constraints.new constraints.txt || mv constraints.new constraints.txt; }
 	$(MAKE) -C $(VERSIONS)/torch-$*/checkout test VENV=$(abspath $(VERSIONS))/torch-$* CONSTRAINTS=../constraints.txt
+
+# The library lies in a copy of the package, and -P keeps the checkout's out of the way. Leaks are not looked for: torch
+# and Python keep memory until they end. Torch is not instrumented, so what it does with a tensor is not seen.
+sanitize: $(INSTALLED) ## the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer; needs g++
+	PART_FAST_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib build/sanitize
+	@for threads in 1 2; do echo "threads: $$threads"; \
+	    OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+	    $(PY) -P -m pytest -q -p no:cacheprovider $(SANITIZED:%=tests/test_%.py) $(SANITIZE_ARGS) || exit 1; done
 
 gpu: $(INSTALLED) ## everything on the GPU that is there: build for it, check, time, report; runs/gpu, 9 minutes
 	$(PY) -m part_fast.gpu $(GPU_ARGS)
