@@ -16,6 +16,7 @@ export PART_FAST_CUDA
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp)
 # The environment holds one checkout's editable install, so its stamp carries the checkout's path. The compiled
 # libraries lie in the checkout, and so does theirs, with the way they were built.
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
@@ -98,12 +99,12 @@ lint: install ## ruff, mypy, clang-format: checks only
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: install ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 lock: install ## rewrite constraints.txt from what is installed in VENV
 	grep '^#' constraints.txt > build/constraints.txt
