@@ -11,6 +11,7 @@ TORCH_VERSIONS ?= 2.10 2.11
 VERSIONS ?= build/versions
 EXAMPLES ?= build/examples
 DOCS ?= build/docs
+WHEEL ?= build/wheel
 GPU_ARGS ?=
 # What `make sanitize` runs, with one thread and with two: the tests of the C++ ops. SANITIZE_ARGS=-m '' runs the slow too.
 SANITIZED := cam cam_mask epsilon_map packed_epsilon pgd_step project_linf sanitize threads upsample_cam winograd
@@ -20,12 +21,13 @@ export PART_FAST_CUDA
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp)
 # The environment holds one checkout's editable install, so its stamp carries the checkout's path. The compiled
 # libraries lie in the checkout, and so does theirs, with the way they were built.
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo docs test test-slow test-examples test-versions sanitize gpu bench lint format lock clean
+.PHONY: help install build demo docs test test-slow test-examples test-wheel test-versions sanitize gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -83,6 +85,21 @@ test-examples: install ## the examples, with the libraries that they are for in 
 	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall robustbench
 	$(EXAMPLES)/bin/python -m pytest -m '' tests/test_examples.py tests/test_budget.py $(PYTEST_ARGS)
 
+# The environment takes torch and the rest from VENV. The tests lie outside the checkout, so that what they import are
+# the files of the wheel.
+OPS := backends cam cam_mask epsilon_map packed_epsilon pgd_step project_linf upsample_cam winograd
+test-wheel: install ## the tests of the ops on the files of a wheel, in an environment of its own: WHEEL
+	rm -rf $(WHEEL)
+	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
+	$(PY) -m venv --without-pip $(WHEEL)/venv
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
+	    > $$($(WHEEL)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/part_fast-venv.pth
+	$(PY) -m zipfile -e $(WHEEL)/*.whl $$($(WHEEL)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
+	mkdir $(WHEEL)/outside
+	cp -r tests pyproject.toml $(WHEEL)/outside
+	cd $(WHEEL)/outside && ../venv/bin/python -c 'import part_fast; print(part_fast.__file__); assert "/venv/" in part_fast.__file__' \
+	    && ../venv/bin/python -m pytest -p no:cacheprovider $(OPS:%=tests/test_%.py) $(PYTEST_ARGS)
+
 test-versions: ## the tests on each of TORCH_VERSIONS and on the pinned torch; a log each, a line each at the end
 	@failed=; mkdir -p $(VERSIONS); for version in $(TORCH_VERSIONS); do \
 	    echo "torch $$version: $(VERSIONS)/torch-$$version.log"; \
@@ -121,12 +138,12 @@ lint: install ## ruff, mypy, clang-format: checks only
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: install ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 lock: install $(DOCS)/docs.stamp ## rewrite constraints.txt from what is installed in VENV and DOCS
 	grep '^#' constraints.txt > build/constraints.txt
