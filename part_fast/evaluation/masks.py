@@ -111,10 +111,10 @@ def masks(
 
 
 def adversarial(runs: Mapping[str, Path], out: Path, n: int = 6, *, eps: float = 32 / 255, seed: int = 0) -> None:
-    """A PNG grid, a row per test image: natural, and attacked with the same eps on each of several trained networks.
+    """A PNG grid, a row per test image: natural, and attacked with one eps on each of several trained networks.
 
-    runs: a name and a run folder each, all of one data set. The attack is PGD-40 with steps of eps/10 within one eps for
-    every pixel, whatever the training's was; a large eps shows what the gradients of a network follow.
+    runs: a name and a run folder each, all of one data set. The attack is PGD-40 with steps of eps/10 within one eps
+    for every pixel, whatever the training was; a large eps shows what the gradients of a network follow.
     Errors: ValueError where the runs' data sets differ, or `out` exists; those of `load_trained`.
     """
     checks.number("eps", eps, 0)
