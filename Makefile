@@ -10,18 +10,24 @@ CONSTRAINTS ?= constraints.txt
 TORCH_VERSIONS ?= 2.10 2.11
 VERSIONS ?= build/versions
 EXAMPLES ?= build/examples
+DOCS ?= build/docs
+WHEEL ?= build/wheel
 GPU_ARGS ?=
+# What `make sanitize` runs, with one thread and with two: the tests of the C++ ops. SANITIZE_ARGS=-m '' runs the slow too.
+SANITIZED := cam cam_mask epsilon_map packed_epsilon pgd_step project_linf sanitize threads upsample_cam winograd
+SANITIZE_ARGS ?= -k "cpp or winograd or sanitize"
 export PART_FAST_CUDA
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp)
 # The environment holds one checkout's editable install, so its stamp carries the checkout's path. The compiled
 # libraries lie in the checkout, and so does theirs, with the way they were built.
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo test test-slow test-examples test-versions gpu bench lint format lock clean
+.PHONY: help install build demo docs test test-slow test-examples test-wheel test-versions sanitize gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,6 +55,16 @@ build: $(BUILT) ## the same: compiles what changed in csrc
 demo: install ## train AT and PART on real images, evaluate both, show the table and the pictures
 	$(VENV)/bin/part-fast demo --out runs/demo --overwrite
 
+# Its environment needs neither torch nor part_fast: docstrings are read, not imported.
+$(DOCS)/docs.stamp: $(CONSTRAINTS) pyproject.toml | $(PY)
+	test -x $(DOCS)/bin/python || $(PY) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS) \
+	    $$($(PY) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+docs: $(DOCS)/docs.stamp ## the documentation as a site: build/site/index.html; its environment of 0.2 GB is DOCS
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 test: install ## all tests but the slow ones, and the Triton kernels in the interpreter
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret $(PYTEST_ARGS) || test $$? -eq 5 # 5: no test has the mark
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -69,6 +85,21 @@ test-examples: install ## the examples, with the libraries that they are for in 
 	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall robustbench
 	$(EXAMPLES)/bin/python -m pytest -m '' tests/test_examples.py tests/test_budget.py $(PYTEST_ARGS)
 
+# The environment takes torch and the rest from VENV. The tests lie outside the checkout, so that what they import are
+# the files of the wheel.
+OPS := backends cam cam_mask epsilon_map packed_epsilon pgd_step project_linf upsample_cam winograd
+test-wheel: install ## the tests of the ops on the files of a wheel, in an environment of its own: WHEEL
+	rm -rf $(WHEEL)
+	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
+	$(PY) -m venv --without-pip $(WHEEL)/venv
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
+	    > $$($(WHEEL)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/part_fast-venv.pth
+	$(PY) -m zipfile -e $(WHEEL)/*.whl $$($(WHEEL)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
+	mkdir $(WHEEL)/outside
+	cp -r tests pyproject.toml $(WHEEL)/outside
+	cd $(WHEEL)/outside && ../venv/bin/python -c 'import part_fast; print(part_fast.__file__); assert "/venv/" in part_fast.__file__' \
+	    && ../venv/bin/python -m pytest -p no:cacheprovider $(OPS:%=tests/test_%.py) $(PYTEST_ARGS)
+
 test-versions: ## the tests on each of TORCH_VERSIONS and on the pinned torch; a log each, a line each at the end
 	@failed=; mkdir -p $(VERSIONS); for version in $(TORCH_VERSIONS); do \
 	    echo "torch $$version: $(VERSIONS)/torch-$$version.log"; \
@@ -88,6 +119,15 @@ test-torch-%: ## the tests on one more torch, such as test-torch-2.10
 	cd $(VERSIONS)/torch-$* && { cmp -s constraints.new constraints.txt || mv constraints.new constraints.txt; }
 	$(MAKE) -C $(VERSIONS)/torch-$*/checkout test VENV=$(abspath $(VERSIONS))/torch-$* CONSTRAINTS=../constraints.txt
 
+# The library lies in a copy of the package, and -P keeps the checkout's out of the way. Leaks are not looked for: torch
+# and Python keep memory until they end. Torch is not instrumented, so what it does with a tensor is not seen.
+sanitize: $(INSTALLED) ## the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer; needs g++
+	PART_FAST_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib build/sanitize
+	@for threads in 1 2; do echo "threads: $$threads"; \
+	    OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
+	    $(PY) -P -m pytest -q -p no:cacheprovider $(SANITIZED:%=tests/test_%.py) $(SANITIZE_ARGS) || exit 1; done
+
 gpu: $(INSTALLED) ## everything on the GPU that is there: build for it, check, time, report; runs/gpu, 9 minutes
 	$(PY) -m part_fast.gpu $(GPU_ARGS)
 
@@ -98,16 +138,17 @@ lint: install ## ruff, mypy, clang-format: checks only
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: install ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(SOURCES)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
-lock: install ## rewrite constraints.txt from what is installed in VENV
+lock: install $(DOCS)/docs.stamp ## rewrite constraints.txt from what is installed in VENV and DOCS
 	grep '^#' constraints.txt > build/constraints.txt
-	$(PY) -m pip freeze --all --exclude-editable --exclude pip >> build/constraints.txt
+	{ $(PY) -m pip freeze --all --exclude-editable --exclude pip; $(DOCS)/bin/python -m pip freeze; } \
+	    | LC_ALL=C sort --ignore-case --unique >> build/constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean: ## remove what was compiled, and the environments of test-versions and test-examples; VENV and runs stay

@@ -31,6 +31,11 @@ STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # only let loops with sqrt, floor or comparisons be vectorised.
 CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-ffp-contract=off"]
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math", *STABLE_ABI]
+# PART_FAST_SANITIZE names sanitizers, such as address,undefined. Each stops the process at the first fault. Casts of
+# floats that no integer holds are looked for too, which the group `undefined` leaves out. Python compiles with -fwrapv,
+# under which no sum overflows.
+SANITIZED_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-fno-wrapv"]
+SANITIZED_FLAGS += ["-DPF_SANITIZED", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-ffp-contract=off,-fvisibility=hidden", "-DUSE_CUDA", *STABLE_ABI]
 
 
@@ -123,8 +128,11 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
             "building part_fast needs torch>=2.10: install it first, or let pip isolate the build"
         ) from None
 
+    sanitizers = os.environ.get("PART_FAST_SANITIZE", "")
+    if sanitizers and mode == "1":
+        raise SystemExit("PART_FAST_SANITIZE watches the CPU library alone: leave PART_FAST_CUDA=1 out")
     toolkit = None
-    if mode != "0":
+    if mode != "0" and not sanitizers:
         toolkit = find_toolkit()
         problem = why_no_cuda(toolkit, torch.version.cuda)
         if problem and mode == "1":
@@ -146,8 +154,10 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
 
         def build_extension(self, ext: Extension) -> None:
             # A folder each: an op's .cpp and .cu have one stem, so their objects would overwrite each other.
+            # A build with sanitizers, which shares no object with the other, has folders of its own too.
             abi = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-            self.build_temp = str(ROOT / "build" / f"temp.{abi}" / ext.name)
+            suffix = f"-{sanitizers.replace(',', '-')}" if sanitizers else ""
+            self.build_temp = str(ROOT / "build" / f"temp.{abi}{suffix}" / ext.name)
             super().build_extension(ext)
 
         def run(self) -> None:
@@ -156,11 +166,15 @@ def extensions() -> tuple[list[Extension], dict[str, type]]:
                 for stale in ROOT.glob("part_fast/_C_cuda*.so"):
                     stale.unlink()
 
+    watched = [f"-fsanitize={sanitizers}"] if sanitizers else []
+    if "undefined" in sanitizers:
+        watched.append("-fsanitize=float-cast-overflow")
     common = {"depends": files("csrc/*.h", "csrc/*.cuh", "setup.py"), "py_limited_api": True}
     cpu = CppExtension(
         "part_fast._C",
         [source for source in files("csrc/*.cpp") if source != CUDA_MODULE],
-        extra_compile_args={"cxx": CXX_FLAGS},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *(SANITIZED_FLAGS if watched else []), *watched]},
+        extra_link_args=watched,
         **common,
     )
     if not toolkit:

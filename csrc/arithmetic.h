@@ -12,7 +12,7 @@
 
 #ifdef __CUDACC__
 #define PF_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(PF_SANITIZED)
 #define PF_HD inline __attribute__((always_inline))
 #else
 #define PF_HD inline

@@ -1,9 +1,5 @@
 // The Python module `part_fast._C_cuda`. It is empty: importing it loads the library, and loading the library
 // registers the CUDA implementations of the ops with torch's dispatcher.
-#include <Python.h>
+#include "module.h"
 
-PyMODINIT_FUNC PyInit__C_cuda(void) {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
+PyMODINIT_FUNC PyInit__C_cuda(void) { return part_fast::empty_module("_C_cuda"); }

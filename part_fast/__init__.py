@@ -11,6 +11,7 @@ from part_fast.attacks.pgd import PGD, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
 from part_fast.budgets.cam import CamBudget
 from part_fast.errors import UsageError
+from part_fast.evaluation.trained import load_model
 from part_fast.losses import mart_loss, trades_loss
 from part_fast.ops import (
     PackedEpsilon,
@@ -39,6 +40,7 @@ __all__ = [
     "cam_mask",
     "current_backend",
     "epsilon_map",
+    "load_model",
     "losses",
     "mart_loss",
     "mma",

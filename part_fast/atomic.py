@@ -10,21 +10,32 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary file to write, which takes the place of `path` when the block ends: no reader meets half a file.
 
-    If the block raises, `path` stays as it was and the temporary file is removed. Who may read the file is what the
-    umask says, as for a file that `open` makes, whoever writes it: safetensors, for one, lets its owner alone read it.
+    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. synced: the
+    file is on the disk before it takes that place, and the folder is afterwards, so that a power cut takes neither. Who
+    may read the file is what the umask says, as for a file that `open` makes, whoever writes it: safetensors, for one,
+    lets its owner alone read it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    mode = _mode_of_new_file(temporary)
     try:
+        mode = _mode_of_new_file(temporary)
         yield temporary
         if stat.S_IMODE(temporary.stat().st_mode) != mode:
             temporary.chmod(mode)
+        if synced:
+            _sync(temporary)
         os.replace(temporary, path)
+        if synced:
+            _sync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write to a full disk
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that may not be written to
+            temporary.unlink(missing_ok=True)
 
 
 def _mode_of_new_file(path: Path) -> int:
@@ -35,3 +46,12 @@ def _mode_of_new_file(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
     finally:
         path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Wait until what was written to a file, or renamed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -30,7 +30,10 @@ def number(name: str, value: Any, low: float = -math.inf) -> float:
     if type(value) is not float:
         if type(value) is bool or not isinstance(value, numbers.Real):
             raise BadTypeError(f"{name} must be a number, got {_kind(value)}")
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # a whole number that no float holds
+            value = math.inf if value > 0 else -math.inf
     if not (math.isfinite(value) and value >= low):
         takes = "finite" if low == -math.inf else f"finite and >= {low:g}"
         raise BadValueError(f"{name} must be {takes}, got {value}")

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from typing_extensions import Doc
 
 import part_fast
-from part_fast import backends
+from part_fast import backends, distributed
 from part_fast.attacks.catalogue import for_evaluation
 from part_fast.budgets.rules import RULES
 from part_fast.choices import described, either
@@ -38,6 +38,9 @@ DatasetOfRun = Annotated[str | None, Doc(f"{described(DATASETS)}; default: the r
 ModelOfRun = Annotated[str | None, Doc(f"{described(MODELS)}; default: the run's.")]
 
 
+WeightsOfRun = Annotated[str | None, Doc("Of a run folder: last, best or averaged; default: last.")]
+
+
 @dataclass
 class Train:
     """Train a network by PART or a plain method; a run folder: config.json, metrics.csv, model.safetensors, ..."""
@@ -51,15 +54,19 @@ class Train:
     """Replace the run in the folder."""
     tensorboard: bool = False
     """Write TensorBoard event files too."""
+    save_every: float = 10.0
+    """Minutes between two states within an epoch, from which --resume goes on; each end of an epoch leaves one too."""
 
     def run(self) -> None:
         from part_fast.training.loop import train
 
+        how = {name: getattr(self, name) for name in ("resume", "overwrite", "tensorboard", "save_every")}
         try:
-            train(self.config, self.out, resume=self.resume, overwrite=self.overwrite, tensorboard=self.tensorboard)
-        except KeyboardInterrupt:
-            again = f" --model {self.config.model}" if is_own_code(self.config.model) else ""
-            print(f"stopped; go on with: part-fast train --out {self.out} --resume{again}", file=sys.stderr)
+            train(self.config, self.out, **how)
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+            if distributed.rank() == 0:
+                again = f" --model {self.config.model}" if is_own_code(self.config.model) else ""
+                print(f"stopped; go on with: part-fast train --out {self.out} --resume{again}", file=sys.stderr)
             raise
         print(f"run folder: {self.out}")
 
@@ -81,6 +88,7 @@ class Evaluate:
     """Do not repeat an attack whose result the folder holds."""
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
+    weights: WeightsOfRun = None
     root: str | None = None
     """The only folder to look for the data set in; default: where the run found it, else as in train."""
     download: bool = False
@@ -97,14 +105,21 @@ class Evaluate:
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
     sanity_images: int = 0
     """Look on so many of the images for signs of gradient masking: a robustness that comes from useless gradients."""
+    sweep: str | None = None
+    """Besides, accuracy on at most 1,000 of the images as PGD grows: in eps, in steps, or in eps,steps; sweep.json."""
 
     def run(self) -> None:
         from part_fast.evaluation.accuracy import evaluate
+        from part_fast.evaluation.sweep import check_kinds, sweep
         from part_fast.report.files import table
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["attacks"] = _names(self.attacks)
+        kinds = values.pop("sweep")
+        if kinds is not None:
+            check_kinds(_names(kinds))
         record = evaluate(**values)
+        print(f"weights: {record['checkpoint']}")
         rows = [
             (name, f"{100 * r['accuracy']:.2f}", f"{100 * r['standard_error']:.2f}", str(r["n"]), f"{r['seconds']:.1f}")
             for name, r in record["results"].items()
@@ -112,6 +127,18 @@ class Evaluate:
         print(table(("attack", "accuracy %", "standard error", "images", "seconds"), rows))
         for warning in record["warnings"]:
             print(f"warning: {warning}")
+        if kinds is None:
+            return
+        for name in ("attacks", "sanity_images"):
+            del values[name]
+        for kind, curve in sweep(kinds=_names(kinds), **values)["curves"].items():
+            points = [
+                (_as_written(p[kind]), f"{100 * p['accuracy']:.2f}", f"{100 * p['standard_error']:.2f}")
+                for p in curve["points"]
+            ]
+            print(f"\n{table((kind, 'accuracy %', 'standard error'), points)}")
+            for warning in curve["warnings"]:
+                print(f"warning: {warning}")
 
 
 @dataclass
@@ -131,6 +158,7 @@ class Masks:
     """Replace the files."""
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
+    weights: WeightsOfRun = None
     root: str | None = None
     """The only folder to look for the data set in; default: where the run found it, else as in train."""
     download: bool = False
@@ -162,6 +190,7 @@ class Export:
     dataset: str | None = None
     """The data set that the checkpoint was trained on; default: the run's."""
     model: ModelOfRun = None
+    weights: WeightsOfRun = None
     root: str | None = None
     """The only folder to look for the data set in; default: where the run found it, else as in train."""
 
@@ -169,7 +198,16 @@ class Export:
         from part_fast.evaluation.trained import load_trained
         from part_fast.models.checkpoints import export_weights
 
-        net = load_trained(self.where, 1, dataset=self.dataset, model=self.model, root=self.root, device="cpu").model
+        net, _, _, path = load_trained(
+            self.where,
+            1,
+            dataset=self.dataset,
+            model=self.model,
+            weights=self.weights,
+            root=self.root,
+            device="cpu",
+        )
+        print(f"weights: {path}")
         print(export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite))
 
 
@@ -397,6 +435,28 @@ class Demo:
 
 
 @dataclass
+class Report:
+    """One HTML page about runs: accuracies with spread, curves, masks over epochs, robustness, speed, what differs."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    """Run folders, or folders that hold some: a demo's, a study's, a reproduction's."""
+    out: Path
+    """The .html file to make, which needs no other file."""
+    mask_epochs: tuple[int, ...] = ()
+    """Epochs whose masks to show, such as 30 40 50 60; default: at most seven, evenly spaced."""
+    overwrite: bool = False
+    """Replace the file."""
+
+    def run(self) -> None:
+        from part_fast.experiments.report import report
+
+        made = report(self.runs, self.out, mask_epochs=self.mask_epochs, overwrite=self.overwrite)
+        for warning in made["warnings"]:
+            print(f"warning: {warning}")
+        print(f"page: {self.out}")
+
+
+@dataclass
 class Info:
     """Print versions, devices, threads, and which backends are live, which are not and why."""
 
@@ -410,7 +470,7 @@ class Info:
         print(json.dumps(record, indent=2) if self.json else environment_text(record))
 
 
-Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Info
+Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Report | Info
 # A name is one word, or two, as it is typed.
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
@@ -425,6 +485,7 @@ COMMANDS: dict[str, type[Command]] = {
     "reproduce": Reproduce,
     "study": Study,
     "demo": Demo,
+    "report": Report,
     "info": Info,
 }
 
@@ -491,6 +552,8 @@ def _as_written(value: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line, without the program's name; the exit code: 0, 2 for bad input, 130 for Ctrl-C.
+
+    SystemExit(143) where `part-fast train` was stopped by SIGTERM, after it has saved its state.
 
     What the caller can mend, a `UsageError` or an OSError, is one line on stderr; every other exception keeps its
     traceback.

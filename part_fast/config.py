@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 from typing_extensions import Doc
@@ -21,10 +23,11 @@ from part_fast.budgets.controls import CONTROLS, check_control
 from part_fast.budgets.rules import RULES, find_rule, has_bits
 from part_fast.choices import check_choice, described, either
 from part_fast.data.catalogue import DATASETS
-from part_fast.errors import BadValueError, MissingFileError
+from part_fast.errors import BadValueError, MissingFileError, UsageError
 from part_fast.methods import METHODS
 from part_fast.models.catalogue import MODELS
 from part_fast.ops.packed_epsilon import eps_pair
+from part_fast.reading import read_json
 
 SCHEDULES = {
     "piecewise": "at --lr-drops",
@@ -34,6 +37,12 @@ SCHEDULES = {
 CYCLIC_PEAK = 0.4  # of the epochs; Wong et al., "Fast is better than free", ICLR 2020
 
 
+# What is done about an update whose loss or gradients are not finite.
+ON_NONFINITE = {
+    "stop": "with the step and its images",
+    "skip": "leave weights and statistics as they were, and count it",
+}
+
 Switch = bool | Literal["auto"]
 
 
@@ -41,8 +50,8 @@ Switch = bool | Literal["auto"]
 class TrainConfig:
     """One training run. Images are in [0,1]; eps, eps_low and alpha are in their units, so 8/255 is 8 gray levels.
 
-    Where a field takes a name, its help is made from the table that the names are in. The command line evaluates these
-    annotations, and nothing else does.
+    Where a field takes a name, its help is made from the table that the names are in. The command line and `from_json`
+    evaluate these annotations, and nothing else does.
     """
 
     preset: Annotated[str, Doc(f"The set of numbers to start from: {either(PRESETS)}.")] = "demo"
@@ -60,6 +69,9 @@ class TrainConfig:
     """Train on a balanced subset of so many images; default: all."""
     test_size: int | None = None
     """Test on a balanced subset of so many images; default: all."""
+    validation: int = 0
+    """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them after each epoch picks
+    best.safetensors. 0: none."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
     """A checkpoint to start from; default: random weights."""
@@ -121,6 +133,7 @@ class TrainConfig:
     """Capture the steps of the attack as a CUDA graph: on (also by the flag alone), off, or auto: on CUDA."""
     deterministic: bool = False
     """Run only algorithms that repeat their results; without it the fastest are found by timing on CUDA."""
+    on_nonfinite: Annotated[str, Doc(f"An update that is not finite: {described(ON_NONFINITE)}.")] = "stop"
     pgd_test_size: int = 500
     """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
     seed: int = 0
@@ -148,6 +161,7 @@ class TrainConfig:
         check_choice("precision", self.precision, (*PRECISIONS, "auto"))
         if self.cuda_graph not in (True, False, "auto"):
             raise BadValueError(f"cuda_graph must be True, False or 'auto', got {self.cuda_graph!r}")
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         parse_average(self.average)
         if METHODS[self.method].weighted:
             eps_pair(self.eps, self.eps_low)
@@ -163,7 +177,7 @@ class TrainConfig:
             checks.number(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "steps", "pgd_test_size"):
+        for name in ("warmup_epochs", "steps", "pgd_test_size", "validation"):
             checks.count(name, getattr(self, name))
         checks.seed("seed", self.seed)
         for name in ("train_size", "test_size"):
@@ -237,17 +251,60 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], source: str) -> TrainConfig:
-        """From what `to_json` gave.
+        """From what `to_json` gave. A field that is missing has its default, and a warning says so.
 
         Raises:
-            ValueError: a field is unknown; `source` says where it stands.
+            ValueError: a field is unknown, or of another type than the field takes; `source` says where it stands.
         """
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise BadValueError(
                 f"{source} is not a training configuration of this version: unknown {', '.join(unknown)}"
             )
-        return cls(**{**values, "lr_drops": tuple(values.get("lr_drops", cls.lr_drops))})
+        kinds = get_type_hints(cls)
+        read = {name: _typed(f"{source}: {name}", value, kinds[name]) for name, value in values.items()}
+        config = cls(**read)
+        missing = [f"{name} ({getattr(config, name)!r})" for name in kinds if name not in values]
+        if missing:
+            warnings.warn(f"{source} does not say {', '.join(missing)}: the defaults are taken", stacklevel=3)
+        return config
+
+
+# What a value of a configuration may be in JSON, and what a message calls it.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    float: ((int, float), "a number"),
+    int: ((int,), "a whole number"),
+    bool: ((bool,), "true or false"),
+    str: ((str,), "a text"),
+    NoneType: ((NoneType,), "null"),
+    tuple[int, ...]: ((list,), "a list of whole numbers"),
+    Literal["auto"]: ((str,), "'auto'"),
+}
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value`, read from JSON, if it is of that type; a list as a tuple, a number that a float field has as a float."""
+    kinds = get_args(kind) if kind not in _KINDS else (kind,)
+    if not any(type(value) in _KINDS[one][0] for one in kinds):
+        takes = either(_KINDS[one][1] for one in kinds)
+        raise BadValueError(f"{name} must be {takes}, got {_shown(value)}")
+    if isinstance(value, list):
+        if not all(type(one) is int for one in value):
+            raise BadValueError(f"{name} must be a list of whole numbers, got {_shown(value)}")
+        return tuple(value)
+    if isinstance(value, str):
+        try:
+            text = os.fsencode(value)  # a name of a file may be any of these
+        except UnicodeEncodeError:
+            text = b"\0"
+        if b"\0" in text:
+            raise BadValueError(f"{name} must be a text, got one with a character that no text has")
+    return checks.number(name, value) if kind is float else value
+
+
+def _shown(value: Any) -> str:
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value)[:80] if plain else f"a {type(value).__name__}"
 
 
 # Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes.
@@ -280,13 +337,12 @@ def read_config(folder: Path) -> TrainConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise MissingFileError(f"{folder} holds no run: there is no config.json")
+    config = TrainConfig.from_json(read_json(path), str(path))
     try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise BadValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise BadValueError(f"{path} is not a training configuration: it holds a {type(values).__name__}")
-    return TrainConfig.from_json(values, str(path))
+        config.check()
+    except UsageError as error:
+        raise BadValueError(f"{path}: {error}") from error
+    return config
 
 
 def find_device(name: str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,3 +74,21 @@ def barrier() -> None:
 def shares(n: int) -> range:
     """Which of n things this process does."""
     return range(rank(), n, size())
+
+
+def largest(value: int) -> int:
+    """The largest of the processes' values, which all of them get."""
+    if size() == 1:
+        return value
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def gathered(value: Any) -> list[Any]:
+    """The processes' values in their order, for the first process; the others get an empty list."""
+    if size() == 1:
+        return [value]
+    found: list[Any] = [None] * size()
+    dist.gather_object(value, found if rank() == 0 else None)
+    return found if rank() == 0 else []

@@ -131,7 +131,7 @@ def test_flags_change_the_preset(name, trained, tmp_path):
     ((config, out, how),) = trained
     assert config == dataclasses.replace(preset(name), lr=0.02, method="trades", lr_drops=(3, 5), train_size=10)
     assert out == tmp_path
-    assert how == {"resume": False, "overwrite": False, "tensorboard": False}
+    assert how == {"resume": False, "overwrite": False, "tensorboard": False, "save_every": 10.0}
 
 
 def test_every_number_takes_a_fraction(trained, tmp_path):

@@ -131,7 +131,7 @@ def test_json_round_trip(tmp_path):
 def test_unreadable_configurations(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         read_config(tmp_path)
-    for text, says in (("{", "not JSON"), ("[]", "holds a list"), ('{"epsilon": 1}', "unknown epsilon")):
+    for text, says in (("{", "not JSON"), ("[]", "got a list"), ('{"epsilon": 1}', "unknown epsilon")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=says):
             read_config(tmp_path)

@@ -1,9 +1,11 @@
 """CIFAR-100, SVHN, TinyImageNet, image folders: each layout in small, damaged files, wrong labels, missing data."""
 
+import io
 import os
 import pickle
 import re
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -543,21 +545,23 @@ def test_cifar100_and_svhn_download_through_torchvision(nowhere, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets", reason="torchvision is not installed")
     calls = []
 
-    def cifar100(root, download):
-        calls.append((root, download))
-        write(nowhere / "named" / "cifar-100-python" / "test", cifar100_pickle())
-
     def url(url, root, name, md5):
         calls.append((url, root, name, len(md5)))
-        write(nowhere / "named" / name, mat(GOOD_X, GOOD_Y))
+        if name.endswith(".mat"):
+            write(nowhere / "named" / name, mat(GOOD_X, GOOD_Y))
+            return
+        with tarfile.open(nowhere / "named" / name, "w:gz") as tar:
+            batch = tarfile.TarInfo("cifar-100-python/test")
+            batch.size = len(cifar100_pickle())
+            tar.addfile(batch, io.BytesIO(cifar100_pickle()))
 
-    monkeypatch.setattr(datasets, "CIFAR100", cifar100)
+    (nowhere / "named").mkdir()
     monkeypatch.setattr(datasets.utils, "download_url", url)
     named = str(nowhere / "named")
     for _ in range(2):
         assert load("cifar100", "test", download=True).labels.tolist() == FINE
         assert load("svhn", "test", download=True).labels.tolist() == [0, 1, 9, 3]
-    assert calls[0] == (named, True)
+    assert calls[0] == (datasets.CIFAR100.url, named, "cifar-100-python.tar.gz", 32)
     assert re.fullmatch(r"https?://.*/test_32x32.mat", calls[1][0])
     assert calls[1][1:] == (named, "test_32x32.mat", 32)
     assert len(calls) == 2
@@ -572,3 +576,29 @@ def test_cifar100_and_svhn_download_through_torchvision(nowhere, monkeypatch):
         with pytest.raises(FileNotFoundError, match="download"):
             load(name, "train", download=True)
     assert not os.path.exists(nowhere / "empty")
+
+
+def test_a_name_in_wnids_leads_nowhere_else(tiny, tmp_path):
+    """Neither up nor to an absolute path: the folder of a class lies in train."""
+    picture(tmp_path / "elsewhere" / "images" / "a.JPEG")
+    for name in ("../../elsewhere", str(tmp_path / "elsewhere"), "..", ".", "n01/../n02", "n\0"):
+        (tiny / "wnids.txt").write_text("\n".join([*WNIDS, name]))
+        message = refused("tinyimagenet", "train", tiny, r"wnids.txt must hold names of folders, got ")
+        assert repr(name)[:20] in message
+
+
+def test_links_that_lead_back_are_not_followed(pets):
+    expected = load("folder:pets", "train", pets.parent)
+    cat, dog = pets / "train" / "cat", pets / "train" / "dog"
+    (cat / "back").symlink_to(pets, target_is_directory=True)
+    (cat / "self").symlink_to(cat, target_is_directory=True)
+    (dog / "deep").mkdir()
+    (dog / "deep" / "up").symlink_to("..", target_is_directory=True)
+    assert torch.equal(load("folder:pets", "train", pets.parent).images, expected.images)
+
+
+def test_links_to_other_folders_are_followed(pets, tmp_path):
+    before = len(load("folder:pets", "train", pets.parent))
+    picture(tmp_path / "more" / "one.png")
+    (pets / "train" / "cat" / "more").symlink_to(tmp_path / "more", target_is_directory=True)
+    assert len(load("folder:pets", "train", pets.parent)) == before + 1

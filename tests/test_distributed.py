@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from part_fast import distributed
 from part_fast.config import TrainConfig
 from part_fast.data.catalogue import load
-from part_fast.training.loop import epoch_order
+from part_fast.training.epoch import epoch_order
 
 # BatchNorm would normalise a batch by the share that each process sees, and starts are drawn by each for its own.
 WORK = """
@@ -149,7 +149,7 @@ def test_the_averaged_model_is_one_in_every_process(tmp_path):
 
 def test_an_epoch_is_shared_evenly_and_wholly(monkeypatch):
     import part_fast.distributed as distributed
-    from part_fast.training.loop import epoch_order
+    from part_fast.training.epoch import epoch_order
 
     monkeypatch.setattr(distributed, "same_", lambda value: value.copy_(torch.arange(len(value)).flip(0)))
     monkeypatch.setattr(distributed, "size", lambda: 3)

@@ -21,10 +21,13 @@ from part_fast.data.memory import augment, draw_augmentation, to_float
 from part_fast.evaluation.accuracy import check_attacks
 from part_fast.gpu.__main__ import parser as gpu_parser
 from part_fast.losses import mart_objective, trades_objective
+from part_fast.models.catalogue import build_model
+from part_fast.models.checkpoints import export_weights, load_weights
 from part_fast.models.resnet import resnet_small
+from part_fast.report import files
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def blocks(page, language):
@@ -86,8 +89,20 @@ def usual_names():
     }
 
 
+@pytest.fixture
+def trained_run(tmp_path, monkeypatch):
+    """A working directory with a run folder in it: runs/part, as `part-fast train --out runs/part` leaves one."""
+    folder = tmp_path / "runs" / "part"
+    folder.mkdir(parents=True)
+    files.write_json(folder / "config.json", TINY_RUN.to_json())
+    torch.manual_seed(1)
+    export_weights(build_model(TINY_RUN.model), folder / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
 @pages
-def test_python_blocks_run(page):
+def test_python_blocks_run(page, trained_run):
     names = usual_names()
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
@@ -96,7 +111,7 @@ def test_python_blocks_run(page):
 def test_readmes_loop_trains_and_attacks_within_the_budget():
     names = usual_names()
     before = [parameter.clone() for parameter in names["model"].parameters()]
-    loop, _ = blocks(PAGES[0], "python")
+    (loop,) = (block for block in blocks(PAGES[0], "python") if "loader" in block)
     exec(loop, names)
     assert any(not torch.equal(a, b) for a, b in zip(before, names["model"].parameters(), strict=True))
     change = (names["x_adv"] - names["x"]).abs()
@@ -114,11 +129,19 @@ def test_readmes_equivalent_is_what_the_library_computes(n):
     x, grad = torch.rand(shape), torch.randn(shape)
     x_adv = (x + 0.1 * torch.randn(shape)).clamp(0, 1)
     names.update(x=x, grad=grad, x_adv=x_adv, u=part_fast.upsample_cam(cam, shape[2:]))
-    _, equivalent = blocks(PAGES[0], "python")
+    (equivalent,) = (block for block in blocks(PAGES[0], "python") if "important" in block)
     exec(equivalent, names)
     expected = part_fast.epsilon_map(cam, shape[2:], names["eps"], names["eps_low"])
     assert torch.equal(names["eps_map"], expected)
     assert torch.equal(names["x_adv"], part_fast.pgd_step(x_adv, grad, x, expected, names["alpha"]))
+
+
+@pages
+def test_every_block_is_run_by_a_test(page):
+    """As Python here, as commands below, or as a file of docs/write_an_op.md, by test_write_an_op.py."""
+    for fence in re.findall(r"^ *(`{3,}.*)$", page.read_text(), re.MULTILINE)[::2]:
+        kind = fence.strip("`")
+        assert kind in ("python", "bibtex") or (page.name == "write_an_op.md" and " title=" in kind), fence
 
 
 def test_a_block_that_fails_is_seen():
@@ -208,8 +231,52 @@ def test_commands_of_the_readme_are_found_and_wrong_ones_refused():
 
 @pages
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+# Numbers
+
+
+def ratios_measured():
+    """{network: {what: measured}} of docs/performance.md's table of goals."""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    found = {}
+    for what, network, measured, parts in re.findall(
+        r"^\| ([A-Z][^|]+?) \| ([\w-]+) \| \d+ \| ([\d.]+x|-?[\d.]+%) \| [^|]+ \| [^|]+ \| ([\d.]+%|-) \|",
+        text,
+        re.MULTILINE,
+    ):
+        found.setdefault(network, {})[what] = measured if parts == "-" else parts
+    return found
+
+
+def test_the_readmes_figures_are_those_of_the_performance_page():
+    measured = ratios_measured()
+    rows = {
+        "AT": "AT step",
+        "PART, masks of every batch": "PART step, refresh every batch",
+        "PART-T": "PART-T step",
+        "what masks of every batch add to an AT step": "PART over AT, refresh every batch",
+    }
+    readme = PAGES[0].read_text()
+    for row, what in rows.items():
+        said = re.search(rf"^\| {re.escape(row)} \| (.+) \| (.+) \|$", readme, re.MULTILINE).groups()
+        for number, network in zip(said, ("resnet18", "wrn-34-10"), strict=True):
+            exact = measured[network][what]
+            assert number == (exact if exact.endswith("%") else f"{float(exact.rstrip('x')):.2f}"), (row, network)
+    fp32 = [f"{float(measured[network]['AT step, all fp32'].rstrip('x')):.2f}" for network in ("resnet18", "wrn-34-10")]
+    assert f"is {fp32[0]} and {fp32[1]} times as fast" in readme
+
+
+def test_the_answers_to_reviewers_have_numbers_of_other_pages_alone():
+    measured = "".join((ROOT / "docs" / name).read_text() for name in ("performance.md", "study.md"))
+    published = (ROOT / "part_fast" / "experiments" / "reproduce.py").read_text()
+    numbers = re.findall(r"(?<![\d.])[+-]?\d+\.\d+%?", (ROOT / "docs" / "questions.md").read_text())
+    assert len(numbers) > 20
+    for number in numbers:
+        assert number in measured or number in published, number
 
 
 # docs/target_layers.md
@@ -418,6 +485,14 @@ def test_docstrings_of_the_data():
     expected = eval(code, names)
     torch.manual_seed(0)
     assert torch.equal(augment(images), expected)
+
+
+def test_docstring_of_load_model(trained_run):
+    names = {"load_weights": load_weights, "build_model": build_model, "model": TINY_RUN.model, "num_classes": 10}
+    (code,) = (code for code in quoted(part_fast.load_model) if code.endswith("eval()"))
+    expected = eval(code, names | {"weights": trained_run / "model.safetensors"})
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(part_fast.load_model(trained_run)(x), expected(x))
 
 
 def test_docstring_of_attack_model():

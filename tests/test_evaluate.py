@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import part_fast
 from part_fast.attacks import catalogue
 from part_fast.attacks.pgd import pgd
 from part_fast.config import TrainConfig
@@ -20,7 +21,7 @@ from part_fast.data.memory import to_float
 from part_fast.evaluation import trained
 from part_fast.evaluation.accuracy import AttackSettings, accuracy, evaluate, is_correct
 from part_fast.evaluation.masks import adversarial, masks
-from part_fast.evaluation.trained import load_trained
+from part_fast.evaluation.trained import load_model, load_trained
 from part_fast.models.catalogue import build_model
 from part_fast.report import figures, files
 
@@ -167,6 +168,65 @@ def test_checkpoint_alone(model, run, tmp_path):
         evaluate(file)
     with pytest.raises(ValueError, match="does not fit ResNet"):
         load_trained(file, dataset="demo", model="resnet18")
+
+
+def test_load_model_gives_the_runs_network_without_its_data(model, run, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the data set is not needed")
+
+    monkeypatch.setattr(trained, "load", refuse)
+    x = torch.rand(2, 3, 32, 32)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        expected = model(x)
+    for where in (run, str(run), run / "model.safetensors"):
+        net = part_fast.load_model(where)
+        assert not net.training
+        assert all(p.requires_grad for p in net.parameters())
+        with torch.no_grad():
+            assert torch.equal(net(x), expected)
+        assert torch.equal(torch.get_rng_state(), state)
+    save_file({key: value + 1 for key, value in model.state_dict().items()}, run / "averaged.safetensors")
+    averaged = load_model(run / "averaged.safetensors").state_dict()
+    assert all(torch.equal(value, model.state_dict()[key] + 1) for key, value in averaged.items())
+
+
+def test_load_model_of_a_checkpoint_alone_or_of_a_folders_run(model, run, tmp_path):
+    alone = tmp_path / "net.pt"
+    torch.save({"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}, alone)
+    net = load_model(alone, model="resnet-small")
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="model must be given, such as 'resnet18'"):
+        load_model(alone)
+    with pytest.raises(ValueError, match="does not fit ResNet"):
+        load_model(alone, model="resnet-small", num_classes=7)
+    config = dataclasses.replace(CONFIG, dataset="folder:pictures@32")
+    files.write_json(run / "config.json", config.to_json())
+    with pytest.raises(ValueError, match=r"num_classes must be given for .*, which was trained on folder:pictures@32"):
+        load_model(run)
+    assert load_model(run, num_classes=10).num_classes == 10
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model(run, num_classes=7)
+    with pytest.raises(FileNotFoundError, match="there is no run folder or checkpoint at"):
+        load_model(tmp_path / "nothing")
+    (run / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no epoch of it is finished"):
+        load_model(run)
+
+
+def test_load_model_of_somebody_elses_network_says_what_its_images_are(tmp_path):
+    vision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    net = vision.squeezenet1_1(num_classes=3)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with pytest.warns(UserWarning, match=r"torchvision:squeezenet1_1 gets images in \[0,1\]"):
+        loaded = load_model(tmp_path / "net.pt", model="torchvision:squeezenet1_1", num_classes=3)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in net.state_dict().items())
+
+
+def test_load_model_builds_no_code_that_a_run_folder_alone_names(run):
+    files.write_json(run / "config.json", dataclasses.replace(CONFIG, model="somewhere:network").to_json())
+    with pytest.raises(ValueError, match="somewhere:network"):
+        load_model(run)
 
 
 def test_loaded_model_is_in_eval_mode_and_mode_is_given_back(model, run):

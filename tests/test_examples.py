@@ -8,11 +8,14 @@ import functools
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+import part_fast
 
 FOLDER = ROOT / "examples"
 # What pip calls the package that each example needs, by the name of its import.
@@ -158,6 +161,22 @@ def test_training_checkpoints():
         assert re.search(rf"^{kind}: it holds .*{named}.*: torch\.save\(torch\.load\('model.pt'", text, re.MULTILINE)
     assert "\x1b" not in text
     assert "weights alone: equal True" in text
+
+
+@slow
+def test_from_cpp():
+    for program in ("cmake", "c++"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not on PATH")
+    if "cpp" not in part_fast.available_backends():
+        pytest.skip("part_fast._C is not built")
+    text = said("from_cpp")
+    assert re.findall(r"^(\w+) .*: equal bit for bit (\w+)$", text, re.MULTILINE) == [
+        (name, "True") for name in ("cam", "mask", "eps", "bits", "x_adv", "projected")
+    ]
+    ((moved, mean),) = numbers(r"at most ([\d.]+)/255, mean eps ([\d.]+)/255", text)
+    assert moved == 8
+    assert 7 < mean < 8
 
 
 def test_every_example_has_a_test():

@@ -348,7 +348,7 @@ def test_load_weights_refuses_in_one_line_and_writes_nothing(weights, tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
     refuses(tmp_path / "bad.pt", "is not a checkpoint that loads without running code")
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
-    refuses(tmp_path / "bad.safetensors", "is not a checkpoint that loads without running code")
+    refuses(tmp_path / "bad.safetensors", "is not a safetensors file that can be read")
 
 
 def under(prefix, weights):

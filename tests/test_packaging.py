@@ -13,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch._C import parse_schema
 
 import part_fast
 
@@ -114,7 +116,10 @@ def test_compiled_library_needs_only_the_stable_abi(name):
         pytest.skip("nm (binutils) is missing")
     listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
-    assert {symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))} == {"PyModule_Create2"}
+    of_python = {tuple(line.split()[-2:]) for line in listed.stdout.splitlines() if "Py" in line}
+    asks = {("w", "Py_IsInitialized")} if name == "_C" else set()
+    # Weak, since a program without Python loads the library too.
+    assert of_python == {("w", "PyModule_Create2"), *asks}
     assert [symbol for symbol in symbols if re.match(r"_ZN?[A-Z]*K?(2at|3c10|5torch)", symbol)] == []
 
 
@@ -202,7 +207,8 @@ def test_without_a_compiler_a_wheel_for_every_machine_holds_what_is_there_now(tm
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"part_fast/ops/pgd_step.py", "part_fast/py.typed", "part_fast/assets/fashion-mnist-demo.npz.xz"} <= names
+    data = {"part_fast/py.typed", "part_fast/report/page.html", "part_fast/assets/fashion-mnist-demo.npz.xz"}
+    assert {"part_fast/ops/pgd_step.py", *data} <= names
     assert not [name for name in names if name.endswith((".so", "no_more.py"))]
 
 
@@ -226,4 +232,23 @@ def test_extras_bring_what_the_errors_say_and_nothing_else_is_required():
     assert said >= {("tyro", "train"), ("pyautoattack", "aa"), ("scipy", "study"), ("torchvision", "download")}
     assert [pair for pair in said if pair[0] not in extras[pair[1]]] == []
     everything = Requirement(project["optional-dependencies"]["all"][0]).extras
-    assert everything == set(extras) - {"all", "test", "dev", "examples"}
+    assert everything == set(extras) - {"all", "test", "dev", "examples", "docs"}
+
+
+def test_schemas_for_processes_without_python_are_those_of_python():
+    text = (ROOT / "csrc" / "schemas.cpp").read_text()
+    calls = re.findall(r"m\.def\(((?:\s*\"[^\"]*\")+)\);", text)
+    assert len(calls) == text.count("m.def(")
+    schemas = {parse_schema("part_fast::" + "".join(re.findall(r'"([^"]*)"', call))) for call in calls}
+    packets = [
+        name.removeprefix("part_fast::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("part_fast::") and "." not in name
+    ]
+    assert {str(schema) for schema in schemas} == {
+        str(getattr(torch.ops.part_fast, name).default._schema) for name in packets
+    }
+    registered = {
+        name for path in (ROOT / "csrc").glob("*.cpp") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
+    }
+    assert registered == set(packets)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,8 @@ def test_demo_in_miniature(tmp_path, monkeypatch):
     assert record["table"]["PART"]["natural"]["mean"] == pytest.approx(sum(natural) / 2)
     assert record["text"] in said
     assert "PART - AT, natural" in record["text"]
+    threads = torch.get_num_threads()
+    assert re.search(rf"^made with {threads} threads?: .* give other digits$", record["text"], re.MULTILINE)
     for name in ("curves.png", "masks.png"):
         assert picture(out / name).std() > 10
 

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import random
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
@@ -25,6 +26,11 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# While it traces, torch.fx has a function of its own in the place of nn.Module.__call__, for the whole process: one
+# thread traces at a time, and calls in others go where they would (see `_Tracer.call_module`).
+_turn = threading.RLock()
 
 # Modules that do what the module in them does.
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
@@ -79,9 +85,9 @@ def traced(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Trace | s
         for name, parameter in list(inspect.signature(type(model).forward).parameters.items())[2:]
         if parameter.default is not parameter.empty
     }
-    tracer = _Tracer(is_layer)
+    tracer, draws = _Tracer(is_layer), _Draws()
     try:
-        with warnings.catch_warnings():
+        with _turn, draws, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of hooks and the like, that they see no tensors
             graph = tracer.trace(model, optional)
         after = [dict(part.__dict__) for part in parts]
@@ -95,7 +101,8 @@ def traced(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Trace | s
         for held, kept in buffers:
             held.clear()
             held.update(kept)
-        drawn = not all(map(_same_state, randoms, _random_states()))
+        # Torch's generator may have moved because another thread drew from it.
+        drawn = draws.seen or not all(map(_same_state, randoms[1:], _random_states()[1:]))
         if drawn:
             _set_random_states(randoms)
     changed = any(
@@ -127,6 +134,19 @@ def _same_objects(old: dict[str, Any], new: dict[str, Any]) -> bool:
     return old.keys() == new.keys() and all(value is new[key] for key, value in old.items())
 
 
+class _Draws(TorchDispatchMode):
+    """Notes whether an operation of this thread draws from a generator of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation."""
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 class _Tracer(Tracer):
     """Traces through wrappers, takes every layer as one call, and passes checks of the input."""
 
@@ -135,6 +155,7 @@ class _Tracer(Tracer):
     def __init__(self, is_layer: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self._is_layer = is_layer
+        self._thread = threading.get_ident()
         self._calls: list[Call] = []
         self._open: list[Call] = []  # that the forward is in
         self._proxies: list[weakref.ref[Proxy]] = []
@@ -197,6 +218,8 @@ class _Tracer(Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The call of a module as a node, or as the nodes of its forward, which are noted."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         if isinstance(m, WRAPPERS):
             return m.module(*args, **kwargs)
         name = self.path_of_module(m)
@@ -257,12 +280,12 @@ def _modes() -> object:
 
 def _random_states() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
-    return random.getstate(), torch.get_rng_state(), None if numpy is None else numpy.random.get_state()
+    return torch.get_rng_state(), random.getstate(), None if numpy is None else numpy.random.get_state()
 
 
 def _set_random_states(states: tuple[Any, ...]) -> None:
-    random.setstate(states[0])
-    torch.set_rng_state(states[1])
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
     if states[2] is not None:
         sys.modules["numpy"].random.set_state(states[2])
 

@@ -10,7 +10,7 @@ import torch
 
 from part_fast.data.files import read_cifar_binary, read_cifar_pickle
 from part_fast.data.memory import Dataset
-from part_fast.data.places import dataset_of, download_class, first_found, not_found, roots, say_if_partial
+from part_fast.data.places import dataset_of, download_archive, first_found, not_found, roots, say_if_partial
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -73,13 +73,13 @@ def load_cifar(cifar: _Cifar, split: str, root: Path | None, download: bool) -> 
     places = [place for base in roots(root) for place in (*(base / layout for layout in cifar.layouts), base)]
     files = first_found(places, find)
     if files is None and download:
-        places = [download_class(cifar.title.replace("-", ""), root) / cifar.layouts[0]]
+        places = [download_archive(cifar.title.replace("-", ""), root) / cifar.layouts[0]]
         files = first_found(places, find)
     if files is None:
         wanted = " to ".join(dict.fromkeys((stems[0], stems[-1])))
         raise not_found(cifar.name, f"{wanted} (or .bin)", places, "")
     parts = [
-        read_cifar_binary(path, cifar.title, cifar.label_bytes)
+        read_cifar_binary(path, cifar.title, cifar.label_bytes, len(cifar.classes))
         if path.suffix == ".bin"
         else read_cifar_pickle(path, cifar.title, cifar.field, len(cifar.classes))
         for path in files

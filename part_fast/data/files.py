@@ -1,6 +1,7 @@
 """Readers of the files that data sets come in: idx, CIFAR's two, MATLAB's .mat, images. None of them runs code.
 
-Every reader raises one ValueError that names the file and what is wrong with it.
+Every reader raises one ValueError that names the file and what is wrong with it. What is packed is unpacked as far as
+the header says that it goes, and never beyond `UNPACKED_LIMIT`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import math
 import pickle
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,15 @@ from torch import Tensor
 
 from part_fast.errors import BadValueError
 from part_fast.optional import needs
+from part_fast.reading import first_line
 
 __all__ = ["image_size", "read_cifar_binary", "read_cifar_pickle", "read_idx", "read_images", "read_lines", "read_mat"]
 
+UNPACKED_LIMIT = 2**31  # bytes; the largest of the published sets, SVHN's extra images, has 1.6e9
+PIXEL_LIMIT = 2**26  # of one image
+
+# What an image may be, whatever its name ends in. Pillow knows more, some of which it hands to other programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp"))
 
 # MATLAB's numeric storage types, and the classes of its arrays that hold plain numbers (double to uint64).
@@ -33,11 +40,6 @@ _MAT_STORAGE = {
 }  # fmt: skip
 _MAT_NUMERIC = range(6, 16)
 _MAT_MATRIX, _MAT_COMPRESSED = 14, 15
-
-
-def first_line(error: Exception) -> str:
-    """What `error` says, without the lines that follow."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_lines(path: Path) -> list[str]:
@@ -50,24 +52,35 @@ def read_lines(path: Path) -> list[str]:
 
 def read_idx(path: Path, dims: int) -> npt.NDArray[np.uint8]:
     """The idx format: two zero bytes, type 8 (uint8), the number of dimensions, their big-endian sizes, the values."""
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
         try:
-            content = gzip.decompress(content)
+            return _read_idx(gzip.GzipFile(fileobj=raw) if packed else raw, path, dims)
         except (OSError, EOFError, zlib.error) as error:
-            raise BadValueError(f"{path} is not a whole gzip file: {error}") from error
-    header = 4 + 4 * dims
-    if len(content) < header or content[:4] != bytes((0, 0, 8, dims)):
-        start = content[:4].hex(" ")
+            raise BadValueError(f"{path} is not a whole {'gzip ' * packed}file: {first_line(error)}") from error
+
+
+def _read_idx(file: gzip.GzipFile | IO[bytes], path: Path, dims: int) -> npt.NDArray[np.uint8]:
+    header = file.read(4 + 4 * dims)
+    if len(header) < 4 + 4 * dims or header[:4] != bytes((0, 0, 8, dims)):
+        start = header[:4].hex(" ")
         raise BadValueError(f"{path} is not an idx file of uint8 with {dims} dimensions: it starts {start}")
-    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, header, 4))
-    expected = header + int(np.prod(shape, dtype=object))
-    if len(content) != expected:
-        raise BadValueError(f"{path} has {len(content)} bytes, its header {shape} says {expected}")
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    shape = tuple(int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4))
+    expected = math.prod(shape)
+    if expected > UNPACKED_LIMIT:
+        raise BadValueError(f"{path} says that it holds {shape}, which are more than {UNPACKED_LIMIT} bytes")
+    values = file.read(expected)
+    # To read on finds the end of what is packed, where the checksum is compared.
+    if (size := len(values) + len(file.read(2**20))) != expected:
+        sizes = f"{len(header) + size} bytes, its header {shape} says {len(header) + expected}"
+        raise BadValueError(f"{path} has {sizes}")
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def read_cifar_binary(path: Path, title: str, label_bytes: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+def read_cifar_binary(
+    path: Path, title: str, label_bytes: int, classes: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Pixels (N,3072) and labels (N,): records of `label_bytes`, the last of which is the label, and 3072 pixels."""
     content, record = path.read_bytes(), label_bytes + 3072
     if not content or len(content) % record:
@@ -75,16 +88,20 @@ def read_cifar_binary(path: Path, title: str, label_bytes: int) -> tuple[npt.NDA
             f"{path} has {len(content)} bytes, {title}'s binary files hold images of {record} bytes each"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, record)
-    return records[:, label_bytes:].copy(), records[:, label_bytes - 1].astype(np.int64)
+    labels = records[:, label_bytes - 1].astype(np.int64)
+    if int(labels.max()) >= classes:
+        raise BadValueError(f"{path}: labels takes values from 0 to {classes - 1}, got {labels.max()}")
+    return records[:, label_bytes:].copy(), labels
 
 
 class _PickledDtype:
     """Stands in for numpy.dtype: takes what a pickle says and accepts uint8 alone."""
 
-    def __init__(self, name: str | bytes, *_: object) -> None:
+    def __init__(self, name: object, *_: object) -> None:
         text = name.decode("ascii") if isinstance(name, bytes) else name
         if text not in ("u1", "|u1", "uint8"):
-            raise pickle.UnpicklingError(f"an array of {text!r}, expected uint8")
+            of = repr(text[:40]) if isinstance(text, str) else type(text).__name__
+            raise pickle.UnpicklingError(f"an array of {of}, expected uint8")
 
     def __setstate__(self, state: object) -> None:
         """Ignore byte order and alignment, which uint8 does not have."""
@@ -104,6 +121,9 @@ class _PickledArray:
     def _take(self, content: object, dtype: object, shape: object, order: object) -> None:
         if not isinstance(dtype, _PickledDtype) or not isinstance(shape, tuple) or order != "C":
             raise pickle.UnpicklingError("an array that is not uint8 in C order")
+        # A message about them prints them: few, and no tuples of tuples, of which there are soon more than end.
+        if len(shape) > 4 or not all(type(extent) is int and 0 <= extent < 2**40 for extent in shape):
+            raise pickle.UnpicklingError("an array of another shape than images by values")
         if not isinstance(content, bytes | bytearray):
             raise pickle.UnpicklingError("an array without its bytes")
         self.shape, self.content = shape, bytes(content)
@@ -119,17 +139,38 @@ def _from_buffer(content: object, dtype: object, shape: object, order: object) -
     return array
 
 
-def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+def _encode_latin1(text: object, encoding: object = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes that are not encoded as latin1")
     return text.encode("latin1")
 
 
-class _ArraysOnly(pickle.Unpickler):
+# The instructions of a pickle that make plain values, find and call a global, and remember what was made.
+_PICKLED_VALUES = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.NONE),
+    *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2),
+    *(pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT),
+    *(pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE),
+    *(pickle.SHORT_BINUNICODE, pickle.BINUNICODE8, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_DICT),
+    *(pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE),
+    *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+)
+
+
+class _ArraysOnly(pickle._Unpickler):
     """Reads dictionaries, lists, numbers, strings and uint8 arrays; any global but the classes above is an error.
 
-    Even numpy's own constructors are not called: what a file names is only looked up in this table.
+    Even numpy's own constructors are not called: what a file names is only looked up in this table. The base is
+    Python's unpickler in Python: the one in C makes room for as many memos as five bytes of a file ask for, up to
+    64 GiB. Of its instructions only those that make such values are followed.
     """
+
+    # As `load` of the base makes them.
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     _STAND_INS: ClassVar[dict[str, Any]] = {
         "numpy.ndarray": _PickledArray,
@@ -145,7 +186,49 @@ class _ArraysOnly(pickle.Unpickler):
         try:
             return self._STAND_INS[f"{module}.{name}"]
         except KeyError:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not a part of an image batch") from None
+            named = f"{module}.{name}"[:80]
+            raise pickle.UnpicklingError(f"it names {named}, which is not a part of an image batch") from None
+
+    def _build(self) -> None:
+        """An array or dtype gets its state. Anything else that has attributes is a stand-in itself."""
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _PickledArray | _PickledDtype):
+            raise pickle.UnpicklingError("a state of what is no array")
+        self.stack[-1].__setstate__(state)
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items([key, value])
+
+    def _set_items(self, items: list[Any] | None = None) -> None:
+        """A dictionary gets items. Tuples are no keys: of tuples of the same tuples the hash never ends."""
+        items = self.pop_mark() if items is None else items
+        filled = self.stack[-1]
+        if not all(isinstance(key, str | bytes | int) for key in items[::2]) or type(filled) is not dict:
+            raise pickle.UnpicklingError("a dictionary whose keys are not strings")
+        expected = len(filled) + len(items) // 2
+        filled.update(zip(items[::2], items[1::2], strict=True))
+        if len(filled) < expected:
+            raise pickle.UnpicklingError("a dictionary in which a key stands twice")
+
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
+        self._set_items(items)
+
+    def _bytearray(self) -> None:
+        """A bytearray of bytes that are there: room for as many as the file announces may be more than there is."""
+        size = int.from_bytes(self.read(8), "little")
+        self.stack.append(bytearray(self.read(min(size, UNPACKED_LIMIT))))
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PICKLED_VALUES},
+        pickle.BUILD[0]: _build,
+        pickle.BYTEARRAY8[0]: _bytearray,
+        pickle.DICT[0]: _dict,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+    }
 
 
 def read_cifar_pickle(
@@ -157,7 +240,8 @@ def read_cifar_pickle(
         batch = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     # A damaged pickle can raise nearly any exception, none of which ran anything but the stand-ins above.
     except Exception as error:
-        raise BadValueError(f"{path} is not a {title} batch: {first_line(error)}") from error
+        reason = "an instruction that makes no images" if isinstance(error, KeyError) else first_line(error)
+        raise BadValueError(f"{path} is not a {title} batch: {reason}") from error
     items = batch.items() if isinstance(batch, dict) else ()
     fields = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in items}
     data, labels = fields.get("data"), fields.get(field)
@@ -189,16 +273,36 @@ def read_mat(path: Path, *names: str) -> dict[str, npt.NDArray[Any]]:
         if struct.unpack_from(f"{order}H", content, 124)[0] != 0x0100:
             raise BadValueError("another version than 5 to 7 (save it as version 7)")
         for kind, element in _mat_elements(content[128:], order):
-            inner = _mat_elements(zlib.decompress(element), order) if kind == _MAT_COMPRESSED else [(kind, element)]
+            inner = _mat_elements(_unpacked(element, order), order) if kind == _MAT_COMPRESSED else [(kind, element)]
             for inner_kind, matrix in inner:
-                if inner_kind == _MAT_MATRIX:
-                    found.update(_mat_array(matrix, order, names))
+                array = _mat_array(matrix, order, names) if inner_kind == _MAT_MATRIX else {}
+                if found.keys() & array.keys():
+                    raise BadValueError(f"{' and '.join(array)} stands there twice")
+                found |= array
     except (ValueError, struct.error, zlib.error) as error:
         raise BadValueError(f"{path} is a damaged MATLAB file: {first_line(error)}") from error
     missing = [name for name in names if name not in found]
     if missing:
         raise BadValueError(f"{path} has no numeric array {' and no '.join(missing)}")
     return found
+
+
+def _unpacked(element: memoryview, order: str) -> bytes:
+    """The element that lies packed in a compressed one, as long as its own tag says."""
+    unpack = zlib.decompressobj()
+    tag = unpack.decompress(element, 8)
+    if len(tag) < 8:
+        raise BadValueError("a packed element without its type and size")
+    _, size = struct.unpack(f"{order}II", tag)
+    if size > UNPACKED_LIMIT:
+        raise BadValueError(f"an element of {size} bytes, more than {UNPACKED_LIMIT}")
+    # A byte more than it may have, with its padding: what is longer than it says is refused as an element is.
+    content = unpack.decompress(unpack.unconsumed_tail, size + 8) if size else b""
+    if not unpack.eof and unpack.decompress(unpack.unconsumed_tail, 1):
+        raise BadValueError(f"a packed element of more than the {size} bytes that it says")
+    if not unpack.eof:
+        raise BadValueError("a packed element that is cut off")
+    return tag + content
 
 
 def _mat_elements(content: bytes | memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
@@ -242,7 +346,8 @@ def image_size(path: Path) -> tuple[int, int]:
     with needs("pillow", "train"):
         from PIL import Image
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            _refuse_too_large(image.size)
             return image.height, image.width
     # Each format has its own exceptions for a damaged file; the first line of any of them says what happened.
     except Exception as error:
@@ -257,7 +362,12 @@ def read_images(paths: Sequence[Path], size: tuple[int, int], *, fit: bool = Fal
     """
     with needs("tqdm", "train"):
         from tqdm import tqdm
-    out = np.empty((len(paths), 3, *size), np.uint8)
+    try:
+        out = np.empty((len(paths), 3, *size), np.uint8)
+    except (MemoryError, ValueError) as error:
+        raise BadValueError(
+            f"{len(paths)} images of {size[0]}x{size[1]}, as {paths[0]} has, do not fit in memory"
+        ) from error
     for i, path in enumerate(tqdm(paths, desc="images", unit="img", disable=None, leave=False, delay=1)):
         out[i] = _read_rgb(path, size, fit, hint).transpose(2, 0, 1)
     return torch.from_numpy(out)
@@ -267,16 +377,24 @@ def _read_rgb(path: Path, size: tuple[int, int], fit: bool, hint: str) -> npt.ND
     with needs("pillow", "train"):
         from PIL import Image, ImageOps
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            _refuse_too_large(image.size)
             # Modes I and F hold more than 8 bits a pixel, which a conversion would silently clip.
             if image.mode[0] in "IF":
                 raise BadValueError(f"its pixels are of mode {image.mode}, not of 8 bits")
-            rgb = image.convert("RGB")
+            found = image.size
+            # The header tells the size, before anything is unpacked.
+            rgb = image.convert("RGB") if fit or found == size[::-1] else None
     except Exception as error:
         raise BadValueError(f"{path} is not an image that can be read: {first_line(error)}") from error
-    height, width = size
+    if rgb is None:
+        sizes = f"{found[1]}x{found[0]} (height x width), expected {size[0]}x{size[1]}"
+        raise BadValueError(f"{path} is {sizes}{hint}")
     if fit:
-        rgb = ImageOps.fit(rgb, (width, height), Image.Resampling.BICUBIC)
-    if rgb.size != (width, height):
-        raise BadValueError(f"{path} is {rgb.height}x{rgb.width} (height x width), expected {height}x{width}{hint}")
+        rgb = ImageOps.fit(rgb, size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(rgb)
+
+
+def _refuse_too_large(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > PIXEL_LIMIT:
+        raise BadValueError(f"it says that it has {size[0] * size[1]} pixels, more than {PIXEL_LIMIT}")

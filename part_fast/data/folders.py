@@ -29,6 +29,9 @@ def load_tinyimagenet(split: str, root: Path | None, download: bool) -> Dataset:
         )
     folder = found[0]
     wnids = sorted({line.strip() for line in read_lines(folder / "wnids.txt")})
+    for wnid in wnids:
+        if wnid != Path(wnid).name or wnid == ".." or "\0" in wnid:  # of a path that leads elsewhere
+            raise BadValueError(f"{folder / 'wnids.txt'} must hold names of folders, got {wnid[:80]!r}")
     of = {wnid: label for label, wnid in enumerate(wnids)}
     if split == "train":
         _no_others(folder / "train", wnids, "wnids.txt")
@@ -128,12 +131,22 @@ def _no_others(folder: Path, classes: Sequence[str], where: str) -> None:
 
 
 def _images_in(folder: Path, deep: bool = False) -> list[Path]:
-    """The image files of `folder`, and with `deep` of the folders in it, sorted; hidden ones are left out."""
-    found = [
-        Path(parent) / file
-        for parent, folders, files in os.walk(folder, followlinks=True)
-        if deep or Path(parent) == folder
-        for file in files
-        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES and not file.startswith(".")
-    ]
+    """The image files of `folder`, and with `deep` of the folders in it, sorted; hidden ones are left out.
+
+    Links to folders are followed, as subsets are made by them, but not into a folder that holds the link: there is no
+    end to that.
+    """
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if deep and not _leads_back(Path(parent, name), folder)]
+        images = (file for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES)
+        found += [Path(parent, file) for file in images if not file.startswith(".")]
     return sorted(found)
+
+
+def _leads_back(path: Path, top: Path) -> bool:
+    """Whether `path`, below `top`, is a link to a folder that it was reached by, or to one that holds those."""
+    if not path.is_symlink():
+        return False
+    real = path.resolve()
+    return any(above.resolve().is_relative_to(real) for above in path.parents if above.is_relative_to(top))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from part_fast import checks
 from part_fast.errors import BadValueError
 
 
@@ -82,6 +83,22 @@ class Dataset:
         """
         indices = balanced_indices(self.labels, n, seed)
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def set_aside(self, n: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """(what is left, a part of n images as `subset` takes it), both in their original order.
+
+        Raises:
+            ValueError: n is not from 1 to len(self) - 1.
+        """
+        part = balanced_indices(self.labels, checks.count("n", n, 1), seed)
+        if len(part) == len(self):
+            raise BadValueError(f"n must be < {len(self)}, the number of images, got {n}")
+        left = torch.ones(len(self), dtype=torch.bool, device=self.labels.device)
+        left[part] = False
+        rest, taken = (
+            dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen]) for chosen in (left, part)
+        )
+        return rest, taken
 
     def batches(
         self,

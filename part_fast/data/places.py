@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tarfile
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from part_fast.data.files import first_line
 from part_fast.data.memory import Dataset
 from part_fast.errors import BadValueError, MissingFileError
 from part_fast.optional import needs
+from part_fast.reading import first_line
 
 
 def dataset_of(
@@ -65,6 +67,21 @@ def download_class(torchvision_name: str, root: Path | None) -> Path:
     return download_by(
         torchvision_name, root, lambda datasets, target: getattr(datasets, torchvision_name)(str(target), download=True)
     )
+
+
+def download_archive(torchvision_name: str, root: Path | None) -> Path:
+    """The archive of that class of torchvision, its checksum compared, unpacked here: no name in it leads elsewhere."""
+
+    def fetch(datasets: Any, target: Path) -> None:
+        kind = getattr(datasets, torchvision_name)
+        datasets.utils.download_url(kind.url, str(target), kind.filename, kind.tgz_md5)
+        try:
+            with tarfile.open(target / kind.filename) as archive:
+                archive.extractall(target, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise OSError(f"{target / kind.filename} cannot be unpacked: {first_line(error)}") from error
+
+    return download_by(torchvision_name, root, fetch)
 
 
 def download_by(title: str, root: Path | None, fetch: Callable[[Any, Path], object]) -> Path:

@@ -36,6 +36,8 @@ def load_svhn(split: str, root: Path | None, download: bool) -> Dataset:
         raise not_found("svhn", file, places, "")
     arrays = read_mat(files[0], "X", "y")
     pixels, digits = arrays["X"], arrays["y"].ravel()
+    if len(digits) != max(arrays["y"].shape):
+        raise BadValueError(f"{files[0]}: y takes a label per image (N,1), got {arrays['y'].shape}")
     # MATLAB drops the last dimension of a single image.
     pixels = pixels[..., np.newaxis] if pixels.ndim == 3 else pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):

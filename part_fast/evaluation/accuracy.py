@@ -22,17 +22,18 @@ from part_fast.attacks.ascend import clean_logits
 from part_fast.attacks.catalogue import ATTACKS, attack_of_evaluation, known_attacks, load_attacks
 from part_fast.config import find_device
 from part_fast.data.memory import Dataset, to_float
-from part_fast.errors import BadValueError
+from part_fast.errors import BadValueError, UsageError
 from part_fast.evaluation import sanity
 from part_fast.evaluation.trained import load_trained
 from part_fast.optional import needs
+from part_fast.reading import read_json, read_tensors
 from part_fast.report import files
 from part_fast.report.environment import environment
 
 with needs("tqdm", "train"):
     from tqdm import tqdm
 with needs("safetensors", "train"):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
 # Files of what a slow attack has done so far: its name, what it may be continued with, and the process of several.
 KEPT = tuple(f"evaluation_{name}_*" for name, attack in ATTACKS.items() if attack.resumes)
@@ -81,8 +82,7 @@ def is_correct(
     if keep is not None and distributed.size() > 1:
         keep = keep.with_name(f"{keep.stem}_{distributed.rank()}of{distributed.size()}{keep.suffix}")
     if keep is not None and keep.exists():
-        state = load_file(keep)
-        is_correct, done = state["right"], int(state["done"])
+        is_correct, done = _read_kept(keep, len(data))
     attacked = AttackModel(model) if attack.reads_model else model  # the same gradients in less time
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for place, batch in enumerate(data.batches(batch_size)):
@@ -97,8 +97,9 @@ def is_correct(
             is_correct[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
             bar.update(len(x))
             if keep is not None:
+                state = {"right": is_correct, "done": batch.indices[-1:].cpu() + 1}
                 with files.replacing(keep) as temporary:
-                    save_file({"right": is_correct, "done": batch.indices[-1:].cpu() + 1}, temporary)
+                    save_file(state | {"sha256": _checksum(*state.values())}, temporary)
     return distributed.sum_(is_correct.to(torch.uint8).to(data.images.device)).bool().cpu()
 
 
@@ -112,6 +113,7 @@ def evaluate(
     resume: bool = False,
     dataset: str | None = None,
     model: str | None = None,
+    weights: str | None = None,
     root: str | None = None,
     download: bool = False,
     eps: float | None = None,
@@ -124,7 +126,8 @@ def evaluate(
     """Accuracies, with standard errors, of a run folder's model or of a checkpoint, into evaluation.json and .csv.
 
     where: a run folder, whose configuration gives data set, model, eps and alpha; or a checkpoint file, which lies in
-        one or has `dataset` and `model` named. attacks: see `is_correct`. n: a balanced subset of the test images;
+        one or has `dataset` and `model` named. weights: of a run folder, as in `load_trained`.
+    attacks: see `is_correct`. n: a balanced subset of the test images;
         default: those of the run.
     out: the folder written to; default: the run folder, or the checkpoint's. Results of other attacks in it
         are kept if they were made with the same settings. resume: do not repeat an attack whose result it holds.
@@ -133,14 +136,16 @@ def evaluate(
     Accuracies in an order that no sound attack gives are always warned about, under "warnings".
 
     Whether each image was right goes into evaluation_images.safetensors: bool (N,) per attack, and the labels.
-    AutoAttack writes down every batch: stopped, it goes on there when it is asked for again. Under torchrun the
-    processes share the batches, and the first one writes.
+    All files are written after every attack: one that is stopped loses none that was done before it, and resume goes on
+    from there. AutoAttack writes down every batch: stopped, it goes on there when it is asked for again. Under torchrun
+    the processes share the batches, and the first one writes.
 
     Returns: what evaluation.json holds.
 
     Raises:
         FileNotFoundError: no such run, checkpoint or data set.
-        ValueError, TypeError: an argument is wrong; or `out` holds an evaluation with other settings, not overwrite.
+        ValueError, TypeError: an argument is wrong; or `out` holds an evaluation that is damaged or of other settings,
+            not overwrite.
         ImportError: pyautoattack, which aa needs, is missing; nothing is written then.
     """
     check_attacks(attacks)
@@ -151,8 +156,8 @@ def evaluate(
     checks.seed("seed", seed)
     checks.count("sanity_images", sanity_images)
     place = distributed.join(find_device(device))
-    net, config, data, weights = load_trained(
-        where, n, dataset=dataset, model=model, root=root, download=download, device=str(place)
+    net, config, data, path = load_trained(
+        where, n, dataset=dataset, model=model, weights=weights, root=root, download=download, device=str(place)
     )
     attack = AttackSettings(
         checks.number("eps", config.eps if eps is None else eps, 0),
@@ -162,22 +167,28 @@ def evaluate(
     out = (where if where.is_dir() else where.parent) if out is None else out
     summary, per_image = out / "evaluation.json", out / "evaluation_images.safetensors"
     settings = {
-        "checkpoint": str(weights),
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "checkpoint": str(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "dataset": config.dataset,
         "n": len(data),
         **dataclasses.asdict(attack),
     }
-    results, images = {}, {"labels": data.labels.cpu()}
+    results: dict[str, Any] = {}
+    images = {"labels": data.labels.cpu()}
     if summary.exists() and not overwrite:
-        before = json.loads(summary.read_text())
-        # The same file under another path is the same checkpoint.
-        different = [k for k in settings if k != "checkpoint" and before.get(k) != settings[k]]
-        if different:
-            raise BadValueError(
-                f"{summary} holds an evaluation with other {', '.join(different)}: choose another --out or --overwrite"
-            )
-        results, images = before["results"], load_file(per_image)
+        earlier, earlier_images = _read_results(summary, per_image, settings, images["labels"])
+        results |= earlier
+        images |= earlier_images
+    record = {**settings, "results": results, "environment": environment()}
+
+    def write() -> None:
+        record["images_sha256"] = {name: _hex(_checksum(images["labels"], images[name])) for name in results}
+        if distributed.rank() == 0:
+            with files.replacing(per_image) as temporary:
+                save_file(images, temporary)
+            files.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
+            files.write_json(summary, record)
+
     out.mkdir(parents=True, exist_ok=True)
     for name in attacks:
         if resume and name in results:
@@ -187,7 +198,8 @@ def evaluate(
         keep = out / f"evaluation_{name}_{_digest(settings, batch_size)}.safetensors" if resumes else None
         images[name] = is_correct(net, data, name, attack, batch_size, progress=True, keep=keep)
         results[name] = {**accuracy(images[name]), "seconds": round(time.perf_counter() - begin, 3)}
-    record = {**settings, "results": results, "environment": environment()}
+        record["warnings"] = sanity.order_flags({name: images[name] for name in results})
+        write()
     record["warnings"] = sanity.order_flags({name: images[name] for name in results})
     if sanity_images:
         few = data.subset(min(sanity_images, len(data)))
@@ -196,15 +208,71 @@ def evaluate(
             net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator
         )
         record["warnings"] += flags
+    write()
     if distributed.rank() == 0:
-        with files.replacing(per_image) as temporary:
-            save_file(images, temporary)
-        files.write_csv(out / "evaluation.csv", [{"attack": name, **row} for name, row in results.items()])
-        files.write_json(summary, record)
-        for stale in itertools.chain.from_iterable(out.glob(pattern) for pattern in KEPT):
-            stale.unlink()
+        for stale in itertools.chain.from_iterable(out.glob(f"evaluation_{name}_*") for name in results):
+            if any(stale.match(pattern) for pattern in KEPT):  # of an attack whose result is written now
+                stale.unlink()
     distributed.barrier()
     return record
+
+
+def _read_results(
+    summary: Path, per_image: Path, settings: dict[str, Any], labels: Tensor
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The results of an evaluation with the same settings, and its images by attack; both files agree.
+
+    Errors: ValueError, FileNotFoundError that names the file and what to do.
+    """
+    remedy = "choose another --out or --overwrite"
+    try:
+        before = read_json(summary)
+        # The same file under another path is the same checkpoint.
+        different = [key for key in settings if key != "checkpoint" and before.get(key) != settings[key]]
+        if different:
+            raise BadValueError(f"{summary} holds an evaluation with other {', '.join(different)}")
+        results, checksums = before.get("results"), before.get("images_sha256")
+        images = read_tensors(per_image)
+        if not isinstance(results, dict) or not isinstance(checksums, dict):
+            raise BadValueError(f"{summary} is damaged: it must hold objects 'results' and 'images_sha256'")
+        if not torch.equal(images.get("labels", labels[:0]), labels):
+            raise BadValueError(f"{per_image} holds other images: its labels are not those of the test images")
+        for name, row in results.items():
+            attack_of_evaluation(name)
+            right = images.get(name)
+            if right is None or right.dtype != torch.bool or right.shape != labels.shape:
+                raise BadValueError(f"{per_image} is damaged: it must hold a bool for each image under {name!r}")
+            if _hex(_checksum(labels, right)) != checksums.get(name):
+                raise BadValueError(f"{per_image} and {summary.name} do not belong together: other images for {name!r}")
+            seconds = row.get("seconds") if isinstance(row, dict) else None
+            if not isinstance(seconds, float | int) or row != {**accuracy(right), "seconds": seconds}:
+                raise BadValueError(f"{summary} is damaged: its result for {name!r} is not that of {per_image.name}")
+    except UsageError as error:
+        named = str(error) if str(summary.parent) in str(error) else f"{summary}: {error}"
+        raise BadValueError(f"{named}: {remedy}") from error
+    return results, {name: images[name] for name in results}
+
+
+def _read_kept(keep: Path, n: int) -> tuple[Tensor, int]:
+    """What an attack that was stopped has done: bool (n,), and how many images. Errors: ValueError if damaged."""
+    state = read_tensors(keep)
+    right, done, checksum = (state.get(name, torch.empty(0)) for name in ("right", "done", "sha256"))
+    whole = right.dtype == torch.bool and right.shape == (n,) and done.dtype == torch.int64 and done.numel() == 1
+    if not whole or not torch.equal(checksum, _checksum(right, done)) or not 0 <= int(done) <= n:
+        raise BadValueError(f"{keep} is damaged: remove it, and the attack begins anew")
+    return right, int(done)
+
+
+def _checksum(*tensors: Tensor) -> Tensor:
+    """SHA-256 of what tensors on the CPU hold, uint8 (32,)."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
+
+
+def _hex(checksum: Tensor) -> str:
+    return bytes(checksum.tolist()).hex()
 
 
 def _digest(settings: dict[str, Any], batch_size: int) -> str:

@@ -28,6 +28,7 @@ def masks(
     overwrite: bool = False,
     dataset: str | None = None,
     model: str | None = None,
+    weights: str | None = None,
     target_layer: str | None = None,
     root: str | None = None,
     download: bool = False,
@@ -36,10 +37,10 @@ def masks(
 ) -> dict[str, Any]:
     """A PNG grid, a row per image: n test images, their CAM, eps map, adversarial image and difference x8.
 
-    where, dataset, model: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps map each,
-    and the attack uses the first. target_layer: as in `CamBudget`; default the run's. The attack is that of the
-    training, within the eps map. A JSON file beside `out` holds what the titles say: labels, predictions, the share of
-    pixels that keep the full eps.
+    where, dataset, model, weights: as in `evaluate`. rule: default the run's; several, separated by commas, get an eps
+    map each, and the attack uses the first. target_layer: as in `CamBudget`; default the run's. The attack is that of
+    the training, within the eps map. A JSON file beside `out` holds what the titles say: labels, predictions, the share
+    of pixels that keep the full eps.
 
     Returns: what the JSON file holds.
 
@@ -55,8 +56,8 @@ def masks(
         if path.exists() and not overwrite:
             raise BadValueError(f"{path} exists: choose another --out or --overwrite")
     checks.seed("seed", seed)
-    net, config, data, weights = load_trained(
-        where, n, dataset=dataset, model=model, root=root, download=download, device=device
+    net, config, data, path = load_trained(
+        where, n, dataset=dataset, model=model, weights=weights, root=root, download=download, device=device
     )
     rules = [config.rule] if rule is None else [name.strip() for name in rule.split(",")]
     for name in rules:
@@ -89,7 +90,7 @@ def masks(
         for i in range(len(data))
     ]
     record = {
-        "checkpoint": str(weights),
+        "checkpoint": str(path),
         "rule": ",".join(rules),
         "cam": config.cam,
         "eps": config.eps,

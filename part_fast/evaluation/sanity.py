@@ -31,8 +31,8 @@ def order_flags(is_correct: Mapping[str, Tensor]) -> list[str]:
     for weak, strong in pairs:
         if not {weak, strong} <= set(is_correct):
             continue
-        if (excess := _excess(is_correct[strong], is_correct[weak])) is not None:
-            flags.append(f"{strong} is above {weak}: {excess}")
+        if (more := excess(is_correct[strong], is_correct[weak])) is not None:
+            flags.append(f"{strong} is above {weak}: {more}")
     return flags
 
 
@@ -78,12 +78,12 @@ def gradient_flags(
     flags = []
     if zero > 0.01:
         flags.append(f"{100 * zero:.1f}% of the images have an input gradient of exactly zero")
-    if (excess := _excess(longer, once)) is not None:
-        flags.append(f"PGD-100 is weaker than PGD-20: {excess}")
-    if _share(once) - _share(restarted) > 0.05 and (excess := _excess(once, restarted)) is not None:
-        flags.append(f"one start of PGD-20 is weaker than {RESTARTS}, so the loss is rugged: {excess}")
-    if (excess := _excess(once, searched)) is not None:
-        flags.append(f"random corners beat PGD-20: {excess}")
+    if (more := excess(longer, once)) is not None:
+        flags.append(f"PGD-100 is weaker than PGD-20: {more}")
+    if _share(once) - _share(restarted) > 0.05 and (more := excess(once, restarted)) is not None:
+        flags.append(f"one start of PGD-20 is weaker than {RESTARTS}, so the loss is rugged: {more}")
+    if (more := excess(once, searched)) is not None:
+        flags.append(f"random corners beat PGD-20: {more}")
     return flags, figures
 
 
@@ -127,7 +127,7 @@ def _share(is_correct: Tensor) -> float:
     return float(is_correct.float().mean())
 
 
-def _excess(strong: Tensor, weak: Tensor) -> str | None:
+def excess(strong: Tensor, weak: Tensor) -> str | None:
     """By how much the accuracy `strong` exceeds `weak`, if that is more than noise."""
     difference = strong.double() - weak.double()
     mean, error = float(difference.mean()), float(difference.std(correction=0)) / math.sqrt(len(difference))

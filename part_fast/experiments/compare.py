@@ -13,10 +13,8 @@ from torch import Tensor
 
 from part_fast.errors import BadValueError
 from part_fast.optional import needs
+from part_fast.reading import read_tensors
 from part_fast.report import files
-
-with needs("safetensors", "train"):
-    from safetensors.torch import load_file
 
 # The measures that demo and study compare, by their names in `evaluate`.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20"}
@@ -87,7 +85,11 @@ def accuracy_table(what: str, found: Mapping[str, Mapping[str, Mapping[str, floa
 
 def is_correct(folder: Path, attack: str) -> Tensor:
     """Whether each test image was right under `attack`: bool (N,), as `evaluate` left it in a run folder."""
-    return load_file(folder / "evaluation_images.safetensors")[attack]
+    path = folder / "evaluation_images.safetensors"
+    images = read_tensors(path)
+    if attack not in images or images[attack].dtype != torch.bool:
+        raise BadValueError(f"{path} must hold a bool for each image under {attack!r}: evaluate the run again")
+    return images[attack]
 
 
 def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from part_fast.config import PRESETS, TrainConfig
@@ -84,7 +85,8 @@ def demo(
     figures.draw_comparison(out / "curves.png", curves, results)
     masks(out / f"part-seed{seeds[0]}", out / "masks.png")
     verdicts = [_verdict(MEASURES[key], d) for key, d in differences.items()]
-    text = "\n".join(["", f"{accuracy_table('method', summary, len(seeds))}, one warm-up", "", *verdicts])
+    table = accuracy_table("method", summary, len(seeds))
+    text = "\n".join(["", f"{table}, one warm-up", _made_with(), "", *verdicts])
     record = {
         "table": summary,
         "differences": differences,
@@ -99,6 +101,13 @@ def demo(
     log(text)
     log(f"\n{record['seconds']:.0f} s; results.json, results.csv, curves.png and masks.png are in {out}")
     return record
+
+
+def _made_with() -> str:
+    """What the last digits depend on besides the seeds."""
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
+    return f"made with {threads}: other numbers of threads, and other processors, round otherwise and give other digits"
 
 
 def _verdict(measure: str, d: Mapping[str, Any]) -> str:

@@ -19,9 +19,9 @@ from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import check_attacks, evaluate
 from part_fast.report import files
+from part_fast.training.checkpoint import STATE
 from part_fast.training.engine import Engine
 from part_fast.training.loop import train
-from part_fast.training.run_folder import STATE
 from part_fast.training.step import batch_epsilon, train_step
 
 # Zhang et al., ICML 2024, as on its poster: natural, PGD-20, MMA, AutoAttack, in %.

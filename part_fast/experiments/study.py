@@ -27,8 +27,9 @@ from part_fast.experiments.compare import (
 from part_fast.experiments.learned import learn_rule
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
+from part_fast.training.checkpoint import STATE
 from part_fast.training.loop import train
-from part_fast.training.run_folder import STATE, WEIGHTS
+from part_fast.training.run_folder import WEIGHTS
 
 # The rule of an arm whose maps are learned from the warm-up; the mean weight of its images.
 LEARNED, LEARNED_MEAN = "learned", 0.5

@@ -17,8 +17,9 @@ from part_fast.atomic import replacing
 from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
 from part_fast.models.resnet import ResNet
+from part_fast.models.weights_file import read_weights, write_weights
 from part_fast.models.wideresnet import WideResNet
-from part_fast.optional import needs
+from part_fast.reading import first_line, read_torch
 
 # The file formats of `export_weights`, and the endings that say which.
 FORMATS = {"safetensors": (".safetensors",), "robustbench": (".pt", ".pth")}
@@ -40,7 +41,8 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read safely (it says which objects stand in the way and how to get the weights
-            out), or keys are missing, unexpected, of another shape or of another normalisation (named).
+            out); or keys are missing, unexpected, of another shape, kind of number or normalisation; or a value is
+            not finite (all are named).
     """
     if isinstance(path_or_state, Mapping):
         source, raw = "the state_dict", path_or_state
@@ -56,14 +58,19 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
         if key in state and state[key].shape != own[key].shape
     ]
     unexpected = [key for key, value in others.items() if not _normalises(key, value)]
-    problems = [
-        f"{what} {_shorten(keys)}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("other shapes:", shapes))
-        if keys
+    dtypes = [
+        f"{key} {state[key].dtype} instead of {own[key].dtype}".replace("torch.", "")
+        for key in own
+        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
     ]
+    what = {"missing": missing, "unexpected": unexpected, "other shapes:": shapes, "other kinds of numbers:": dtypes}
+    problems = [f"{problem} {_shorten(keys)}" for problem, keys in what.items() if keys]
     if problems:
         raise BadValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
     _check_normalisation(model, others, source)
+    broken = [key for key, value in state.items() if not bool(torch.isfinite(value.float()).all())]
+    if broken:
+        raise BadValueError(f"{source} holds NaN or infinite values, of a training that diverged: {_shorten(broken)}")
     with torch.no_grad():
         for key, value in state.items():
             own[key].copy_(value)
@@ -130,18 +137,14 @@ def export_weights(
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} is there already: pass overwrite=True (--overwrite) to replace it")
 
-    if format == "safetensors":
-        with needs("safetensors", "train"):
-            from safetensors.torch import save_file
-
     state = own_copies(model)
     if sub_block1:
         state |= {f"sub_{key}": value.clone() for key, value in state.items() if key.startswith("block1.")}
+    if format == "safetensors":
+        write_weights(path, state)
+        return path
     with replacing(path) as temporary:
-        if format == "safetensors":
-            save_file(state, temporary)
-        else:
-            torch.save(state, temporary)
+        torch.save(state, temporary)
     return path
 
 
@@ -163,15 +166,11 @@ def own_copies(model: nn.Module) -> dict[str, Tensor]:
 def _read_checkpoint(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         raise MissingFileError(f"no checkpoint file at {path}")
+    if path.suffix == ".safetensors":
+        return read_weights(path)
     try:
-        if path.suffix == ".safetensors":
-            with needs("safetensors", "train"):
-                from safetensors.torch import load_file
-            return load_file(path)
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise
-    # Each reader has its own exceptions for a damaged file; the first line of any of them says what happened.
+        raw = read_torch(path)
+    # A damaged file can raise nearly anything; the first line of any of them says what happened.
     except Exception as error:
         reason = _why_unread(path, error)
         raise BadValueError(f"{path} is not a checkpoint that loads without running code: {reason}") from error
@@ -187,8 +186,7 @@ def _why_unread(path: Path, error: Exception) -> str:
     except Exception:  # a file of before torch 1.6, or a damaged one
         refused = re.findall(r"(?:GLOBAL|Unsupported (?:global|class):?) ([\w.]+) was not", str(error))
     if not refused:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        return re.sub(r"\x1b\[[0-9;]*m", "", first)
+        return re.sub(r"\x1b\[[0-9;]*m", "", first_line(error))
     whole = any(_is_module(name) for name in refused)
     # The user's own classes say more than those of torch that every model has.
     named = sorted(refused, key=lambda name: (name.startswith("torch."), name))
@@ -219,8 +217,13 @@ def _match_keys(
     state: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for original, value in chosen.items():
+        if not isinstance(original, str):
+            raise BadValueError(f"{source} holds a key that is a {type(original).__name__}, a state_dict has names")
         if not isinstance(value, Tensor):
             raise BadValueError(f"{source} holds a {type(value).__name__} at {original!r}, a state_dict holds tensors")
+        if not _is_plain(value):
+            kind = f"{value.dtype}, {value.layout} on {value.device}".replace("torch.", "")
+            raise BadValueError(f"{source} holds a tensor at {original!r} that is no array of numbers: {kind}")
         key = original.removeprefix(prefix)
         if original.startswith(prefix) and key in own:
             state[key] = value
@@ -268,19 +271,29 @@ def _find_weights(
     return chosen, prefix, {one[2] for one in whole if one[3] is chosen} | {"", "module.", "model.", "_orig_mod."}
 
 
-def _tensor_sets(raw: Mapping[str, object], where: str = "", depth: int = 3) -> Iterator[tuple[str, Any]]:
-    """The mappings in `raw`, itself included, that hold tensors, by the names that lead there."""
+def _tensor_sets(
+    raw: Mapping[str, object], where: str = "", depth: int = 3, seen: set[int] | None = None
+) -> Iterator[tuple[str, Any]]:
+    """The mappings in `raw`, itself included, that hold tensors, by the names that lead there; each of them once."""
+    seen = set() if seen is None else seen
+    seen.add(id(raw))
     if any(isinstance(value, Tensor) for value in raw.values()) and all(isinstance(key, str) for key in raw):
         yield where, raw
     for name, value in raw.items():
-        if depth and isinstance(value, Mapping):
-            yield from _tensor_sets(value, f"{where}.{name}" if where else str(name), depth - 1)
+        if depth and isinstance(value, Mapping) and isinstance(name, str) and id(value) not in seen:
+            yield from _tensor_sets(value, f"{where}.{name}" if where else name, depth - 1, seen)
 
 
 def _equal(one: object, other: object) -> bool:
-    return (
-        isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
-    )
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.shape != other.shape:
+        return False
+    return _is_plain(one) and _is_plain(other) and torch.equal(one, other)
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether `value` holds real numbers as an array: quantised, complex, sparse and empty (meta) tensors do not."""
+    strided = value.layout is torch.strided and value.device.type != "meta"
+    return strided and not value.is_quantized and not value.is_complex()
 
 
 # What normalising layers call their buffers.

@@ -156,8 +156,9 @@ _cam_mask = backends.define(
 def cam_mask(cam: Tensor, size: tuple[int, int], rule: str = "zscore") -> Tensor:
     """Which pixels keep the full eps: bool (N,M,H,W) from maps (N,h,w), fused: no full-size map is stored.
 
-    size: (H, W), neither smaller than the map's. With u = upsample_cam(cam, size), per image:
-    rule "zscore", M = 1: (u - mean(u)) / std(u) > 1, population std.
+    size: (H, W), neither smaller than the map's.
+    rule: by u = upsample_cam(cam, size), of each image by itself,
+        "zscore", M = 1: (u - mean(u)) / std(u) > 1, population std.
         "released", M = 3: what the authors' published code computes, a z-score over the H*W*3 values of jet(u**2)
         as RGB, > 1; matplotlib's 256-entry jet. For reproducing their numbers.
         "quantile:q", 0 < q < 1, M = 1: exactly ceil(q*H*W) largest pixels, ties by lower index.

@@ -54,6 +54,10 @@ class Engine:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if config.momentum:
+            # Torch makes these at the first step, and leaves them as the memory was if that step is skipped.
+            for parameter in self.model.parameters():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.averaged = None if config.averaging[0] == "none" else AveragedModel(self.model, use_buffers=True)
         self.trained: nn.Module = self.model
@@ -65,8 +69,15 @@ class Engine:
                 self.trained = DistributedDataParallel(
                     self.model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
                 )
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, by on_nonfinite "skip"
+        self._before: list[Tensor] = []
         self._group = 0
         self._last = True
+
+    @property
+    def at_update(self) -> bool:
+        """Whether the last batch was the last one of an update, so that no gradients wait for another."""
+        return self._last
 
     @functools.cached_property
     def budget(self) -> CamBudget:
@@ -98,6 +109,8 @@ class Engine:
         if done % every == 0:
             self.optimizer.zero_grad()
             self._group = batch_length(total - done, self.config.batch_size, self.config.accumulate)
+            if self._skips:
+                self._before = [buffer.clone() for buffer in self.model.buffers()]
         batch = batch_length(total - done, self.config.batch_size)
         self._last = (done + batch) % every == 0 or done + batch == total
         for group in self.optimizer.param_groups:
@@ -124,6 +137,8 @@ class Engine:
         """After a batch: update the weights, if it was the last batch of an update."""
         if not self._last:
             return
+        if self._skips:
+            self._skip_if_not_finite()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.attack_model.tell()
@@ -131,10 +146,27 @@ class Engine:
         if self.averaged is not None and kind == "ema":
             self._average(self.averaged, 1 - decay)
 
+    @property
+    def _skips(self) -> bool:
+        """Whether updates are skipped here; in fp16 the scaler does that, as a matter of course."""
+        return self.config.on_nonfinite == "skip" and not self.scaler.is_enabled()
+
+    @torch.no_grad()
+    def _skip_if_not_finite(self) -> None:
+        """Where a gradient is not finite, the optimizer leaves everything as it is, and so do BatchNorm's statistics.
+
+        The fused optimizer reads `found_inf` on the device, as a GradScaler sets it, so that no GPU waits.
+        """
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients, float("inf")))
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        self.skipped += bad
+        for buffer, before in zip(self.model.buffers(), self._before, strict=True):
+            buffer.copy_(torch.where(bad, before, buffer))
+
     def end_epoch(self, epoch: int) -> None:
         """After the epoch's last update: the first process's BatchNorm statistics go to all, and SWA averages."""
-        averaged = () if self.averaged is None else self.averaged.buffers()
-        for buffer in (*self.model.buffers(), *averaged):  # each process has averaged its own
+        for buffer in self.buffers():  # each process has averaged its own
             distributed.same_(buffer)
         kind, since = self.config.averaging
         if self.averaged is not None and kind == "swa":
@@ -172,7 +204,12 @@ class Engine:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
+            "skipped": self.skipped,
         }
+
+    def buffers(self) -> list[Tensor]:
+        """BatchNorm's statistics and such, the average's too: until an epoch ends, each process has its own."""
+        return [*self.model.buffers(), *(() if self.averaged is None else self.averaged.buffers())]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -181,3 +218,4 @@ class Engine:
         self.scaler.load_state_dict(state["scaler"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
+        self.skipped.copy_(state["skipped"])

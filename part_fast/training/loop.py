@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from part_fast import distributed
+from part_fast import checks, distributed
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load, root_anywhere
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
-from part_fast.errors import BadValueError, CannotRunError
+from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
 from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
 from part_fast.evaluation.trained import evaluation_data
@@ -27,8 +26,20 @@ from part_fast.methods import METHODS
 from part_fast.optional import needs
 from part_fast.precision import algorithms
 from part_fast.report import figures
+from part_fast.training.checkpoint import PREVIOUS, promote_previous, read_state
 from part_fast.training.engine import Engine
-from part_fast.training.run_folder import STATE, check_folder, export, load_state, prepare_folder, save_state
+from part_fast.training.epoch import (
+    LOOK_EVERY,
+    Epoch,
+    epoch_row,
+    overfitting_warning,
+    refuse_bad_loss,
+    refuse_bad_weights,
+)
+from part_fast.training.mask_history import keep_masks
+from part_fast.training.progress import Progress
+from part_fast.training.run_folder import Checkpoints, check_folder, export, load_state, mend, opened, refuse_edited
+from part_fast.training.signals import SAVE, Stop
 from part_fast.training.step import batch_epsilon, train_step
 
 with needs("tqdm", "train"):
@@ -42,28 +53,35 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     tensorboard: bool = False,
+    save_every: float = 10.0,
     log: Callable[[str], None] = tqdm.write,
 ) -> list[dict[str, Any]]:
-    """Train one model, with a checkpoint after every epoch, and leave a run folder behind.
+    """Train one model and leave a run folder behind, from which a run that was stopped or killed goes on.
 
     `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png,
-    averaged.safetensors where weights are averaged, and training_state.pt, from which `resume` goes on exactly as if
-    it had never stopped. Nothing is written before everything that can be checked is; `overwrite` replaces a run that
-    is already there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors with
+    config.validation, and training_state.pt, written after every epoch and every `save_every` minutes, from which
+    `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish and the state be saved
+    first. Nothing is written before everything that can be checked is; `overwrite` replaces a run that is already
+    there. Under torchrun each process trains on its share of every batch, and the first one writes.
 
     Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
 
     Raises:
         FileNotFoundError: the data set or checkpoint is missing, or there is nothing to resume.
         TypeError, ValueError: a field of config is wrong, does not fit the run to resume; or `out` holds a run already.
-        RuntimeError: the loss is no longer finite.
+        RuntimeError: loss or weights are no longer finite, or another process trains in `out`.
+        OSError: the disk is full, or the folder may not be written to; the last state is still whole.
         ImportError: matplotlib, or with `tensorboard` that package, is missing; nothing is written then.
+        KeyboardInterrupt, SystemExit(143): after Ctrl-C and SIGTERM.
     """
     figures.load_matplotlib()  # a missing package is said before anything is written
     summary_writer = _load_summary_writer() if tensorboard else None
     config.check()
+    checks.number("save_every", save_every, 0)
     device = distributed.join(find_device(config.device))
     main = distributed.rank() == 0
+    say = log if main else _nobody
     config = config.on(device, like=read_config(out) if resume else None)
     check_folder(config, out, resume, overwrite)
     distributed.barrier()  # nobody writes before everybody has checked
@@ -72,11 +90,15 @@ def train(
     data = load(config.dataset, "train", config.root, config.download)
     config = dataclasses.replace(config, root=root_anywhere(data, config.root))
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
+    data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
 
-    # A run that was stopped in its first epoch has no state yet, and starts as it did.
-    engine = Engine(config, data.num_classes, device, load=not (resume and (out / STATE).is_file()))
+    # A run that was killed before its first state starts as it did.
+    state = read_state(out, say) if resume else None
+    if state is not None:
+        refuse_edited(config, out, state)
+    engine = Engine(config, data.num_classes, device, load=state is None)
     engine.try_network(data)
     model = engine.model
     budget = engine.budget if METHODS[config.method].weighted else None
@@ -85,85 +107,109 @@ def train(
         size = (data.images.shape[2], data.images.shape[3])
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
-    rows = load_state(out / STATE, engine, bank) if resume else []
+    rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank)
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
         raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
     refuse_single_images(config, engine.model, data)
-    if main:
-        prepare_folder(config, out, resume, overwrite)
-        if rows:
-            export(out, engine, rows)  # the run may have been stopped after its state and before these files
+    look_every = LOOK_EVERY if device.type == "cuda" else 1
+    checkpoints = Checkpoints(out, engine, bank, rows, save_every)
+    behind = len(rows) * len(data) + epoch.done * distributed.size()
     with (
+        opened(config, out, resume, overwrite),
         algorithms(device, tf32=config.tf32, deterministic=config.deterministic),
-        tqdm(
-            total=config.epochs * len(data),
-            initial=len(rows) * len(data),
-            unit="img",
-            disable=None if main else True,
-        ) as bar,
+        Progress(config.epochs * len(data), behind, config.epochs, log, shown=main) as progress,
         adversarial_logits(model) as seen,
         summary_writer(str(out)) if summary_writer and main else contextlib.nullcontext() as writer,
+        Stop() as stop,
     ):
-        for epoch in range(len(rows), config.epochs):
-            method = config.method_at(epoch)
-            # Sums stay on the device: reading them every batch would make a GPU wait.
-            loss_sum, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
-            begin = time.perf_counter()
-            weighted_epoch = epoch - config.warmup_epochs
-            if bank is not None and METHODS[method].weighted and weighted_epoch % config.refresh_epochs == 0:
+        say(_first_line(config, engine, data, held_out, test))
+        if state is None:
+            checkpoints.save(epoch)  # so that a run killed in its first epoch still knows where it began
+        else:
+            checkpoints.note(epoch)
+            say(_where_it_goes_on(out, config, rows, epoch))
+            if main:
+                if state["file"] == PREVIOUS:
+                    promote_previous(out)
+                mend(out, engine, rows, epoch, say)
+        while epoch.number < config.epochs:
+            method = config.method_at(epoch.number)
+            progress.phase(epoch.number)
+            began = time.perf_counter() - epoch.seconds
+            since_warmup = epoch.number - config.warmup_epochs
+            refreshes = bank is not None and METHODS[method].weighted and since_warmup % config.refresh_epochs == 0
+            if bank is not None and refreshes and not epoch.begun:
                 bank.fill(engine.budget, data.images)
-            order = epoch_order(len(data), config, epoch).to(device)
-            agreement: dict[str, float] = {}
+            order = epoch.order(len(data), config).to(device)
             model.train()
-            seen_images = 0
-            for batch in data.batches(config.batch_size, order=order, join_last=True):
+            for batch in data.batches(config.batch_size, order=order[epoch.done :], join_last=True):
                 drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
                 x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
-                if seen_images == 0 and config.precision != "fp32":
-                    agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
+                if epoch.done == 0 and config.precision != "fp32":
+                    epoch.agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
                 epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
-                loss = train_step(engine, method, x, batch.labels, epsilon, seen_images, len(order), epoch)
-                seen_images += len(x)
-                loss_sum += loss * len(x)
-                hits += (seen[-1].argmax(1) == batch.labels).sum()
-                bar.update(len(x) * distributed.size())
-            engine.end_epoch(epoch)
+                loss = train_step(engine, method, x, batch.labels, epsilon, epoch.done, len(order), epoch.number)
+                epoch.add(loss, seen[-1], batch.labels)
+                epoch.seconds = time.perf_counter() - began
+                if not engine.at_update:
+                    progress.update(len(x) * distributed.size())
+                    continue
+                asked = stop.asked(due=checkpoints.due)
+                looks = asked or epoch.done // config.batch_size % look_every == 0
+                if looks:  # seldom on a GPU, which would wait for it each time
+                    refuse_bad_loss(epoch, order, config, checkpoints.last)
+                progress.update(len(x) * distributed.size(), epoch.mean_loss() if looks else None)
+                if asked:
+                    checkpoints.save(epoch)
+                if asked > SAVE:
+                    stop.leave(asked)
+            if not epoch.ended:
+                engine.end_epoch(epoch.number)
+                epoch.ended = True
+            refuse_bad_loss(epoch, order, config, checkpoints.last)
+            refuse_bad_weights(engine, epoch.number, checkpoints.last)
             images = len(order) * distributed.size()
-            train_loss = float(distributed.sum_(loss_sum)) / images
-            seconds = time.perf_counter() - begin
-            if not math.isfinite(train_loss):
-                raise CannotRunError(f"training diverged in epoch {epoch + 1}: the loss is {train_loss}; lower lr")
-            if agreement and main and (warning := agreement_warning(agreement)) is not None:
-                log(f"warning: epoch {epoch + 1}, {config.precision}: {warning}")
-
+            progress.phase(epoch.number, "test")
+            try:
+                with stop.at_once():
+                    tested = accuracies(engine, test, attacked_test, held_out)
+            except (KeyboardInterrupt, SystemExit):
+                checkpoints.save(epoch)  # what was trained is kept; the tests are done again
+                raise
             rows.append(
                 {
-                    "epoch": epoch + 1,
-                    "method": method,
-                    "lr": config.lr_at(epoch),
-                    "train_loss": train_loss,
-                    "train_robust": int(distributed.sum_(hits)) / images,
-                    **accuracies(engine, test, attacked_test),
-                    **agreement,
-                    "seconds": seconds,
-                    "images_per_second": images / seconds,
+                    **epoch_row(epoch, engine, method, images),
+                    **tested,
+                    **epoch.agreement,
+                    "skipped": int(engine.skipped),
+                    "seconds": epoch.seconds,
+                    "images_per_second": images / epoch.seconds,
                 }
             )
+            for warning in epoch_warnings(rows, epoch, config):
+                say(f"warning: epoch {epoch.number + 1}{warning}")
+            engine.skipped.zero_()
+            epoch = Epoch(epoch.number + 1, device)
+            checkpoints.save(epoch)
             if main:
-                save_state(out, engine, rows, bank)
+                keep_masks(out, engine, test, len(rows) - 1)
+                export(out, engine, rows)
                 if writer is not None:
                     _log_scalars(writer, rows[-1])
-                log(_line(rows[-1], config.epochs))
-            distributed.barrier()
+            say(_line(rows[-1], config.epochs))
+            if asked := stop.asked(due=False):
+                stop.leave(asked)
     if main:
-        title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
-        figures.draw_curves(out / "curves.png", rows, title)
+        draw(out, rows, config, say)
     return rows
 
 
-def accuracies(engine: Engine, test: Dataset, attacked_test: Dataset | None) -> dict[str, float | None]:
-    """test_natural and test_pgd20 (None without `attacked_test`), and those of the averaged model if there is one."""
+def accuracies(
+    engine: Engine, test: Dataset, attacked_test: Dataset | None, held_out: Dataset | None
+) -> dict[str, float | None]:
+    """test_natural and test_pgd20 (None without `attacked_test`), those of the averaged model if there is one, and
+    validation_pgd20 if images are held out."""
     config = engine.config
     attack = AttackSettings(config.eps, config.alpha, config.seed)
     models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
@@ -174,21 +220,9 @@ def accuracies(engine: Engine, test: Dataset, attacked_test: Dataset | None) -> 
                 found[f"{name}_{measure}"] = None
             else:
                 found[f"{name}_{measure}"] = float(is_correct(model, images, measure, attack).float().mean())
+    if held_out is not None:
+        found["validation_pgd20"] = float(is_correct(engine.model, held_out, "pgd20", attack).float().mean())
     return found
-
-
-def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
-    """The samples of an epoch, in the order in which this process takes them, as many in every process.
-
-    Together the processes go over one order: a batch of all of them is made of the batches of each.
-    """
-    if distributed.size() == 1:
-        return torch.randperm(n)
-    # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
-    torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
-    order = distributed.same_(torch.randperm(n))
-    every = -(-n // distributed.size()) * distributed.size()
-    return order[torch.arange(every) % n][distributed.shares(every)]
 
 
 @contextlib.contextmanager
@@ -221,6 +255,49 @@ def refuse_single_images(config: TrainConfig, model: nn.Module, data: Dataset) -
         name = "batch_size" if config.batch_size == 1 else "train_size"
         size = "x".join(map(str, data.images.shape[2:]))
         raise BadValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
+
+
+def draw(out: Path, rows: list[dict[str, Any]], config: TrainConfig, say: Callable[[str], None]) -> None:
+    """curves.png; whatever goes wrong with it is said, since the run itself is done."""
+    title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
+    try:
+        figures.draw_curves(out / "curves.png", rows, title)
+    except Exception as error:  # of matplotlib, of its fonts and caches, of the disk
+        say(f"warning: curves.png is not drawn: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def epoch_warnings(rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig) -> Iterator[str]:
+    """What the row of an epoch tells that its reader should not miss."""
+    if epoch.agreement and (weak := agreement_warning(epoch.agreement)) is not None:
+        yield f", {config.precision}: {weak}"
+    if (overfitting := overfitting_warning(rows)) is not None:
+        yield f": {overfitting}"
+    if rows[-1]["skipped"]:
+        yield f": {rows[-1]['skipped']} updates were not finite and are skipped"
+
+
+def _nobody(line: str) -> None:
+    """Processes other than the first one say nothing."""
+
+
+def _first_line(config: TrainConfig, engine: Engine, data: Dataset, held_out: Dataset | None, test: Dataset) -> str:
+    size = "x".join(map(str, data.images.shape[2:]))
+    aside = "" if held_out is None else f", {len(held_out)} held out"
+    device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+    several = f"{distributed.size()} processes of " if distributed.size() > 1 else ""
+    threads = f", {torch.get_num_threads()} threads" if engine.device.type == "cpu" else ""
+    weights = sum(parameter.numel() for parameter in engine.model.parameters())
+    return (
+        f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {len(data)} training images of {size}"
+        f"{aside}, {len(test)} test images; {config.model}, {weights:,} weights; {config.epochs} epochs in batches of "
+        f"{several}{config.batch_size}; {config.precision} on {device}{threads}"
+    )
+
+
+def _where_it_goes_on(out: Path, config: TrainConfig, rows: list[dict[str, Any]], epoch: Epoch) -> str:
+    if len(rows) == config.epochs:
+        return f"the run in {out} is finished, with {len(rows)} epochs; --epochs with more goes on"
+    return f"goes on in epoch {epoch.number + 1} after {epoch.done} images of each process"
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

@@ -1,35 +1,44 @@
-"""The run folder: its files, what may be written there, and the state that a run goes on from."""
+"""The run folder: its files, its lock, what may be written there, and the state that a run goes on from."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
+from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
 from part_fast.config import TrainConfig, read_config
-from part_fast.errors import BadValueError
+from part_fast.errors import BadValueError, CannotRunError, UsageError
 from part_fast.evaluation.accuracy import KEPT
 from part_fast.models.checkpoints import own_copies
-from part_fast.optional import needs
+from part_fast.models.weights_file import read_about, write_weights
 from part_fast.precision import full_float32
+from part_fast.reading import first_line, read_json
 from part_fast.report import files
 from part_fast.report.environment import environment
+from part_fast.training.checkpoint import PREVIOUS, STATE, write_state
 from part_fast.training.engine import Engine
+from part_fast.training.epoch import Epoch, best_epoch, refuse_bad_weights
 
-with needs("safetensors", "train"):
-    from safetensors.torch import save_file
+WEIGHTS, AVERAGED, BEST = "model.safetensors", "averaged.safetensors", "best.safetensors"
+LOCK = "run.lock"
 
-STATE, WEIGHTS, AVERAGED = "training_state.pt", "model.safetensors", "averaged.safetensors"
+RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, PREVIOUS, "environment.json", "curves.png")
 
-RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, "environment.json", "curves.png")
-
-# Files that other commands make of a run, which are stale once it is overwritten.
+# Files of some runs, and those that other commands make of a run, which are stale once it is overwritten.
 DERIVED = (
     AVERAGED,
+    "masks.safetensors",
+    "sweep.json",
+    BEST,
     "evaluation.json",
     "evaluation.csv",
     "evaluation_images.safetensors",
@@ -37,8 +46,8 @@ DERIVED = (
     "events.out.tfevents.*",
 )
 
-# Fields in which a resumed run may differ: it may be longer, and may go on on another machine.
-MAY_CHANGE = ("epochs", "device", "root", "download")
+# Fields in which a resumed run may differ: it may be longer, may go on on another machine, and after it diverged.
+MAY_CHANGE = ("epochs", "device", "root", "download", "on_nonfinite")
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
@@ -47,73 +56,210 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
         raise BadValueError("resume and overwrite exclude each other")
     if out.exists() and not out.is_dir():
         raise BadValueError(f"out takes a folder, {out} is a file")
-    present = [name for name in RUN_FILES if (out / name).exists()]
-    if present and not (resume or overwrite):
-        holds = ", ".join(present)
-        raise BadValueError(f"{out} already holds a run ({holds}): --resume continues it, --overwrite replaces it")
+    if (out / LOCK).is_file() and distributed.rank() == 0:
+        with locked(out):
+            pass
+    if not resume and not overwrite:
+        refuse_run(out)
     if resume:
-        before, now = read_config(out).to_json(), config.to_json()
-        different = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
+        different = _different(read_config(out).to_json(), config.to_json(), "there", "here")
         if different:
-            pairs = "; ".join(f"{key} {before.get(key)!r} there, {now[key]!r} here" for key in different)
-            raise BadValueError(f"the run in {out} has another configuration: {pairs}")
+            raise BadValueError(f"the run in {out} has another configuration: {different}")
 
 
-def prepare_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
-    """Make the folder, remove an overwritten run's files, and write the configuration and the environment."""
+def refuse_edited(config: TrainConfig, out: Path, state: dict[str, Any]) -> None:
+    """Errors: ValueError where config.json, which `config` is of, is not what the state was trained with."""
+    if different := _different(state["config"], config.to_json(), "in the state", "in config.json"):
+        raise BadValueError(
+            f"{out / 'config.json'} was edited since the run stopped: {different}; put it back, or start another run"
+        )
+
+
+def _different(before: dict[str, Any], now: dict[str, Any], there: str, here: str) -> str:
+    """The fields that must be alike and are not, with both values; nothing where all are."""
+    return "; ".join(
+        f"{key} {before.get(key)!r} {there}, {now[key]!r} {here}"
+        for key in now
+        if key not in MAY_CHANGE and before.get(key) != now[key]
+    )
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[TextIO]:
+    """Nobody else writes to the run in the folder `out` inside the block; the system lets go of it if we are killed.
+
+    Errors: RuntimeError where another process does, with its number.
+    """
+    with (out / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CannotRunError(
+                f"{out} is being written to by another run, {file.read().strip() or 'of an unknown process'}: "
+                "wait until it ends, or choose another --out"
+            ) from None
+        yield file
+
+
+@contextlib.contextmanager
+def opened(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+    """In the block the folder is this run's alone, an overwritten run's files are gone, configuration and environment
+    are written. Only the first process writes; in others the block changes nothing."""
+    if distributed.rank() > 0:
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for pattern in RUN_FILES + DERIVED:
-            for path in out.glob(pattern):
-                path.unlink()
-    with contextlib.nullcontext() if config.tf32 else full_float32():
-        record = environment()
-    if resume:
-        first = json.loads((out / "environment.json").read_text())
-        record = {**first, "resumed": [*first.get("resumed", []), record]}
-    files.write_json(out / "environment.json", record)
-    files.write_json(out / "config.json", config.to_json())
+    with locked(out) as lock:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        if not resume and not overwrite:  # another one may have begun since it was checked
+            refuse_run(out)
+        if overwrite:
+            for pattern in RUN_FILES + DERIVED:
+                for path in out.glob(pattern):
+                    path.unlink()
+        with contextlib.nullcontext() if config.tf32 else full_float32():
+            record = environment()
+        if resume:
+            first = _first_environment(out)
+            record = {**first, "resumed": [*first.get("resumed", []), record]}
+        files.write_json(out / "environment.json", record)
+        files.write_json(out / "config.json", config.to_json())
+        yield
 
 
-def save_state(out: Path, engine: Engine, rows: list[dict[str, Any]], bank: MaskBank | None) -> None:
-    """After an epoch: everything that resuming needs, in one file, and then `export`."""
-    state = {
-        **engine.state_dict(),
-        "rows": rows,
-        "cpu_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "masks": None if bank is None else bank.bits,
-    }
-    with files.replacing(out / STATE) as temporary:
-        torch.save(state, temporary)
-    export(out, engine, rows)
+def refuse_run(out: Path) -> None:
+    """Errors: ValueError where the folder holds a run."""
+    if present := [name for name in RUN_FILES if (out / name).exists()]:
+        raise BadValueError(
+            f"{out} already holds a run ({', '.join(present)}): --resume continues it, --overwrite replaces it"
+        )
+
+
+def _first_environment(out: Path) -> dict[str, Any]:
+    """What the run began on. Errors: ValueError where its record is damaged."""
+    path = out / "environment.json"
+    try:
+        record = read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise BadValueError(f"{error}; without it the run goes on") from error
+    if not isinstance(record.get("resumed", []), list):
+        raise BadValueError(f"{path} is no record of an environment; without it the run goes on")
+    return record
+
+
+class Checkpoints:
+    """Writes the state of a run, everything that resuming needs, into the folder `out`; of finite numbers alone.
+
+    minutes: between two of them within an epoch. rows: those of metrics.csv so far, to which the run adds.
+    """
+
+    def __init__(
+        self, out: Path, engine: Engine, bank: MaskBank | None, rows: list[dict[str, Any]], minutes: float
+    ) -> None:
+        self.out, self.engine, self.bank, self.rows = out, engine, bank, rows
+        self.minutes, self.saved = minutes, time.monotonic()
+        self.last = "nothing is saved yet"  # for messages
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.saved >= 60 * self.minutes
+
+    def save(self, epoch: Epoch) -> None:
+        """The first process writes what it gathers of all.
+
+        Errors: OSError that names the file; RuntimeError where a weight is not finite.
+        """
+        refuse_bad_weights(self.engine, epoch.number, self.last)
+        own = epoch.state()
+        if distributed.size() > 1:
+            own["buffers"] = [buffer.cpu() for buffer in self.engine.buffers()]
+        processes = distributed.gathered(own)
+        if processes:
+            state = {
+                **self.engine.state_dict(),
+                "config": self.engine.config.to_json(),
+                "rows": self.rows,
+                "masks": None if self.bank is None else self.bank.bits,
+                "epoch": epoch.number,
+                "processes": processes,
+            }
+            write_state(self.out, state)
+        self.saved = time.monotonic()
+        self.note(epoch)
+
+    def note(self, epoch: Epoch) -> None:
+        """The newest state is of this place in the run."""
+        self.last = (
+            f"the last good state is in {self.out / STATE}, of epoch {epoch.number + 1} after {epoch.done} images of "
+            "each process: --resume --on-nonfinite skip goes on from it, or train anew with a lower lr"
+        )
+
+
+def load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
+    """Restore what `Checkpoints` saved; returns the rows so far, and the epoch to go on with.
+
+    Errors: ValueError where an epoch was begun by another number of processes, or the state is not of such a run.
+    """
+    try:
+        return _load_state(state, engine, bank)
+    except UsageError:
+        raise
+    # What the file lacks, or holds instead of what `Checkpoints` writes, can raise nearly anything.
+    except Exception as error:
+        raise BadValueError(
+            f"{state['file']} does not fit this run: {type(error).__name__}, {first_line(error)}"
+        ) from error
+
+
+def _load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
+    processes, number = state["processes"], distributed.size()
+    own = dict(processes[distributed.rank() if len(processes) == number else 0])
+    if len(processes) != number and own["order_rng"] is not None:
+        raise BadValueError(
+            f"the run was stopped within epoch {state['epoch'] + 1}, which {len(processes)} processes share: "
+            f"start as many, got {number}"
+        )
+    engine.load_state_dict(state)
+    if bank is not None:
+        bank.load_bits(state["masks"])
+    with torch.no_grad():
+        for buffer, value in zip(engine.buffers(), own.pop("buffers", []), strict=False):
+            buffer.copy_(value)
+    return state["rows"], Epoch.restored(state["epoch"], own, engine.device)
 
 
 def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
-    """Write model.safetensors, averaged.safetensors if weights are averaged, and metrics.csv, for other programs."""
-    models = {WEIGHTS: engine.model} | ({} if engine.averaged is None else {AVERAGED: engine.averaged.module})
+    """After an epoch write model.safetensors, averaged.safetensors if weights are averaged, best.safetensors if this
+    epoch is the best one so far, and metrics.csv, for other programs."""
+    models = {WEIGHTS: engine.model}
+    if engine.averaged is not None:
+        models[AVERAGED] = engine.averaged.module
+    if best_epoch(rows) == len(rows):
+        models[BEST] = engine.model
     for name, model in models.items():
-        with files.replacing(out / name) as temporary:
-            save_file(own_copies(model), temporary)
+        write_weights(out / name, own_copies(model), epoch=len(rows))
     files.write_csv(out / "metrics.csv", rows)
 
 
-def load_state(path: Path, engine: Engine, bank: MaskBank | None) -> list[dict[str, Any]]:
-    """Restore what `save_state` saved; returns the rows so far, none if there is no file."""
-    if not path.is_file():
-        return []
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file can raise nearly anything; the first line says what happened.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadValueError(f"{path} cannot be read: {reason}") from error
-    engine.load_state_dict(state)
-    torch.set_rng_state(state["cpu_rng"])
-    # On a machine with other devices the run goes on with other random numbers.
-    if len(state["cuda_rng"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-    if bank is not None:
-        bank.load_bits(state["masks"])
-    rows: list[dict[str, Any]] = state["rows"]
-    return rows
+def mend(out: Path, engine: Engine, rows: list[dict[str, Any]], epoch: Epoch, warn: Callable[[str], object]) -> None:
+    """On resume make the files for other programs those of the state: the run may have been killed before it wrote
+    them, or may go on from an older state."""
+    if rows and not epoch.begun:
+        export(out, engine, rows)
+    elif rows:
+        files.write_csv(out / "metrics.csv", rows)
+    else:
+        for name in ("metrics.csv", WEIGHTS, AVERAGED, BEST):
+            (out / name).unlink(missing_ok=True)
+    best = best_epoch(rows)
+    if best is not None:
+        try:
+            about = read_about(out / BEST) if (out / BEST).is_file() else None
+        except Exception:  # a damaged file raises nearly anything
+            about = None
+        if about is None or about.get("epoch") != best:
+            (out / BEST).unlink(missing_ok=True)
+            warn(f"warning: {out / BEST} is not that of epoch {best}, the best so far: a better one takes its place")

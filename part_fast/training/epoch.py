@@ -1,0 +1,197 @@
+"""Epoch: how far an epoch is and what it adds up, so that a run goes on in its middle; what stops or warns it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from part_fast import distributed
+from part_fast.config import TrainConfig
+from part_fast.data.memory import batch_length
+from part_fast.errors import CannotRunError
+from part_fast.training.engine import Engine
+
+# Updates of a GPU between two looks at the loss, each of which waits for it; a CPU has the number at once.
+LOOK_EVERY = 50
+
+
+@dataclass
+class Epoch:
+    """One epoch of this process, counted from 0.
+
+    done: images of this process's share that are behind it. ended: whether its last update, and `Engine.end_epoch`,
+    are. seconds: of training. agreement: of gradients in reduced precision, if measured.
+    sums: float64 (3,) on the device, over batches: loss times images, images that were right, images whose loss was
+        finite.
+    first_bad: int64 () on the device: how many images were behind the process before the first batch whose loss was not
+        finite; -1: none was.
+    order_rng: the CPU generator's state before the order of the epoch was drawn.
+    rng: states of the CPU's generator and the device's, to be set once the order is drawn anew in a resumed epoch.
+    """
+
+    number: int
+    device: torch.device
+    done: int = 0
+    ended: bool = False
+    seconds: float = 0.0
+    agreement: dict[str, float] = field(default_factory=dict)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    first_bad: Tensor = field(default_factory=lambda: torch.full((), -1, dtype=torch.int64))
+    order_rng: Tensor | None = None
+    rng: tuple[Tensor, Tensor | None] | None = None
+
+    def __post_init__(self) -> None:
+        self.sums, self.first_bad = self.sums.to(self.device), self.first_bad.to(self.device)
+
+    @property
+    def begun(self) -> bool:
+        """Whether its order is drawn, and its masks are made."""
+        return self.order_rng is not None
+
+    def order(self, n: int, config: TrainConfig) -> Tensor:
+        """The samples of the epoch, in the order in which this process takes them, as many in every process.
+
+        Together the processes go over one order: a batch of all of them is made of the batches of each. In a resumed
+        epoch it is drawn from the state that it was drawn from before, and random numbers go on where they were.
+        """
+        self.order_rng = torch.get_rng_state() if self.order_rng is None else self.order_rng
+        torch.set_rng_state(self.order_rng)
+        order = epoch_order(n, config, self.number)
+        if self.rng is not None:
+            set_rng(self.rng, self.device)
+            self.rng = None
+        return order
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels (N,). No GPU waits."""
+        finite = torch.isfinite(loss)
+        self.first_bad.masked_fill_((self.first_bad < 0) & ~finite, self.done)
+        hits = (logits.argmax(1) == labels).sum()
+        self.sums += torch.stack([torch.where(finite, loss, 0.0) * len(labels), hits, finite * len(labels)])
+        self.done += len(labels)
+
+    def mean_loss(self) -> float:
+        """Over the images of this process with a finite loss; waits for the device."""
+        total, _, images = self.sums.tolist()
+        return total / images if images else math.nan
+
+    def state(self) -> dict[str, Any]:
+        """What differs from process to process; `restored` reads it."""
+        return {
+            "done": self.done,
+            "ended": self.ended,
+            "seconds": self.seconds,
+            "agreement": self.agreement,
+            "sums": self.sums.cpu(),
+            "first_bad": self.first_bad.cpu(),
+            "order_rng": self.order_rng,
+            "rng": get_rng(self.device),
+        }
+
+    @classmethod
+    def restored(cls, number: int, state: Mapping[str, Any], device: torch.device) -> Epoch:
+        """The epoch that `state` was made of; its order, or the next that is drawn, follows from torch's generators."""
+        epoch = cls(number, device, **state)
+        if not epoch.begun:
+            assert epoch.rng is not None
+            set_rng(epoch.rng, device)
+            epoch.rng = None
+        return epoch
+
+
+def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
+    """The samples of an epoch, in the order in which this process takes them: see `Epoch.order`."""
+    if distributed.size() == 1:
+        return torch.randperm(n)
+    # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
+    torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
+    order = distributed.same_(torch.randperm(n))
+    every = -(-n // distributed.size()) * distributed.size()
+    return order[torch.arange(every) % n][distributed.shares(every)]
+
+
+def get_rng(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """States of the generators that training draws from: the CPU's, and the GPU's."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_rng(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    """Where the state of a GPU is missing, as of a run that began on a CPU, its generator stays as it is."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def refuse_bad_loss(epoch: Epoch, order: Tensor, config: TrainConfig, checkpoint: str) -> None:
+    """Errors: RuntimeError if a loss was not finite: the step, the images, the checkpoint. Waits for the device."""
+    bad = int(epoch.first_bad)
+    if bad < 0 or config.on_nonfinite == "skip":
+        return
+    length = batch_length(len(order) - bad, config.batch_size)
+    indices = order[bad : bad + length].tolist()
+    shown = ", ".join(map(str, indices[:8])) + (f", ... ({length} images)" if length > 8 else "")
+    raise CannotRunError(
+        f"training diverged in epoch {epoch.number + 1}: the loss is not finite in step "
+        f"{bad // config.batch_size + 1}, on training images {shown}; {checkpoint}"
+    )
+
+
+def refuse_bad_weights(engine: Engine, epoch: int, checkpoint: str) -> None:
+    """Errors: RuntimeError if a weight, statistic or average is not finite, which names it. Waits for the device."""
+    averaged = {} if engine.averaged is None else engine.averaged.module.state_dict()
+    for what, tensors in (("weights", engine.model.state_dict()), ("averaged weights", averaged)):
+        for name, value in tensors.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise CannotRunError(
+                    f"training diverged in epoch {epoch + 1}: the {what} {name} are not finite; {checkpoint}"
+                )
+
+
+def epoch_row(epoch: Epoch, engine: Engine, method: str, images: int) -> dict[str, Any]:
+    """What training itself says of an epoch of `images` in all processes: the first columns of metrics.csv.
+
+    Errors: RuntimeError where no loss was finite.
+    """
+    loss, hits, finite = distributed.sum_(epoch.sums.clone()).tolist()
+    if not finite:
+        raise CannotRunError(f"training diverged in epoch {epoch.number + 1}: not one loss is finite; lower lr")
+    return {
+        "epoch": epoch.number + 1,
+        "method": method,
+        "lr": engine.config.lr_at(epoch.number),
+        "train_loss": loss / finite,
+        "train_robust": int(hits) / images,
+    }
+
+
+def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The epoch, counted from 1, of the highest PGD-20 accuracy on the validation images, the first of equals."""
+    judged = [row for row in rows if row.get("validation_pgd20") is not None]
+    return max(judged, key=lambda row: row["validation_pgd20"])["epoch"] if judged else None
+
+
+def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD-20.
+
+    That is: PGD-20 on the validation images has fallen to less than half of its best, while training accuracy under
+    attack has risen since then and is more than twice as high.
+    Source: Wong et al., "Fast is better than free", ICLR 2020, where it is called catastrophic overfitting.
+    """
+    number = best_epoch(rows)
+    if number is None:
+        return None
+    best, now = rows[number - 1], rows[-1]
+    held_out, trained = now["validation_pgd20"], now["train_robust"]
+    if not (held_out < best["validation_pgd20"] / 2 and trained > best["train_robust"] and trained > 2 * held_out):
+        return None
+    return (
+        f"PGD-20 on the validation images has fallen from {100 * best['validation_pgd20']:.1f}% in epoch {number} to "
+        f"{100 * held_out:.1f}%, while training accuracy under attack has risen from "
+        f"{100 * best['train_robust']:.1f}% to {100 * trained:.1f}%: catastrophic overfitting to a weak attack; train "
+        "with more --steps or a smaller --alpha, and take --weights best"
+    )

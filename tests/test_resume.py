@@ -1,0 +1,671 @@
+"""A run that is killed goes on as if nothing had happened: at any moment, by any signal, from damaged states too."""
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, TINY_RUN, load_once
+from safetensors.torch import load_file
+
+from part_fast.config import read_config
+from part_fast.evaluation import trained
+from part_fast.evaluation.sanity import gradient_agreement
+from part_fast.methods import METHODS
+from part_fast.models.checkpoints import load_weights
+from part_fast.models.weights_file import read_about, read_weights, write_weights
+from part_fast.training import checkpoint, loop, run_folder, step
+from part_fast.training.checkpoint import PREVIOUS, STATE, read_state, write_state
+from part_fast.training.epoch import best_epoch, overfitting_warning
+from part_fast.training.loop import train
+from part_fast.training.run_folder import AVERAGED, BEST, WEIGHTS, locked
+
+TINY = dataclasses.replace(
+    TINY_RUN, method="at", epochs=3, train_size=27, batch_size=8, test_size=10, warmup_epochs=1, augment=True
+)
+# All methods; averages, kept masks, accumulated batches, controls and validation among them.
+CASES = {
+    "at, EMA": {"method": "at", "average": "ema:0.8"},
+    "part, masks kept, accumulated": {"method": "part", "refresh": "1", "accumulate": 2},
+    "trades, validation": {"method": "trades", "validation": 5, "train_size": 32},
+    "part-t, masks kept for 2, SWA": {"method": "part-t", "refresh": "2", "average": "swa:2", "epochs": 4},
+    "mart, MMA": {"method": "mart", "attack": "mma", "schedule": "cosine"},
+    "part-m, permuted, skip": {"method": "part-m", "control": "permuted", "on_nonfinite": "skip"},
+}
+
+
+def silent(line):
+    pass
+
+
+def tiny(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+# --- processes that are killed ----------------------------------------------------------------------------------------
+
+# Imports everything once, and then makes a process for each line that it reads: no thread has started when it forks.
+NURSERY = """
+    import functools, json, os, sys
+    import torch
+    from part_fast import cli
+    from part_fast.config import TrainConfig
+    from part_fast.data.catalogue import load
+    from part_fast.evaluation import trained
+    from part_fast.report import figures
+    from part_fast.training import loop
+    from pathlib import Path
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    loop.load = trained.load = functools.lru_cache(load)
+    loop.load("demo", "train", None, False), loop.load("demo", "test", None, False)
+    figures.draw_curves = lambda path, rows, title: path.write_bytes(b"drawn")
+    print("ready", flush=True)
+    for line in iter(sys.stdin.readline, ""):
+        task = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            sys.stdout = sys.stderr = open(task["log"], "w", buffering=1)
+            code = 1
+            try:
+                if "arguments" in task:
+                    code = cli.main(task["arguments"])
+                else:
+                    config = TrainConfig.from_json(task["config"], "the test")
+                    how = {name: task[name] for name in ("resume", "save_every")}
+                    loop.train(config, Path(task["out"]), log=print, **how)
+                    code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException as error:
+                print(type(error).__name__, error)
+            finally:
+                os._exit(code)
+        print(pid, flush=True)
+        sys.stdin.readline()  # until then its number is nobody else's
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Starts runs in processes of their own."""
+
+    def __init__(self, folder):
+        script = folder / "nursery.py"
+        script.write_text(textwrap.dedent(NURSERY))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self.log = folder / "log"
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, **task):
+        self.process.stdin.write(json.dumps({"log": str(self.log), **task}) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        """The exit code of the process; the signal's number, negative, that ended it."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def train(self, config, out, *, save_every=0.0, kill_after=None, by=signal.SIGKILL):
+        """A run, or the rest of one; its exit code, and how long it took."""
+        resume = (out / "config.json").is_file()
+        begin = time.monotonic()
+        pid = self.start(config=config.to_json(), out=str(out), resume=resume, save_every=save_every)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(pid, by)
+        return self.end(), time.monotonic() - begin
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    made = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield made
+    made.process.stdin.close()
+    made.process.wait(30)
+
+
+def contents(folder):
+    """All that a run leaves, but for times: tensors by name, numbers, texts."""
+    state = torch.load(folder / STATE, weights_only=True)
+    (process,) = state.pop("processes")
+    times = ("seconds", "images_per_second")
+    rows = [{key: value for key, value in row.items() if key not in times} for row in state.pop("rows")]
+    with (folder / "metrics.csv").open(newline="") as file:
+        table = [{key: value for key, value in row.items() if key not in times} for row in csv.DictReader(file)]
+    assert len(table) == len(rows)
+    found = {"rows": rows, "table": table, "state": state, "process": {**process, "seconds": 0}}
+    for path in folder.glob("*.safetensors"):
+        found[path.name] = path.read_bytes()
+    return found
+
+
+def assert_same(one, other, where=""):
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, where
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key, value in one.items():
+            assert_same(value, other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def test_cases_are_all_methods():
+    assert {case["method"] for case in CASES.values()} == set(METHODS)
+
+
+def killed_and_resumed(nursery, config, folder, kills, moments, intervals):
+    """How many kills hit a run that was under way; at the end it is what it would have been."""
+    code, seconds = nursery.train(config, folder / "whole", save_every=0.0)
+    assert code == 0, nursery.log.read_text()
+    out, hit = folder / "killed", 0
+    while hit < kills:
+        interval = next(intervals)
+        code, _ = nursery.train(config, out, save_every=interval, kill_after=seconds * moments.uniform(0.02, 0.9))
+        assert code in (0, -signal.SIGKILL), nursery.log.read_text()
+        hit += code == -signal.SIGKILL
+        if code == 0:  # it was done before; another life begins
+            assert_same(contents(out), contents(folder / "whole"))
+            shutil.rmtree(out)
+    code, _ = nursery.train(config, out)
+    assert code == 0, nursery.log.read_text()
+    assert_same(contents(out), contents(folder / "whole"))
+    left = {path.name for path in out.iterdir()} ^ {path.name for path in (folder / "whole").iterdir()}
+    assert not {name for name in left if not name.endswith(".tmp")}
+    return hit
+
+
+@pytest.mark.parametrize("case", ["part, masks kept, accumulated", "at, EMA"])
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(case, nursery, tmp_path):
+    moments = random.Random(case)
+    assert killed_and_resumed(nursery, tiny(**CASES[case]), tmp_path, 2, moments, itertools.repeat(0.0)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_many_random_moments(case, nursery, tmp_path):
+    """Six methods, ten kills each, with states after every update, every 60 ms, and at the ends of epochs alone."""
+    moments = random.Random(f"{case}, many")
+    intervals = itertools.cycle([0.0, 0.001, 0.0, 10.0])
+    hit = killed_and_resumed(nursery, tiny(**CASES[case]), tmp_path, 10, moments, intervals)
+    print(f"{case}: {hit} kills, the same bits")
+
+
+# --- the same, at every update, in this process -----------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """No handler of the run catches it."""
+
+
+def cut(monkeypatch, config, out, at, saves, log=silent, **how):
+    """Train, and stop before the batch number `at`; states are saved at the updates of `saves`, counted from 1."""
+    done, real = itertools.count(), loop.train_step
+
+    def counted(*arguments):
+        if next(done) == at:
+            raise Killed
+        return real(*arguments)
+
+    updates = itertools.count(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", counted)
+        patch.setattr(run_folder.Checkpoints, "due", property(lambda self: next(updates) in saves))
+        with contextlib.suppress(Killed):
+            train(config, out, log=log, **how)
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_in_mid_epoch_a_run_ends_as_if_it_had_not_been(case, tmp_path, monkeypatch):
+    """From a state of some batches before, twice, in other epochs."""
+    config = tiny(**CASES[case])
+    train(config, tmp_path / "whole", log=silent)
+    cut(monkeypatch, config, tmp_path / "cut", 6, saves=(1, 4))
+    torch.manual_seed(12345)
+    cut(monkeypatch, config, tmp_path / "cut", 5, saves=(3,), resume=True)
+    torch.manual_seed(54321)
+    train(config, tmp_path / "cut", resume=True, log=silent)
+    assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_reduced_precision_and_rows_beyond_the_state(tmp_path, monkeypatch):
+    """The agreement that was measured at the epoch's begin is kept, and rows that the state does not know are not."""
+    config = tiny(precision="bf16", epochs=2)
+    calls = []
+    monkeypatch.setattr(loop, "gradient_agreement", lambda *given: calls.append(1) or gradient_agreement(*given))
+    train(config, tmp_path / "whole", log=silent)
+    cut(monkeypatch, config, tmp_path / "cut", 2, saves=(1,))
+    (tmp_path / "cut" / "metrics.csv").write_text("epoch\n1\n2\n3\n")
+    train(config, tmp_path / "cut", resume=True, log=silent)
+    assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
+    assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_stopped_while_it_tests_a_run_trains_no_epoch_twice(tmp_path, monkeypatch):
+    config = tiny(average="swa:1", epochs=2)
+    train(config, tmp_path / "whole", log=silent)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "accuracies", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut", log=silent)
+    epochs, real = [], loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda *given: epochs.append(given[-1]) or real(*given))
+    train(config, tmp_path / "cut", resume=True, log=silent)
+    assert set(epochs) == {1}
+    assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_init_is_not_forgotten_in_the_first_epoch(tmp_path, monkeypatch):
+    """Killed before its first update, a run goes on from the checkpoint that it began from, which may be gone."""
+    train(tiny(epochs=1, seed=3), tmp_path / "first", log=silent)
+    init = tmp_path / "first" / WEIGHTS
+    config = tiny(init=str(init), epochs=1)
+    train(config, tmp_path / "whole", log=silent)
+    cut(monkeypatch, config, tmp_path / "cut", 0, saves=())
+    init.unlink()
+    train(config, tmp_path / "cut", resume=True, log=silent)
+    assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_what_to_type_and_exits(by, code, nursery, tmp_path):
+    out = tmp_path / "run"
+    flags = {"train-size": 64, "test-size": 10, "steps": 1, "batch-size": 8, "epochs": 100, "warmup-epochs": 0}
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    pid = nursery.start(arguments=["train", "--out", str(out), *arguments, "--method", "at", "--device", "cpu"])
+    deadline = time.monotonic() + 60
+    while not (out / "metrics.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(pid, by)
+    assert nursery.end() == code
+    said = nursery.log.read_text().splitlines()
+    assert said[-1] == f"stopped; go on with: part-fast train --out {out} --resume"
+    assert not [line for line in said if "Traceback" in line]
+    state = read_state(out, pytest.fail)
+    rows = len(state["rows"])
+    assert rows >= 1
+    config = dataclasses.replace(read_config(out), epochs=rows + 1)
+    assert nursery.train(config, out)[0] == 0
+    assert nursery.train(config, tmp_path / "whole")[0] == 0
+    assert_same(contents(out), contents(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_outside_of_the_main_thread_signals_stay_what_they_are(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(train(tiny(epochs=1), tmp_path / "run", log=silent)))
+    thread.start()
+    thread.join()
+    assert len(seen[0]) == 1
+    train(tiny(epochs=1), tmp_path / "main", log=silent)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# --- damaged states ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_states(tmp_path_factory):
+    """A folder with two states, of rows of one and two."""
+    folder = tmp_path_factory.mktemp("states")
+    for i in (1, 2):
+        write_state(folder, {"rows": [{"epoch": 1}] * i, "weights": torch.arange(200.0) * i, "numbers": {"x": 1.5}})
+    return folder
+
+
+def test_the_last_two_states_are_kept(two_states):
+    assert len(read_state(two_states, pytest.fail)["rows"]) == 2
+    assert len(checkpoint._read(two_states / PREVIOUS)["rows"]) == 1
+    assert sorted(path.name for path in two_states.iterdir()) == [PREVIOUS, STATE]
+
+
+def damaged(content, chosen):
+    """A copy of the bytes with something wrong."""
+    kind, place = chosen.randrange(4), chosen.randrange(len(content))
+    if kind == 0:
+        return "truncated", content[:place]
+    if kind == 1:
+        return "a hole", content[:place] + bytes(len(content[place : place + 512])) + content[place + 512 :]
+    flipped = content[place] ^ (1 << chosen.randrange(8))
+    return "flipped", content[:place] + bytes([flipped]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("n", [150, pytest.param(3000, marks=pytest.mark.slow)])
+def test_every_damage_is_seen_and_the_state_before_is_taken(n, two_states, tmp_path):
+    content, previous = (two_states / STATE).read_bytes(), (two_states / PREVIOUS).read_bytes()
+    (tmp_path / PREVIOUS).write_bytes(previous)
+    chosen, kinds = random.Random(n), {}
+    # Every byte of the checksum, and of the last record of the zip file, besides.
+    ends = [("the end", content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :]) for i in range(-80, -1)]
+    ends += [("longer", content + b"x"), ("nothing", b""), ("zeros", bytes(len(content)))]
+    for kind, bad in itertools.chain(ends, (damaged(content, chosen) for _ in range(n))):
+        if bad == content:  # a hole in zeros
+            continue
+        (tmp_path / STATE).write_bytes(bad)
+        said = []
+        state = read_state(tmp_path, said.append)
+        assert len(state["rows"]) == 1, kind
+        assert state["file"] == PREVIOUS
+        assert re.fullmatch(rf"warning: .*{STATE} is damaged: .*; the run goes on from the state .*{PREVIOUS}", said[0])
+        kinds[kind] = kinds.get(kind, 0) + 1
+    print(f"damaged states, all seen: {kinds}")
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
+def test_from_the_state_before_a_run_ends_as_it_would_have(how, tmp_path, monkeypatch):
+    config = tiny(**CASES["part, masks kept, accumulated"], validation=3)
+    train(config, tmp_path / "whole", log=silent)
+    cut(monkeypatch, config, tmp_path / "cut", 7, saves=(1, 2, 3))
+    newest = tmp_path / "cut" / STATE
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-1] if how == "truncated" else content[:99] + b"?" + content[100:])
+    if how == "missing":
+        newest.unlink()
+    said = []
+    # Killed again at once: the state that is whole must not be lost by then.
+    cut(monkeypatch, config, tmp_path / "cut", 0, saves=(), resume=True, log=said.append)
+    assert any(f"{STATE} is damaged" in line for line in said) == (how != "missing")
+    train(config, tmp_path / "cut", resume=True, log=said.append)
+    assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
+
+
+# --- full disks, two runs in one folder, edited configurations --------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_a_full_disk_is_one_line_and_the_state_before_it_loads(tmp_path, monkeypatch):
+    config = tiny(epochs=2)
+    train(config, tmp_path / "whole", log=silent)
+    cut(monkeypatch, config, tmp_path / "run", 2, saves=(1,))
+    before = (tmp_path / "run" / STATE).read_bytes()
+    with monkeypatch.context() as patch:
+
+        class Full:
+            def __init__(self, file):
+                self.file, self.room = file, 100_000
+
+            def write(self, data):
+                self.room -= len(data)
+                if self.room < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                return self.file.write(data)
+
+        real = checkpoint._Hashing.__init__
+        patch.setattr(checkpoint._Hashing, "__init__", lambda self, file: real(self, Full(file)))
+        with pytest.raises(OSError, match=rf"No space left on device: '.*{STATE}'") as error:
+            train(config, tmp_path / "run", resume=True, log=silent)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "run" / STATE).read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    train(config, tmp_path / "run", resume=True, log=silent)
+    assert_same(contents(tmp_path / "run"), contents(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    run = tmp_path / "run"
+    train(tiny(epochs=1), run, log=silent)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with locked(run):
+        for how in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RuntimeError, match=f"is being written to by another run, process {os.getpid()} on"):
+                train(tiny(epochs=1), run, log=silent, **how)
+        trained.load_trained(run, 5)  # which only reads
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    train(tiny(epochs=1), run, overwrite=True, log=silent)
+
+
+def test_a_killed_run_leaves_no_lock(nursery, tmp_path):
+    config = tiny(epochs=50)
+    pid = nursery.start(config=config.to_json(), out=str(tmp_path / "run"), resume=False, save_every=10.0)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / STATE).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=f"process {pid} on"), locked(tmp_path / "run"):
+        pass
+    os.kill(pid, signal.SIGKILL)
+    assert nursery.end() == -signal.SIGKILL
+    with locked(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_an_edited_configuration_is_named(tmp_path):
+    train(tiny(epochs=1), tmp_path / "run", log=silent)
+    edited = dataclasses.replace(read_config(tmp_path / "run"), lr=0.5, epochs=2)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(edited.to_json()))
+    with pytest.raises(
+        ValueError, match=r"config.json was edited .*: lr 0\.05 in the state, 0\.5 in config\.json; put"
+    ):
+        train(edited, tmp_path / "run", resume=True, log=silent)
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_a_finished_run_says_so(tmp_path):
+    rows = train(tiny(epochs=1), tmp_path / "run", log=silent)
+    said = []
+    assert train(tiny(epochs=1), tmp_path / "run", resume=True, log=said.append) == rows
+    assert f"the run in {tmp_path / 'run'} is finished, with 1 epochs; --epochs with more goes on" in said
+    assert said[0].startswith("at on demo (")
+    assert "27 training images of 32x32, 10 test images; resnet-small" in said[0]
+
+
+# --- numbers that stop or warn ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_diverging_training_names_step_images_and_the_last_state(tmp_path):
+    with pytest.raises(RuntimeError, match=r"diverged in epoch 1: the loss is not finite in step \d, on") as error:
+        train(tiny(lr=1e30), tmp_path / "run", log=silent, save_every=0)
+    assert f"the last good state is in {tmp_path / 'run' / STATE}" in str(error.value)
+    state = read_state(tmp_path / "run", pytest.fail)
+    assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    real = loop.train_step
+
+    def spoil(engine, *rest):
+        loss = real(engine, *rest)
+        with torch.no_grad():
+            engine.model.linear.bias[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(loop, "train_step", spoil)
+    with pytest.raises(RuntimeError, match=r"diverged in epoch 1: the weights linear\.bias are not finite"):
+        train(tiny(), tmp_path / "run", log=silent, save_every=0)
+    assert read_state(tmp_path / "run", pytest.fail)["model"]["linear.bias"].isfinite().all()
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("at", [0, 2])
+def test_updates_that_are_not_finite_are_skipped_and_counted(at, tmp_path, monkeypatch):
+    """Also the first one, whose momentum torch would leave as the memory was."""
+    calls, real, weights = itertools.count(), step.batch_loss, []
+
+    def spoil(method, model, *rest, **named):
+        number = next(calls)
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        loss = real(method, model, *rest, **named)
+        return loss * float("nan") if number == at else loss
+
+    monkeypatch.setattr(step, "batch_loss", spoil)
+    (row, _) = train(tiny(epochs=2, on_nonfinite="skip"), tmp_path / "run", log=silent)
+    assert row["skipped"] == 1
+    assert 0 < row["train_loss"] < 20
+    assert_same(weights[at + 1], weights[at])
+    assert any(not torch.equal(value, weights[at + 1][name]) for name, value in weights[at + 2].items())
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / WEIGHTS).values())
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    """Of validation accuracies 0.2, 0.6, 0.6, 0.4 the first 0.6; commands take it by name."""
+    judged = iter([0.2, 0.6, 0.6, 0.4])
+    real = loop.accuracies
+    monkeypatch.setattr(loop, "accuracies", lambda *given: {**real(*given), "validation_pgd20": next(judged)})
+    ends, run = [], tmp_path / "run"
+    export = loop.export
+    monkeypatch.setattr(loop, "export", lambda *given: export(*given) or ends.append((run / WEIGHTS).read_bytes()))
+    rows = train(tiny(epochs=4, validation=7, average="ema:0.5"), run, log=silent)
+    assert best_epoch(rows) == 2
+    assert_same(load_file(run / BEST), dict(safetensors.torch.load(ends[1])))
+    for name, file in (("best", BEST), ("last", WEIGHTS), ("averaged", AVERAGED), (None, WEIGHTS)):
+        found = trained.load_trained(run, 5, weights=name)
+        assert found.weights == run / file
+        assert_same(dict(found.model.state_dict()), load_file(run / file))
+    with pytest.raises(ValueError, match="weights must be one of last, best, averaged, got 'first'"):
+        trained.load_trained(run, 5, weights="first")
+    with pytest.raises(ValueError, match="weights takes a run folder"):
+        trained.load_trained(run / BEST, 5, weights="best")
+    (run / BEST).unlink()
+    with pytest.raises(FileNotFoundError, match=r"without best\.safetensors: train --validation N keeps"):
+        trained.load_trained(run, 5, weights="best")
+
+
+def test_validation_images_are_a_balanced_part_that_is_not_trained_on():
+    data = load_once("demo", "train").subset(100)
+    rest, part = data.set_aside(20, seed=3)
+    assert (len(rest), len(part)) == (80, 20)
+    assert part.labels.bincount().tolist() == [2] * 10
+    assert not any(bool((image == rest.images).flatten(1).all(1).any()) for image in part.images)
+    with pytest.raises(ValueError, match="n must be < 100"):
+        data.set_aside(100)
+
+
+def test_catastrophic_overfitting_is_said():
+    def rows(*pairs):
+        return [{"epoch": i + 1, "train_robust": t, "validation_pgd20": v} for i, (t, v) in enumerate(pairs)]
+
+    assert overfitting_warning(rows((0.3, 0.3), (0.4, 0.4), (0.9, 0.02))).startswith(
+        "PGD-20 on the validation images has fallen from 40.0% in epoch 2 to 2.0%"
+    )
+    assert overfitting_warning(rows((0.3, 0.3), (0.4, 0.4), (0.5, 0.35))) is None  # robust overfitting, the usual one
+    assert overfitting_warning(rows((0.3, 0.3), (0.1, 0.1))) is None  # it learns nothing
+    assert overfitting_warning([{"epoch": 1, "train_robust": 0.5}]) is None
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_drawing_fails_no_run(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no\nfonts")
+
+    monkeypatch.setattr(loop.figures, "draw_curves", broken)
+    said = []
+    train(tiny(epochs=1), tmp_path / "run", log=said.append)
+    assert said[-1] == "warning: curves.png is not drawn: RuntimeError: no fonts"
+
+
+# --- weights that carry a checksum ------------------------------------------------------------------------------------
+
+
+def test_damage_to_weights_is_seen(tmp_path):
+    path, chosen = tmp_path / "w.safetensors", random.Random(0)
+    tensors = {"a": torch.randn(30, 7), "b": torch.arange(9), "c": torch.tensor(1.5)}
+    write_weights(path, tensors, epoch=3)
+    content = path.read_bytes()
+    write_weights(path, tensors, epoch=3)
+    assert path.read_bytes() == content
+    assert_same(read_weights(path), tensors)
+    assert read_about(path)["epoch"] == 3
+    seen = 0
+    for _ in range(400):
+        kind, bad = damaged(content, chosen)
+        if bad == content:
+            continue
+        path.write_bytes(bad)
+        try:
+            found = read_weights(path)
+        except Exception:
+            seen += 1
+            continue
+        # What says that there is a checksum is gone, and nothing else: a command warns that there is none.
+        assert read_about(path) is None, kind
+        assert_same(found, tensors)
+    assert seen > 300
+
+
+def test_damage_to_a_checkpoint_of_torch_is_seen(tmp_path):
+    path, net = tmp_path / "w.pt", torch.nn.Linear(4, 3)
+    torch.save(net.state_dict(), path)
+    load_weights(torch.nn.Linear(4, 3), path)
+    content = bytearray(path.read_bytes())
+    content[content.index(net.weight.detach().numpy().tobytes()) + 5] ^= 8
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pt is .*(damaged|checksum)"):
+        load_weights(torch.nn.Linear(4, 3), path)
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_weights_of_before_still_load_with_a_line(tmp_path):
+    train(tiny(epochs=1), tmp_path / "run", log=silent)
+    path = tmp_path / "run" / WEIGHTS
+    safetensors.torch.save_file(load_file(path), path)
+    with pytest.warns(UserWarning, match="carries no checksum"):
+        trained.load_trained(tmp_path / "run", 5)
+
+
+# --- long runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_runs")
+def test_two_thousand_steps_take_no_more_memory(tmp_path, monkeypatch):
+    """Resident memory after 400 steps and after 2,000, states saved on the way: within 1 %."""
+    seen, real = [], loop.train_step
+
+    def watched(*given):
+        seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+        return real(*given)
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    config = tiny(method="part", refresh="1", average="ema:0.9", validation=8, train_size=408, epochs=40, batch_size=8)
+    train(config, tmp_path / "run", log=silent, save_every=0.05)
+    assert len(seen) == 2000
+    early, late = max(seen[300:400]), max(seen[1900:])
+    print(f"resident memory: {early / 2**20:.1f} MiB after 400 steps, {late / 2**20:.1f} MiB after 2,000")
+    assert late < 1.01 * early
