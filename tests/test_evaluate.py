@@ -20,7 +20,7 @@ from part_fast.data.catalogue import load
 from part_fast.data.memory import to_float
 from part_fast.evaluation import trained
 from part_fast.evaluation.accuracy import AttackSettings, accuracy, evaluate, is_correct
-from part_fast.evaluation.masks import masks
+from part_fast.evaluation.masks import adversarial, masks
 from part_fast.evaluation.trained import load_model, load_trained
 from part_fast.models.catalogue import build_model
 from part_fast.report import figures, files
@@ -417,3 +417,25 @@ def test_warnings_and_sanity_are_in_the_record(run):
     assert record["warnings"] == json.loads((run / "evaluation.json").read_text())["warnings"]
     assert record["sanity"]["n"] == 10
     assert 0 <= record["sanity"]["pgd100"] <= 1
+
+
+def test_adversarial_images_of_several_networks_have_one_eps(run, tmp_path, monkeypatch):
+    drawn = {}
+    plain = figures.draw_adversarial
+
+    def keep(path, x, attacked, caption):
+        drawn.update(x=x, attacked=attacked)
+        plain(path, x, attacked, caption)
+
+    monkeypatch.setattr(figures, "draw_adversarial", keep)
+    adversarial({"AT": run, "PART": run}, tmp_path / "grid.png", n=2, eps=16 / 255)
+    assert (tmp_path / "grid.png").stat().st_size > 5_000
+    assert list(drawn["attacked"]) == ["AT", "PART"]
+    for x_adv, titles in drawn["attacked"].values():
+        change = (x_adv - drawn["x"]).abs()
+        assert 15 / 255 < float(change.max()) <= 16 / 255 + 1e-6
+        assert len(titles) == 2
+    with pytest.raises(ValueError, match="exists"):
+        adversarial({"AT": run}, tmp_path / "grid.png")
+    with pytest.raises(ValueError, match="runs must be of one data set, got none"):
+        adversarial({}, tmp_path / "other.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,33 @@ def masks(
     figures.draw_masks(out, x, cams, maps, x_adv, titles, caption)
     files.write_json(record_path, record)
     return record
+
+
+def adversarial(runs: Mapping[str, Path], out: Path, n: int = 6, *, eps: float = 32 / 255, seed: int = 0) -> None:
+    """A PNG grid, a row per test image: natural, and attacked with one eps on each of several trained networks.
+
+    runs: a name and a run folder each, all of one data set. The attack is PGD-40 with steps of eps/10 within one eps
+    for every pixel, whatever the training was; a large eps shows what the gradients of a network follow.
+    Errors: ValueError where the runs' data sets differ, or `out` exists; those of `load_trained`.
+    """
+    checks.number("eps", eps, 0)
+    if out.exists():
+        raise BadValueError(f"{out} exists: choose another out")
+    found = {name: load_trained(folder, n) for name, folder in runs.items()}
+    datasets = {trained.config.dataset for trained in found.values()}
+    if len(datasets) != 1:
+        raise BadValueError(f"runs must be of one data set, got {', '.join(sorted(datasets)) or 'none'}")
+    attacked = {}
+    for name, trained in found.items():
+        x, y = to_float(trained.data.images), trained.data.labels
+        noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device) * 2 - 1
+        x_adv = pgd(trained.model, x, y, eps, eps / 10, 40, start=(x + noise * eps).clamp(0, 1))
+        classes = clean_logits(trained.model, x_adv).argmax(1)
+        attacked[name] = (
+            x_adv,
+            [
+                f"{trained.data.class_names[a]} -> {trained.data.class_names[b]}"
+                for a, b in zip(y, classes, strict=True)
+            ],
+        )
+    figures.draw_adversarial(out, x, attacked, f"PGD-40, eps {255 * eps:g}/255 for every pixel; label -> prediction")

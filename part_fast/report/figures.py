@@ -218,3 +218,29 @@ def _two_panels(figure: Any) -> Any:
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
     return panels
+
+
+def draw_adversarial(path: Path, x: Tensor, attacked: Mapping[str, tuple[Tensor, Sequence[str]]], caption: str) -> None:
+    """A PNG grid with a row per image: the image, then for each network the adversarial image and the change, enlarged.
+
+    x: (N,C,H,W) in [0,1], C 1 or 3; attacked: name -> adversarial images like x and a title for each; caption: one line
+    at the top. The change is drawn so that gray is none, and black and white are the largest there is.
+    """
+    load_matplotlib()
+    n, columns = len(x), 1 + 2 * len(attacked)
+
+    def pixels(value: Tensor) -> Any:
+        return value.detach().float().cpu().expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+
+    with drawing(path, (1.6 * columns, 1.75 * n + 0.5), "constrained") as figure:
+        figure.suptitle(caption, fontsize=9)
+        for i, row in enumerate(figure.subplots(n, columns, squeeze=False)):
+            panels = [(pixels(x)[i], "natural" if i == 0 else "")]
+            for name, (x_adv, titles) in attacked.items():
+                change = pixels(x_adv)[i] - pixels(x)[i]
+                most = max(float(abs(change).max()), 1e-9)
+                panels += [(pixels(x_adv)[i], f"{name}\n{titles[i]}"), (0.5 + change / (2 * most), "change")]
+            for axes, (picture, title) in zip(row, panels, strict=True):
+                axes.imshow(picture.clip(0, 1))
+                axes.set_title(title, fontsize=7)
+                axes.set(xticks=[], yticks=[])
