@@ -13,8 +13,8 @@ SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 
 pytestmark = pytest.mark.skipif(not SANITIZED, reason="needs the library with sanitizers: make sanitize")
 
-# Raw ops check nothing, so a call can ask for each fault: images of which one is shorter than the others say, and a
-# size whose square no int64 holds.
+# Raw ops check nothing, so a call can ask for each fault: images of which one is shorter than the others, and a size
+# whose square no int64 holds.
 FAULTS = {
     "heap-buffer-overflow": "x = torch.rand(1, 3, 64, 64); ops._pgd_step(x, x, x[:, :1, :8, :8].clone(), *EPS)",
     "signed integer overflow": "ops._upsample_cam(torch.rand(1, 4, 4), 2**40, 2**40)",

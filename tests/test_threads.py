@@ -1,4 +1,4 @@
-"""The C++ ops give equal bits with any number of threads, and attacks in several threads those of one after another."""
+"""The C++ ops give the same bits on any number of threads; attacks in several threads those of one after another."""
 
 import copy
 import threading

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from part_fast.atomic import replacing
+from part_fast.atomic import replacing as replacing
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
