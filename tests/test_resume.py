@@ -351,7 +351,8 @@ def two_states(tmp_path_factory):
     """A folder with two states, of rows of one and two."""
     folder = tmp_path_factory.mktemp("states")
     for i in (1, 2):
-        write_state(folder, {"rows": [{"epoch": 1}] * i, "weights": torch.arange(200.0) * i, "numbers": {"x": 1.5}})
+        parts = {"config": {}, "epoch": i, "processes": [], "model": {"weight": torch.arange(200.0) * i}}
+        write_state(folder, {"rows": [{"epoch": 1}] * i, **parts})
     return folder
 
 
