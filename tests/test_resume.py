@@ -637,7 +637,7 @@ def test_damage_to_a_checkpoint_of_torch_is_seen(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(net.weight.detach().numpy().tobytes()) + 5] ^= 8
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"w\.pt is .*(damaged|checksum)"):
+    with pytest.raises(ValueError, match=r"w\.pt is not a checkpoint .*: Bad CRC-32"):
         load_weights(torch.nn.Linear(4, 3), path)
 
 
