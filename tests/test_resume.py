@@ -351,7 +351,8 @@ def two_states(tmp_path_factory):
     """A folder with two states, of rows of one and two."""
     folder = tmp_path_factory.mktemp("states")
     for i in (1, 2):
-        write_state(folder, {"rows": [{"epoch": 1}] * i, "weights": torch.arange(200.0) * i, "numbers": {"x": 1.5}})
+        parts = {"config": {}, "epoch": i, "processes": [], "model": {"weight": torch.arange(200.0) * i}}
+        write_state(folder, {"rows": [{"epoch": 1}] * i, **parts})
     return folder
 
 
@@ -636,7 +637,7 @@ def test_damage_to_a_checkpoint_of_torch_is_seen(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(net.weight.detach().numpy().tobytes()) + 5] ^= 8
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"w\.pt is .*(damaged|checksum)"):
+    with pytest.raises(ValueError, match=r"w\.pt is not a checkpoint .*: Bad CRC-32"):
         load_weights(torch.nn.Linear(4, 3), path)
 
 

@@ -125,8 +125,9 @@ def opened(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> Ite
         if resume:
             first = _first_environment(out)
             record = {**first, "resumed": [*first.get("resumed", []), record]}
-        files.write_json(out / "environment.json", record)
+        # The configuration first: killed between the two, a run without it could neither go on nor begin.
         files.write_json(out / "config.json", config.to_json())
+        files.write_json(out / "environment.json", record)
         yield
 
 
