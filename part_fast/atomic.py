@@ -12,8 +12,8 @@ from pathlib import Path
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary file to write, which takes the place of `path` when the block ends: no reader meets half a file.
 
-    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. Writers in C++
-    and Rust have errors of their own for a full disk, which become that OSError. synced: the file is on the disk before
+    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. Writers in C
+    or Rust have errors of their own for a full disk, which become that OSError. synced: the file is on the disk before
     it takes that place, and the folder is afterwards, so that a power cut takes neither.
     """
     temporary = path.with_name(f".{path.name}.tmp")
