@@ -288,11 +288,11 @@ def test_json_with_a_mark_or_dos_lines_is_the_same(tmp_path):
 
 
 def test_a_configuration_says_what_it_lacks(tmp_path):
-    values = TrainConfig(eps=4 / 255).to_json()
+    values = TrainConfig(eps=0.1).to_json()
     del values["alpha"], values["eps_low"]
     write_json(tmp_path / "config.json", values)
     with pytest.warns(UserWarning, match=r"config.json does not say eps_low \(0.027.*, alpha \(0.0078"):
-        assert read_config(tmp_path).eps == 4 / 255
+        assert read_config(tmp_path).eps == 0.1
     for name, value in (("eps", "8/255"), ("epochs", 2.5), ("lr_drops", [1, None]), ("model", 3), ("augment", 1)):
         write_json(tmp_path / "config.json", TrainConfig().to_json() | {name: value})
         quickly(lambda: read_config(tmp_path), rf"config.json: {name} must be ")
@@ -318,7 +318,7 @@ def test_an_evaluation_that_is_killed_keeps_what_it_has(tmp_path, monkeypatch):
             done.append(name)
             raise KeyboardInterrupt
         done.append(name)
-        return torch.arange(20) % (3 if name == "natural" else 2) == 0
+        return torch.arange(20) % (20 if name == "natural" else 2) == 0
 
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     found = trained.Trained(torch.nn.Identity(), TrainConfig(), data, tmp_path / "model.safetensors")
