@@ -151,7 +151,6 @@ NET = Net()
 IMAGES = st.tuples(st.integers(1, 3), st.just(3), st.integers(1, 6), st.integers(1, 6))
 
 
-@settings(max_examples=40)
 @given(
     shape=IMAGES,
     seed=SEEDS,
