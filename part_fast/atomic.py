@@ -13,10 +13,11 @@ from pathlib import Path
 def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     """A temporary file to write, which takes the place of `path` when the block ends: no reader meets half a file.
 
-    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. synced: the
-    file is on the disk before it takes that place, and the folder is afterwards, so that a power cut takes neither. Who
-    may read the file is what the umask says, as for a file that `open` makes, whoever writes it: safetensors, for one,
-    lets its owner alone read it.
+    If the block raises, `path` stays as it was and the temporary file is removed; an OSError names `path`. Writers in C
+    or Rust have errors of their own for a full disk, which become that OSError. synced: the file is on the disk before
+    it takes that place, and the folder is afterwards, so that a power cut takes neither. Who may read the file is what
+    the umask says, as for a file that `open` makes, whoever writes it: safetensors, for one, lets its owner alone read
+    it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -33,6 +34,10 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
         if error.errno is not None and error.filename is None:  # of a write to a full disk
             error.filename = str(path)
         raise
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError" and "inline_container.cc" not in str(error):  # torch.save's
+            raise
+        raise OSError(f"{path} cannot be written: {_why_unwritable(temporary)}") from error
     finally:
         with contextlib.suppress(OSError):  # of a folder that may not be written to
             temporary.unlink(missing_ok=True)
@@ -46,6 +51,16 @@ def _mode_of_new_file(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
     finally:
         path.unlink()
+
+
+def _why_unwritable(path: Path) -> str:
+    """What the file system says to some bytes at the end of `path`, where a writer did not say it in a line."""
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(2**16))
+    except OSError as error:
+        return error.strerror or "unknown reason"
+    return "its writer failed, as on a disk that is full"
 
 
 def _sync(path: Path) -> None:

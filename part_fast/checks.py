@@ -226,13 +226,30 @@ def pixels(name: str, value: Any, clip: Any) -> Tensor:
     low, high = clip_range(clip, value)
     if not _readable(value):
         return value
+    try:
+        _check_pixels(name, value, low, high)
+    except BadValueError as error:
+        raise BadValueError(f"{error}{_remedy(value)}") from None
+    return value
+
+
+def _check_pixels(name: str, value: Tensor, low: Any, high: Any) -> None:
     if isinstance(low, Tensor) and isinstance(high, Tensor):
         channels = value.detach().transpose(0, 1).flatten(1)
         for c, (channel, least, most) in enumerate(zip(channels, low.flatten(), high.flatten(), strict=True)):
             _within(name, *_extremes(channel), float(least), float(most), True, f" in channel {c}")
     else:
         _within(name, *_extremes(value), _rounded(low, value), _rounded(high, value), True)
-    return value
+
+
+def _remedy(value: Tensor) -> str:
+    """What may be wrong with images whose values are not those of images, for the end of a message."""
+    least, most = _extremes(value)
+    if not (math.isfinite(least) and math.isfinite(most)):
+        return "; look at what made them"
+    if least >= 0 and 2 < most <= 255:
+        return "; divide 8-bit images by 255"
+    return "; normalise in the model, or give clip in the units of the images"
 
 
 def image_units(name: str, eps: float | Tensor, clip: Any, stacklevel: int = 2) -> None:

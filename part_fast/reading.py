@@ -123,6 +123,8 @@ def _check_archive(path: Path) -> None:
         packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
         if packed or sum(part.file_size for part in parts) > path.stat().st_size:
             raise BadValueError("its parts are compressed, which torch.save never does: unpack it and save it again")
+        if any(part.external_attr & 0x10 for part in parts):  # which torch reads as if it were empty
+            raise BadValueError("a part of the archive is a folder")
         for part in parts:
             if part.CRC:  # 0 under torch.serialization.set_crc32_options(False)
                 with archive.open(part) as file:

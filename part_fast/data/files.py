@@ -104,7 +104,9 @@ class _PickledDtype:
             raise pickle.UnpicklingError(f"an array of {of}, expected uint8")
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and alignment, which uint8 does not have."""
+        """Ignore byte order and alignment, which uint8 does not have; but a dtype's they must be."""
+        if not isinstance(state, tuple) or len(state) != 8 or state[0] != 3 or {*map(type, state[5:])} != {int}:
+            raise pickle.UnpicklingError("a dtype whose state is none")
 
 
 class _PickledArray:
@@ -129,7 +131,9 @@ class _PickledArray:
         self.shape, self.content = shape, bytes(content)
 
 
-def _reconstruct(*_: object) -> _PickledArray:
+def _reconstruct(kind: object, shape: object, dtype: object) -> _PickledArray:
+    if kind is not _PickledArray or not isinstance(shape, tuple) or dtype not in ("b", b"b"):
+        raise pickle.UnpicklingError("an array that is made in another way than numpy's")
     return _PickledArray()
 
 
@@ -147,7 +151,7 @@ def _encode_latin1(text: object, encoding: object = "latin1") -> bytes:
 
 # The instructions of a pickle that make plain values, find and call a global, and remember what was made.
 _PICKLED_VALUES = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.NONE),
+    *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.NONE),
     *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2),
     *(pickle.LONG, pickle.LONG1, pickle.LONG4, pickle.FLOAT, pickle.BINFLOAT),
     *(pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.UNICODE, pickle.BINUNICODE),
@@ -171,6 +175,7 @@ class _ArraysOnly(pickle._Unpickler):
     stack: list[Any]
     read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
+    _unframer: Any
 
     _STAND_INS: ClassVar[dict[str, Any]] = {
         "numpy.ndarray": _PickledArray,
@@ -188,6 +193,13 @@ class _ArraysOnly(pickle._Unpickler):
         except KeyError:
             named = f"{module}.{name}"[:80]
             raise pickle.UnpicklingError(f"it names {named}, which is not a part of an image batch") from None
+
+    def _frame(self) -> None:
+        """A frame begins, of so many bytes; the base goes on where it has fewer."""
+        size = int.from_bytes(self.read(8), "little")
+        self._unframer.load_frame(min(size, UNPACKED_LIMIT))
+        if self._unframer.current_frame.getbuffer().nbytes != size:
+            raise pickle.UnpicklingError("a part that is cut off")
 
     def _build(self) -> None:
         """An array or dtype gets its state. Anything else that has attributes is a stand-in itself."""
@@ -223,6 +235,7 @@ class _ArraysOnly(pickle._Unpickler):
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **{code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PICKLED_VALUES},
+        pickle.FRAME[0]: _frame,
         pickle.BUILD[0]: _build,
         pickle.BYTEARRAY8[0]: _bytearray,
         pickle.DICT[0]: _dict,
@@ -275,7 +288,9 @@ def read_mat(path: Path, *names: str) -> dict[str, npt.NDArray[Any]]:
         for kind, element in _mat_elements(content[128:], order):
             inner = _mat_elements(_unpacked(element, order), order) if kind == _MAT_COMPRESSED else [(kind, element)]
             for inner_kind, matrix in inner:
-                array = _mat_array(matrix, order, names) if inner_kind == _MAT_MATRIX else {}
+                if inner_kind != _MAT_MATRIX:
+                    raise BadValueError(f"an element of type {inner_kind} where an array stands")
+                array = _mat_array(matrix, order, names)
                 if found.keys() & array.keys():
                     raise BadValueError(f"{' and '.join(array)} stands there twice")
                 found |= array
@@ -331,6 +346,8 @@ def _mat_array(matrix: memoryview, order: str, names: Sequence[str]) -> dict[str
     name = bytes(parts[2][1]).decode("latin1")
     if name not in names:
         return {}
+    if [kind for kind, _ in parts[:3]] != [6, 5, 1]:  # as MATLAB and scipy write flags, dimensions and name
+        raise BadValueError(f"{name} begins otherwise than an array")
     dims = np.frombuffer(parts[1][1], f"{order}i4").tolist()
     kind, data = parts[3]
     if kind not in _MAT_STORAGE or len(parts) > 4:

@@ -233,8 +233,8 @@ def _read_results(
             raise BadValueError(f"{summary} holds an evaluation with other {', '.join(different)}")
         results, checksums = before.get("results"), before.get("images_sha256")
         images = read_tensors(per_image)
-        if not isinstance(results, dict) or not isinstance(checksums, dict):
-            raise BadValueError(f"{summary} is damaged: it must hold objects 'results' and 'images_sha256'")
+        if not isinstance(results, dict) or not isinstance(checksums, dict) or results.keys() != checksums.keys():
+            raise BadValueError(f"{summary} is damaged: 'results' and 'images_sha256' must hold the same attacks")
         if not torch.equal(images.get("labels", labels[:0]), labels):
             raise BadValueError(f"{per_image} holds other images: its labels are not those of the test images")
         for name, row in results.items():
@@ -245,7 +245,7 @@ def _read_results(
             if _hex(_checksum(labels, right)) != checksums.get(name):
                 raise BadValueError(f"{per_image} and {summary.name} do not belong together: other images for {name!r}")
             seconds = row.get("seconds") if isinstance(row, dict) else None
-            if not isinstance(seconds, float | int) or row != {**accuracy(right), "seconds": seconds}:
+            if type(seconds) not in (float, int) or row != {**accuracy(right), "seconds": seconds}:
                 raise BadValueError(f"{summary} is damaged: its result for {name!r} is not that of {per_image.name}")
     except UsageError as error:
         named = str(error) if str(summary.parent) in str(error) else f"{summary}: {error}"
