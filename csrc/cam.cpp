@@ -42,7 +42,8 @@ PF_HD void for_values(int64_t count, const F& body) {
 template <typename T, typename V, int N>
 PF_HD void get(const T* from, V (&to)[N]) {
   if constexpr (!std::is_same_v<T, BFloat16>) {
-    for (int i = 0; i < N; ++i) std::memcpy(&to[i], from + i * sizeof(V) / sizeof(T), sizeof(V));
+    const char* bytes = reinterpret_cast<const char*>(from);
+    for (int i = 0; i < N; ++i) std::memcpy(&to[i], bytes + i * sizeof(V), sizeof(V));
   } else if constexpr (sizeof(V) == sizeof(float)) {
     to[0] = load(*from);
   } else if constexpr (N == 1) {
@@ -62,11 +63,12 @@ PF_HD void get(const T* from, V (&to)[N]) {
 // Adds them to values of the compute type.
 template <typename C, typename V, int N>
 PF_HD void add(const V (&values)[N], C* to) {
+  char* bytes = reinterpret_cast<char*>(to);
   V sums[N];
   get(to, sums);
   for (int i = 0; i < N; ++i) {
     sums[i] += values[i];
-    std::memcpy(to + i * sizeof(V) / sizeof(C), &sums[i], sizeof(V));
+    std::memcpy(bytes + i * sizeof(V), &sums[i], sizeof(V));
   }
 }
 

@@ -7,12 +7,14 @@
 namespace part_fast {
 namespace {
 
-// Four values in registers, read from anywhere. Two of float64 are the eight running sums.
+// Four values of memory, anywhere in it.
 template <typename T>
 struct Four {
   typedef T type __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
 };
-using Doubles = Four<double>::type;
+
+// Four values in registers; two of these are the eight running sums.
+typedef double Doubles __attribute__((vector_size(4 * sizeof(double))));
 
 // Sum of the values, each made its term in place by `term`, in the order that cam_mask.h fixes.
 template <typename T, typename F>
@@ -165,6 +167,7 @@ PF_HD void released_mask(const C* u, int64_t pixels, uint8_t* colours, uint8_t* 
   double terms[COLOURS];
   const double values = 3.0 * static_cast<double>(pixels);
   for (int i = 0; i < COLOURS; ++i) terms[i] = counts[i] * sum_of(JET.value[i]);
+  // cppcheck-suppress uninitvar // the loop sets every one
   const double mean = ordered_sum(terms, COLOURS, Same{}) / values;
   for (int i = 0; i < COLOURS; ++i) terms[i] = counts[i] * squares_of(JET.value[i], mean);
   const double std = std::sqrt(ordered_sum(terms, COLOURS, Same{}) / values);

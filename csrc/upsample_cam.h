@@ -11,8 +11,8 @@ namespace part_fast {
 // The four source places of one output position and their weights.
 template <typename C>
 struct Taps {
-  int32_t index[4];
-  C weight[4];
+  int32_t index[4] = {};
+  C weight[4] = {};
 };
 
 // Keys 1981, eq. 15, a = -0.5, half-pixel centres. A place outside the map weighs 0 (its index is that of the edge)
@@ -57,12 +57,12 @@ PF_HD C normalized(C value, C low, C high) {
 // Running minimum and maximum that keep NaN.
 template <typename C>
 PF_HD C lower(C low, C value) {
-  return (value < low) | (value != value) ? value : low;
+  return ((value < low) | (value != value)) ? value : low;
 }
 
 template <typename C>
 PF_HD C higher(C high, C value) {
-  return (value > high) | (value != value) ? value : high;
+  return ((value > high) | (value != value)) ? value : high;
 }
 
 }  // namespace part_fast

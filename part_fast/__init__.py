@@ -4,7 +4,7 @@ Data flows one way: images -> class activation map -> mask -> per-pixel eps map 
 step is a function that other code can use alone; see `part_fast.ops`, `part_fast.attacks`, `part_fast.losses`.
 """
 
-from part_fast import losses, ops
+from part_fast import attacks, losses, models, ops
 from part_fast.attack_model import AttackModel
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import PGD, pgd

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class PackedEpsilon:
         """The bool mask (N,M,H,W)."""
         return unpack_bits(self.bits, self.size, 1.0, 0.0, torch.bool)
 
-    def to(self, device: Any, non_blocking: bool = False) -> PackedEpsilon:
+    def to(self, device: str | torch.device | int, non_blocking: bool = False) -> PackedEpsilon:
         """The same on another device."""
         return dataclasses.replace(self, bits=self.bits.to(device, non_blocking=non_blocking))
 
@@ -95,6 +95,12 @@ class PackedEpsilon:
             got = f"a tensor of shape {tuple(index.shape)}" if isinstance(index, Tensor) else repr(index)
             raise BadTypeError(f"index must choose samples: an int, slice, list or 1-D tensor, got {got}")
         return dataclasses.replace(self, bits=self.bits[index])
+
+    @overload
+    def index_select(self, index: Tensor, /) -> PackedEpsilon: ...
+
+    @overload
+    def index_select(self, dim: int, index: Tensor, /) -> PackedEpsilon: ...
 
     def index_select(self, *dim_and_index: Any) -> PackedEpsilon:
         """`index_select(index)`, or as torch spells it, `index_select(0, index)`: the samples of a 1-D int tensor."""
