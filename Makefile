@@ -25,7 +25,7 @@ PY := $(VENV)/bin/python
 TESTED := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
-FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp)
+FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp tests/tools/*.cpp)
 # The environment holds one checkout's editable install, so its stamp carries the checkout's path. The compiled
 # libraries lie in the checkout, and so does theirs, with the way they were built.
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
@@ -89,16 +89,16 @@ test-examples: install ## the examples, with the libraries that they are for in 
 	$(EXAMPLES)/bin/python -m pip install --disable-pip-version-check --no-deps --force-reinstall robustbench
 	$(EXAMPLES)/bin/python -m pytest -m '' tests/test_examples.py tests/test_budget.py $(PYTEST_ARGS)
 
-# The environment takes torch and the rest from VENV. The tests lie outside the checkout, so that what they import are
+# The environment takes torch and the rest from VENV, whose own part_fast pip is to ignore. The tests lie outside the checkout, so that what they import are
 # the files of the wheel.
 OPS := backends cam cam_mask epsilon_map packed_epsilon pgd_step project_linf upsample_cam winograd
-test-wheel: install ## the tests of the ops on the files of a wheel, in an environment of its own: WHEEL
+test-wheel: install ## the tests of the ops on an installed wheel, in an environment of its own: WHEEL
 	rm -rf $(WHEEL)
 	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
 	$(PY) -m venv --without-pip $(WHEEL)/venv
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' \
 	    > $$($(WHEEL)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/part_fast-venv.pth
-	$(PY) -m zipfile -e $(WHEEL)/*.whl $$($(WHEEL)/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
+	$(PY) -m pip --python $(WHEEL)/venv/bin/python install --disable-pip-version-check --no-deps --ignore-installed $(WHEEL)/*.whl
 	mkdir $(WHEEL)/outside
 	cp -r tests pyproject.toml $(WHEEL)/outside
 	cd $(WHEEL)/outside && ../venv/bin/python -c 'import part_fast; print(part_fast.__file__); assert "/venv/" in part_fast.__file__' \

@@ -295,7 +295,7 @@ class FrozenEnd(Net):
     ("make", "message"),
     [
         (lambda: CamBudget(lambda x: x), "model must be a torch.nn.Module, got function"),
-        (lambda: CamBudget(Net()), "target_layer must be given.*candidates: conv1, conv2"),
+        (lambda: CamBudget(Net()), "target_layer must be given .*candidates: conv1, conv2"),
         (lambda: CamBudget(Net(), target_layer="conv9"), "target_layer must be one of conv1, conv2, got 'conv9'"),
         (lambda: CamBudget(Net(), target_layer=nn.ReLU()), "target_layer must be a module of the model"),
         (lambda: CamBudget(Net(), target_layer=3), "target_layer must be a module or its name, got int"),

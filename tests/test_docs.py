@@ -138,9 +138,15 @@ def test_readmes_equivalent_is_what_the_library_computes(n):
 
 @pages
 def test_every_block_is_run_by_a_test(page):
-    """As Python here, as commands below, or as a file of docs/write_an_op.md, by test_write_an_op.py."""
-    for fence in re.findall(r"^ *(`{3,}.*)$", page.read_text(), re.MULTILINE)[::2]:
+    """As Python here, as commands below, as a file of docs/write_an_op.md, by test_write_an_op.py, or as lines of
+    examples/cpp, which test_from_cpp.py builds."""
+    example = "".join(path.read_text() for path in (ROOT / "examples" / "cpp").iterdir())
+    for fence, block in re.findall(r"^ *(`{3,}.*)$(.*?)^ *`{3,}$", page.read_text(), re.MULTILINE | re.DOTALL):
         kind = fence.strip("`")
+        if kind in ("cpp", "cmake"):
+            lines = [line.strip() for line in block.strip().splitlines() if line.strip()]
+            assert [line for line in lines if line not in example] == [], fence
+            continue
         assert kind in ("python", "bibtex") or (page.name == "write_an_op.md" and " title=" in kind), fence
 
 
@@ -198,7 +204,7 @@ def test_commands_exist(page):
 
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for line in commands(page):
-        program, *arguments = shlex.split(line, comments=True)
+        program, *arguments = (word for word in shlex.split(line, comments=True) if word != "--resume")  # of a run here
         if program == "make":
             assert arguments[0] in targets, line
         elif program == "torchrun":

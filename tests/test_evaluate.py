@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import part_fast
 from part_fast.attacks import catalogue
@@ -23,6 +23,7 @@ from part_fast.evaluation.accuracy import AttackSettings, accuracy, evaluate, is
 from part_fast.evaluation.masks import adversarial, masks
 from part_fast.evaluation.trained import load_model, load_trained
 from part_fast.models.catalogue import build_model
+from part_fast.models.weights_file import write_weights
 from part_fast.report import figures, files
 
 CACHED = functools.lru_cache(load)
@@ -55,7 +56,7 @@ def run(model, tmp_path):
     """A run folder as train leaves it, as far as evaluation reads it."""
     folder = tmp_path / "run"
     folder.mkdir()
-    save_file(model.state_dict(), folder / "model.safetensors")
+    write_weights(folder / "model.safetensors", model.state_dict())
     files.write_json(folder / "config.json", CONFIG.to_json())
     return folder
 
@@ -186,7 +187,7 @@ def test_load_model_gives_the_runs_network_without_its_data(model, run, monkeypa
         with torch.no_grad():
             assert torch.equal(net(x), expected)
         assert torch.equal(torch.get_rng_state(), state)
-    save_file({key: value + 1 for key, value in model.state_dict().items()}, run / "averaged.safetensors")
+    write_weights(run / "averaged.safetensors", {key: value + 1 for key, value in model.state_dict().items()})
     averaged = load_model(run / "averaged.safetensors").state_dict()
     assert all(torch.equal(value, model.state_dict()[key] + 1) for key, value in averaged.items())
 

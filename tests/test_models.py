@@ -263,7 +263,9 @@ def test_compiles_without_a_graph_break():
         (lambda: resnet_small(mean=(0, 0, 0), std=(1, 1, 0)), "std takes three numbers > 0, got (1, 1, 0)"),
         (
             lambda: build_model("resnet19"),
-            "model takes one of resnet18, resnet-small, wrn-DEPTH-WIDTH (wrn-34-10, wrn-28-10, ...), got 'resnet19'",
+            "model takes one of resnet18, resnet-small, wrn-DEPTH-WIDTH (wrn-34-10, wrn-28-10, ...), torchvision:NAME "
+            "(torchvision:resnet50, ...), timm:NAME (timm:convnext_atto, ...), MODULE:FUNCTION (your own, called with "
+            "num_classes=), got 'resnet19'",
         ),
         (lambda: build_model("wrn-33-2"), "depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got 33"),
     ],

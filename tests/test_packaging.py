@@ -135,19 +135,41 @@ def test_every_declared_dependency_is_pinned():
             assert requirement.specifier.contains(version), f"{requirement} against {version}"
 
 
-def test_source_distribution_holds_the_tests_and_what_they_use(monkeypatch):
-    """As setuptools reads MANIFEST.in."""
+def named_by_the_manifest(monkeypatch) -> set[str]:
+    """The files of MANIFEST.in, as setuptools reads it."""
     from setuptools.command.egg_info import FileList
 
     monkeypatch.chdir(ROOT)
     listed = FileList()
     for line in (ROOT / "MANIFEST.in").read_text().splitlines():
         listed.process_template_line(line)
-    packed = set(listed.files)
+    return set(listed.files)
+
+
+def test_source_distribution_holds_the_tests_and_what_they_use(monkeypatch):
+    packed = named_by_the_manifest(monkeypatch)
     wanted = [path for path in (ROOT / "tests").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     missing = {str(path.relative_to(ROOT)) for path in [*wanted, ROOT / "CONTRIBUTING.md"]} - packed
     assert not missing
     assert {"tests/tools/ptx_cpu/runtime.h", "tests/tools/triton_guard.py", "tests/golden/cam.safetensors"} <= packed
+
+
+def test_source_distribution_holds_every_file_of_the_repository(monkeypatch):
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("this is no checkout by git, or git is missing")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # Setuptools packs these by itself: the modules, their data by pyproject.toml, and what builds them.
+    by_itself = re.compile(
+        r"part_fast/(.*\.py|assets/.*|report/.*\.html|py\.typed)|pyproject\.toml|setup\.py|MANIFEST\.in"
+    )
+    packed = named_by_the_manifest(monkeypatch)
+    left_out = {
+        path
+        for path in listed.stdout.split("\0")
+        if path and (ROOT / path).exists() and path not in packed and not by_itself.fullmatch(path)
+    }
+    assert {"csrc/schemas.cpp", "examples/cpp/CMakeLists.txt", "part_fast/include/part_fast.h"} <= packed
+    assert {path for path in left_out if not path.startswith(".ci/")} == {".gitignore"}
 
 
 def test_package_is_marked_as_typed():

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from conftest import TINY_RUN, load_once
-from safetensors.torch import save_file
 
 from part_fast import cli
 from part_fast.data.memory import to_float
@@ -15,6 +14,7 @@ from part_fast.evaluation import trained
 from part_fast.evaluation.accuracy import evaluate
 from part_fast.evaluation.sweep import sweep
 from part_fast.models.catalogue import build_model
+from part_fast.models.weights_file import write_weights
 from part_fast.report import files
 
 N = 30
@@ -46,7 +46,7 @@ def weights():
 def run(weights, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    save_file(weights, folder / "model.safetensors")
+    write_weights(folder / "model.safetensors", weights)
     files.write_json(folder / "config.json", dataclasses.replace(TINY_RUN, eps=8 / 255, test_size=N).to_json())
     return folder
 

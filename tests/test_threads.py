@@ -135,14 +135,15 @@ def nets() -> list[torch.nn.Module]:
 
 
 def test_threads_with_models_of_their_own_find_what_one_thread_finds(nets):
-    """Each on its own backend, and again and again, so that they overlap."""
+    """Each on its own backend, and again and again, so that they overlap. No two threads have the same model."""
     x, y = torch.rand(4, 3, 3, 16, 16), torch.randint(10, (4, 3))
     jobs = [(net, x[i], y[i], BACKENDS[i % len(BACKENDS)]) for i, net in enumerate(nets)]
     expected = [attacked(*job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:
-        for number, got in enumerate(pool.map(lambda i: attacked(*jobs[i % 4]), range(16))):
-            for one, other in zip(got, expected[number % 4], strict=True):
-                assert_same_bits(one, other)
+        for rounds, alone in zip(pool.map(lambda job: [attacked(*job) for _ in range(4)], jobs), expected, strict=True):
+            for got in rounds:
+                for one, other in zip(got, alone, strict=True):
+                    assert_same_bits(one, other)
     assert all(net.training for net in nets)
 
 

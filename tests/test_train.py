@@ -28,6 +28,7 @@ from part_fast.report import files
 from part_fast.training import loop, step
 from part_fast.training.checkpoint import PREVIOUS, STATE
 from part_fast.training.loop import adversarial_logits, train
+from part_fast.training.mask_history import MASKS
 from part_fast.training.run_folder import LOCK, RUN_FILES
 from part_fast.training.step import batch_epsilon, batch_loss
 
@@ -311,7 +312,7 @@ def test_overwrite_replaces_the_run_and_what_was_made_of_it_alone(tmp_path):
         (run / name).write_text("kept?")
     train(tiny(epochs=1, seed=1), run, overwrite=True, log=lambda line: None)
     names = {path.name for path in run.iterdir()}
-    assert names == {*RUN_FILES, LOCK, "notes.txt"}
+    assert names == {*RUN_FILES, LOCK, MASKS, "notes.txt"}
     assert len((run / "metrics.csv").read_text().splitlines()) == 2
 
 

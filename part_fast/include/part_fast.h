@@ -6,7 +6,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -19,6 +18,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 namespace part_fast {
@@ -250,6 +250,22 @@ inline Tensor project_linf(const Tensor& x_adv, const Tensor& x, const Eps& eps)
 
 namespace detail {
 
+// `value` shares no memory with x_adv, or is the same elements: an in-place kernel reads and writes one by one.
+inline void apart(const char* name, const Tensor& value, const Tensor& x_adv) {
+  if (!value.is_alias_of(x_adv) || x_adv.numel() == 0 || value.numel() == 0) return;
+  const auto span = [](const Tensor& t) {
+    int64_t extent = 1;
+    for (int64_t d = 0; d < t.dim(); ++d) extent += (t.size(d) - 1) * t.stride(d);
+    const int64_t size = static_cast<int64_t>(t.element_size());
+    return std::pair(t.storage_offset() * size, (t.storage_offset() + extent) * size);
+  };
+  const auto [start, end] = span(value);
+  const auto [first, last] = span(x_adv);
+  const bool same = start == first && value.strides() == x_adv.strides() && value.scalar_type() == x_adv.scalar_type();
+  TORCH_CHECK(start >= last || first >= end || same, name, " must not overlap x_adv in part, got bytes ", start, " to ",
+              end, " and ", first, " to ", last);
+}
+
 // Runs the raw op `name` on checked arguments.
 template <typename Result, typename First>
 Result step(const char* name, First& x_adv, const Tensor& grad, const Tensor& x, const Eps& eps, double alpha,
@@ -260,14 +276,19 @@ Result step(const char* name, First& x_adv, const Tensor& grad, const Tensor& x,
   alike("x", x, "x_adv", x_adv);
   TORCH_CHECK(x.scalar_type() == x_adv.scalar_type(), "x must have the dtype of x_adv, ", x_adv.scalar_type(), ", got ",
               x.scalar_type());
+  const auto bound = expanded(eps, x_adv);
   TORCH_CHECK(std::isfinite(alpha), "alpha must be finite, got ", alpha);
   TORCH_CHECK(clip[0] <= clip[1], "clip must have low <= high, got ", clip[0], " and ", clip[1]);
+  const Tensor direction = same_format(grad, x_adv), natural = same_format(x, x_adv);
+  if constexpr (std::is_void_v<Result>) {
+    apart("grad", direction, x_adv);
+    apart("x", natural, x_adv);
+    if (bound) apart("eps", *bound, x_adv);
+  }
   const auto raw = op<Result(First&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, double, double,
                              double, double)>(name);
-  const auto bound = expanded(eps, x_adv);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return raw.call(x_adv, same_format(grad, x_adv), same_format(x, x_adv), bound, eps.high, eps.low, alpha, clip[0],
-                  clip[1]);
+  return raw.call(x_adv, direction, natural, bound, eps.high, eps.low, alpha, clip[0], clip[1]);
 }
 
 }  // namespace detail
@@ -289,10 +310,9 @@ inline Tensor& pgd_step_(Tensor& x_adv, const Tensor& grad, const Tensor& x, con
   detail::images("x_adv", x_adv);
   TORCH_CHECK(detail::is_dense(x_adv), "x_adv must be contiguous or channels_last to be written, got strides ",
               x_adv.strides());
-  for (const Tensor* value : {&grad, &x, eps.tensor ? &*eps.tensor : nullptr}) {
-    if (value != nullptr && value->defined()) at::assert_no_partial_overlap(x_adv, *value);
-  }
   detail::step<void, const Tensor>("_pgd_step_", x_adv, grad, x, eps, alpha, clip);
+  // So that autograd refuses to use a value that was saved before it was overwritten here.
+  x_adv.unsafeGetTensorImpl()->bump_version();
   return x_adv;
 }
 
