@@ -4,6 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 PART_FAST_CUDA ?= auto
 PYTEST_ARGS ?=
+# Processes of the tests, with a thread each; WORKERS=0 runs them in one, as -x and --pdb need.
+WORKERS ?= 2
 CONSTRAINTS ?= constraints.txt
 # What `make test-versions` tests beside the pinned torch: the oldest that pyproject.toml allows, and 2.11. Each gets an
 # environment, with a copy of the checkout in it, of 7 GB below VERSIONS.
@@ -20,6 +22,7 @@ SANITIZE_ARGS ?= -k "(cpp or winograd or sanitize) and not other_instruction_set
 export PART_FAST_CUDA
 
 PY := $(VENV)/bin/python
+TESTED := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
 PIP := $(PY) -m pip install --disable-pip-version-check --constraint $(CONSTRAINTS)
 SOURCES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
 FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp)
@@ -67,8 +70,8 @@ docs: $(DOCS)/docs.stamp ## the documentation as a site: build/site/index.html; 
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 test: install ## all tests but the slow ones, and the Triton kernels in the interpreter
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret $(PYTEST_ARGS) || test $$? -eq 5 # 5: no test has the mark
-	$(PY) -m pytest $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 $(TESTED) -m interpret $(PYTEST_ARGS) || test $$? -eq 5 # 5: no test has the mark
+	$(TESTED) $(PYTEST_ARGS)
 
 test-slow: install ## the proofs that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)

@@ -207,8 +207,9 @@ class Export:
             root=self.root,
             device="cpu",
         )
+        made = export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite)
         print(f"weights: {path}")
-        print(export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite))
+        print(made)
 
 
 @dataclass

@@ -143,8 +143,8 @@ def test_every_number_takes_a_fraction(trained, tmp_path):
 
 
 def test_evaluate_takes_fractions(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(accuracy, "evaluate", lambda **values: calls.append(values) or {"results": {}, "warnings": []})
+    calls, record = [], {"checkpoint": "model.safetensors", "results": {}, "warnings": []}
+    monkeypatch.setattr(accuracy, "evaluate", lambda **values: calls.append(values) or record)
     assert main(["evaluate", str(tmp_path), "--eps", "12/255", "--alpha", "3e-3"]) == 0
     assert (calls[0]["eps"], calls[0]["alpha"], calls[0]["n"]) == (12 / 255, 3e-3, None)
 
@@ -207,7 +207,9 @@ def test_missing_data_set_names_every_place_and_the_cure(capsys, tmp_path):
 
 
 def test_bad_commands(capsys, tmp_path):
-    assert "known: train, evaluate, masks, export, bench, reproduce, study, demo, info" in error_of(capsys, "trian")
+    assert "known: train, evaluate, masks, export, bench, reproduce, study, demo, report, info" in error_of(
+        capsys, "trian"
+    )
     assert "--out" in error_of(capsys, "train")
     assert "no run folder or checkpoint at" in error_of(capsys, "evaluate", tmp_path / "absent")
     assert "holds no run" in error_of(capsys, "masks", tmp_path, "--out", tmp_path / "grid.png")

@@ -282,7 +282,7 @@ def test_a_file_does_not_choose_what_code_runs(here, capsys):
         evaluate(run)
     # What torchvision's and timm's own tables name is built as it is.
     files.write_json(run / "config.json", dataclasses.replace(config, model="torchvision:resnet18").to_json())
-    with pytest.raises(ValueError, match="not a checkpoint"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         load_trained(run)
 
 

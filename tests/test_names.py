@@ -218,6 +218,7 @@ SENTENCES = ("at", "part", "natural", "demo")  # which are words too
 
 # What is said there of single names, and why it is no list of all of them.
 USES = {
+    "evaluation/sweep.py": "the attack that it makes stronger",
     "config.py": "defaults and presets",
     "cli.py": "the command called demo, and what bench measures unless told otherwise",
     "bench/": "the steps that are compared with published ones, and networks that have goals",
