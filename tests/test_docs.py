@@ -141,7 +141,7 @@ def test_every_block_is_run_by_a_test(page):
     """As Python here, as commands below, as a file of docs/write_an_op.md, by test_write_an_op.py, or as lines of
     examples/cpp, which test_from_cpp.py builds."""
     example = "".join(path.read_text() for path in (ROOT / "examples" / "cpp").iterdir())
-    for fence, block in re.findall(r"^ *(`{3,}.*)$(.*?)^ *`{3,}$", page.read_text(), re.MULTILINE | re.DOTALL):
+    for fence, block in re.findall(r"^ *(`{3,}[^\n]*)\n(.*?)^ *`{3,}$", page.read_text(), re.MULTILINE | re.DOTALL):
         kind = fence.strip("`")
         if kind in ("cpp", "cmake"):
             lines = [line.strip() for line in block.strip().splitlines() if line.strip()]

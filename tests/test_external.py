@@ -303,7 +303,7 @@ def test_a_module_that_is_elsewhere_is_named(here, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("function", "flags", "says"),
     [
-        ("build", (), "target_layer (--target-layer) must be given, the model has no layer4 or block3; candidates: "),
+        ("build", (), "target_layer must be given (--target-layer), the model has no layer4 or block3; candidates: "),
         ("build", ("--target-layer", "nope"), "target_layer must be one of "),
         ("build", ("--target-layer", "head"), "target_layer must give a tensor (N,K,h,w), got (2, 10)"),
         ("eleven", ("--target-layer", "features"), "must give logits (2,10)"),

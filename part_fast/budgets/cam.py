@@ -368,9 +368,7 @@ def _layer_name(model: nn.Module, names: dict[str, nn.Module], target_layer: nn.
         if len(matches) == 1:
             return matches[0]
     none = f"the model has no {' or '.join(DEFAULT_LAYERS)}"
-    raise BadValueError(
-        f"target_layer must be given, {none}; candidates: {_candidates(names)}; by --target-layer on the command line"
-    )
+    raise BadValueError(f"target_layer must be given (--target-layer), {none}; candidates: {_candidates(names)}")
 
 
 def _candidates(names: dict[str, nn.Module]) -> str:

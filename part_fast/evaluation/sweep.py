@@ -50,6 +50,7 @@ def sweep(
     resume: bool = False,
     dataset: str | None = None,
     model: str | None = None,
+    weights: str | None = None,
     root: str | None = None,
     download: bool = False,
     eps: float | None = None,
@@ -80,8 +81,8 @@ def sweep(
     checks.count("batch_size", batch_size, 1)
     checks.seed("seed", seed)
     place = distributed.join(find_device(device))
-    net, config, data, weights = load_trained(
-        where, n, dataset=dataset, model=model, root=root, download=download, device=str(place)
+    net, config, data, checkpoint = load_trained(
+        where, n, dataset=dataset, model=model, weights=weights, root=root, download=download, device=str(place)
     )
     data = data.subset(min(IMAGES, len(data)))
     attack = AttackSettings(
@@ -93,7 +94,7 @@ def sweep(
         raise BadValueError("eps must be > 0 for a sweep over it, got 0")
     out = (where if where.is_dir() else where.parent) if out is None else out
     path = out / SWEEP
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     settings = {"sha256": digest, "dataset": config.dataset, "n": len(data), **dataclasses.asdict(attack)}
     curves: dict[str, dict[str, Any]] = {}
     if path.exists() and not overwrite:
