@@ -123,8 +123,8 @@ def test_command(run, capsys):
     arguments = ["evaluate", str(run), "--attacks", "natural", "--n", "20", "--device", "cpu", "--sweep", "steps"]
     assert cli.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[4].split() == ["steps", "accuracy", "%", "standard", "error"]
-    assert [line.split()[0] for line in lines[6:]] == ["1", "5", "20"]
+    assert lines[5].split() == ["steps", "accuracy", "%", "standard", "error"]
+    assert [line.split()[0] for line in lines[7:]] == ["1", "5", "20"]
     assert json.loads((run / "sweep.json").read_text())["n"] == 20
 
 
