@@ -151,13 +151,13 @@ def nursery(tmp_path_factory):
 def contents(folder):
     """All that a run leaves, but for times: tensors by name, numbers, texts."""
     state = torch.load(folder / STATE, weights_only=True)
-    (process,) = state.pop("processes")
+    processes = [{**process, "seconds": 0} for process in state.pop("processes")]
     times = ("seconds", "images_per_second")
     rows = [{key: value for key, value in row.items() if key not in times} for row in state.pop("rows")]
     with (folder / "metrics.csv").open(newline="") as file:
         table = [{key: value for key, value in row.items() if key not in times} for row in csv.DictReader(file)]
     assert len(table) == len(rows)
-    found = {"rows": rows, "table": table, "state": state, "process": {**process, "seconds": 0}}
+    found = {"rows": rows, "table": table, "state": state, "processes": processes}
     for path in folder.glob("*.safetensors"):
         found[path.name] = path.read_bytes()
     return found
@@ -219,6 +219,60 @@ def test_killed_at_many_random_moments(case, nursery, tmp_path):
     intervals = itertools.cycle([0.0, 0.001, 0.0, 10.0])
     hit = killed_and_resumed(nursery, tiny(**CASES[case]), tmp_path, 10, moments, intervals)
     print(f"{case}: {hit} kills, the same bits")
+
+
+SHARED = """
+    import json, os, sys
+    import torch
+    from part_fast.config import TrainConfig
+    from part_fast.training.loop import train
+    from pathlib import Path
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    out = Path(sys.argv[1])
+    Path(f"{out}.{os.environ['RANK']}.pid").write_text(f"{os.getpid()} ")
+    config = TrainConfig.from_json(json.loads(sys.argv[2]), "the test")
+    train(config, out, resume=(out / "config.json").is_file(), save_every=0.0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_end_as_if_they_had_not_been(tmp_path):
+    """Under torchrun; each has random states, sums and statistics of BatchNorm of its own."""
+    script = tmp_path / "shared.py"
+    script.write_text(textwrap.dedent(SHARED))
+    config = json.dumps(tiny(**CASES["part, masks kept, accumulated"], train_size=64).to_json())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+
+    def run(out, kill_after=None):
+        """The exit code of torchrun, and the seconds from the first import of a process to its end."""
+        files = [Path(f"{out}.{rank}.pid") for rank in range(2)]
+        for file in files:
+            file.unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [*launcher, str(out), config], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        while process.poll() is None and not all(file.is_file() and file.read_text().endswith(" ") for file in files):
+            time.sleep(0.01)
+        begin = time.monotonic()
+        if kill_after is not None:
+            time.sleep(kill_after)
+            for file in files:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(file.read_text()), signal.SIGKILL)
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0 or kill_after is not None, said
+        return process.returncode, time.monotonic() - begin
+
+    whole, out, moments, hit = tmp_path / "whole", tmp_path / "killed", random.Random(0), 0
+    _, seconds = run(whole)
+    while hit < 3:
+        code, _ = run(out, kill_after=seconds * moments.uniform(0.1, 0.6))
+        hit += code != 0
+    run(out)
+    assert_same(contents(out), contents(whole))
 
 
 # --- the same, at every update, in this process -----------------------------------------------------------------------
