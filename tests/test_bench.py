@@ -206,21 +206,17 @@ def test_freed_memory_is_kept():
         import resource, torch
         from part_fast.bench import clocks
         torch.set_num_threads(1)
-        def faults():
+        def faults(values):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(1 << 24)
+            torch.ones(values)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        faults()
-        print(faults())
+        faults(1 << 24)
+        print(faults(1 << 24))
         clocks.keep_freed_memory()
-        # The first times take memory, and may leave a piece that is a few bytes too short for the next.
-        print(min(faults() for _ in range(5)))"""
-    # In one process of eight a small piece lies behind each of the large ones, and none is large enough for the next.
-    for _ in range(4):
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        told, kept = (int(line) for line in done.stdout.split())
-        if kept < told / 10:
-            break
+        # Each a little smaller: what is allocated between them may cut a piece off the memory that the last one left.
+        print(min(faults((1 << 24) - 4096 * i) for i in range(5)))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    told, kept = (int(line) for line in done.stdout.split())
     assert kept < told / 10
 
 
