@@ -155,12 +155,17 @@ def test_learning_finds_where_a_network_is_hurt():
     ("content", "error", "says"),
     [
         (None, FileNotFoundError, "there is no file"),
-        (b"", ValueError, "cannot be read"),
+        (b"", ValueError, "is not a safetensors file that can be read"),
         ({"place": torch.zeros(2, 1, 4, 4)}, ValueError, r"must hold place \(classes,1,H,W\), gain and mean"),
         (
             {"place": torch.zeros(2, 4, 4), "gain": torch.ones(()), "mean": torch.ones(())},
             ValueError,
             r"must hold place \(classes,1,H,W\)",
+        ),
+        (
+            {"place": torch.full((2, 1, 4, 4), torch.nan), "gain": torch.ones(()), "mean": torch.ones(())},
+            ValueError,
+            "must hold finite numbers",
         ),
     ],
 )

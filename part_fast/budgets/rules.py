@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.atomic import replacing
-from part_fast.errors import BadTypeError, BadValueError, MissingFileError
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.cam_mask import RULE_HELP, _fraction, parse_rule
 from part_fast.ops.upsample_cam import upsample_cam
 from part_fast.optional import needs
+from part_fast.reading import read_tensors
 
 # (cam (N,h,w), size (H,W)) -> weights (N,1,H,W) or (N,C,H,W) in [0,1]; asked with target=(N,) where it takes one.
 Rule = Callable[..., Tensor]
@@ -214,15 +215,7 @@ class LearnedRule(nn.Module):
     @classmethod
     def load(cls, path: Path) -> LearnedRule:
         """The rule that `save` wrote, without gradients. Errors: FileNotFoundError or ValueError, naming the file."""
-        if not path.is_file():
-            raise MissingFileError(f"rule learned:FILE: there is no file {path}")
-        with needs("safetensors", "train"):
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise BadValueError(f"rule learned:FILE: {path} cannot be read: {error}") from error
+        state = read_tensors(path)
         place, gain, mean = (state.get(key) for key in ("place", "gain", "mean"))
         if (
             place is None
@@ -235,6 +228,8 @@ class LearnedRule(nn.Module):
             or mean.numel() != 1
         ):
             raise BadValueError(f"rule learned:FILE: {path} must hold place (classes,1,H,W), gain and mean, got others")
+        if not bool(torch.isfinite(place).all() & torch.isfinite(gain).all()):
+            raise BadValueError(f"rule learned:FILE: {path} must hold finite numbers, got NaN or infinite ones")
         share = float(mean)
         rule = cls((place.shape[2], place.shape[3]), len(place), None if math.isnan(share) else share)
         rule.per_class = len(place) > 1
