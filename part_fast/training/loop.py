@@ -289,7 +289,7 @@ def _first_line(config: TrainConfig, engine: Engine, data: Dataset, held_out: Da
     weights = sum(parameter.numel() for parameter in engine.model.parameters())
     return (
         f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {len(data)} training images of {size}"
-        f"{aside}, {len(test)} test images; {config.model}, {weights:,} weights; {config.epochs} epochs in batches of "
+        f"{aside}, {len(test)} test images; {config.model}, {weights:,} weights; epochs: {config.epochs}, batches of "
         f"{several}{config.batch_size}; {config.precision} on {device}{threads}"
     )
 
