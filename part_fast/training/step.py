@@ -35,30 +35,24 @@ def batch_epsilon(
     return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
 
 
-def batch_loss(
-    method: str,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    epsilon: float | Tensor | CamBudget,
-    config: TrainConfig,
-    *,
-    attack_model: nn.Module | None = None,
+def batch_attack(
+    method: str, model: nn.Module, x: Tensor, y: Tensor, epsilon: float | Tensor | CamBudget, config: TrainConfig
 ) -> Tensor:
-    """The training loss, a scalar, of images x (N,C,H,W) in [0,1], labels y (N,); the model is left in train mode.
+    """Adversarial images like x (N,C,H,W), in [0,1], of labels y (N,); `model` is what is attacked.
 
-    epsilon: as `batch_epsilon` gives it. attack_model: what is attacked in the model's place; default: the model.
+    epsilon: as `batch_epsilon` gives it.
     """
-    attack, training = ATTACKS[config.attack], METHODS[method]
-    if attack.of_method and training.loss is not None:
-        return training.loss(
-            model, x, y, None, config.alpha, epsilon, config.steps, config.beta, attack_model=attack_model
-        )
+    attack, own = ATTACKS[config.attack], METHODS[method].attack
+    if attack.of_method and own is not None:
+        return own(model, x, y, epsilon, config.alpha, config.steps)
     eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
-    attacked = model if attack_model is None else attack_model
     start = _start(x, config) if attack.random_start else "zero"
-    x_adv = attack.run(attacked, x, y, eps, config.alpha, config.steps, start, config.seed)
-    return training.objective(model, x, x_adv, y, config.beta)
+    return attack.run(model, x, y, eps, config.alpha, config.steps, start, config.seed)
+
+
+def batch_loss(method: str, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, config: TrainConfig) -> Tensor:
+    """The training loss, a scalar, of images x and x_adv (N,C,H,W), labels y (N,), and a model in train mode."""
+    return METHODS[method].objective(model, x, x_adv, y, config.beta)
 
 
 def _start(x: Tensor, config: TrainConfig) -> str | Tensor:
@@ -83,7 +77,8 @@ def train_step(
     """
     engine.begin(done, len(x) if total is None else total, epoch)
     with engine.collecting():
-        loss = batch_loss(method, engine.trained, x, y, epsilon, engine.config, attack_model=engine.attack_model)
+        x_adv = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config)
+        loss = batch_loss(method, engine.trained, x, x_adv, y, engine.config)
         engine.backward(loss, len(x))
     engine.end()
     return loss.detach()
