@@ -21,7 +21,7 @@ import part_fast
 from part_fast import backends, distributed
 from part_fast.attacks.catalogue import for_evaluation
 from part_fast.budgets.rules import RULES
-from part_fast.choices import described, either
+from part_fast.choices import check_choice, described, either
 from part_fast.config import PRESETS, Switch, TrainConfig, parse_number, preset, read_config
 from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError, UsageError
@@ -404,20 +404,31 @@ class Study:
 
     out: Path
     """The folder to make or to go on with: a run folder per arm and seed, study.json, two tables, study.png."""
+    dataset: str = "fashion-mnist"
+    """fashion-mnist, of clothes in gray, or cifar10, of photographs."""
+    arms: tuple[str, ...] = ()
+    """The arms to train now, such as AT PART; default: all. The tables show all that have results."""
     seeds: int = 5
     """Runs of each arm."""
+    results: Path | None = None
+    """The folder of results, a small file per arm and seed, from which a study goes on without the run folders;
+    default: results in the folder."""
+    autoattack: bool = False
+    """Test AT and PART by AutoAttack too, on 1,000 images."""
     root: str | None = None
-    """The only folder to look for Fashion-MNIST in; default: as in train."""
+    """The only folder to look for the data set in; default: as in train."""
     download: bool = False
     """Download it where it is not found."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
 
     def run(self) -> None:
-        from part_fast.experiments.study import CONFIG, study
+        from part_fast.experiments.study import CONFIGS, study
 
-        config = dataclasses.replace(CONFIG, root=self.root, download=self.download, device=self.device)
-        study(self.out, config=config, seeds=self.seeds)
+        config = CONFIGS[check_choice("dataset", self.dataset, CONFIGS)]
+        config = dataclasses.replace(config, root=self.root, download=self.download, device=self.device)
+        only = self.arms or None
+        study(self.out, config=config, seeds=self.seeds, only=only, results=self.results, autoattack=self.autoattack)
 
 
 @dataclass

@@ -2,22 +2,26 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
+import re
 
 import pytest
 import torch
 from conftest import load_once
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from part_fast import CamBudget
 from part_fast.budgets.rules import LearnedRule
 from part_fast.config import PRESETS, read_config
 from part_fast.data.memory import to_float
 from part_fast.evaluation.trained import load_trained
+from part_fast.experiments import arms as arms_of_experiments
 from part_fast.experiments import study as studying
+from part_fast.experiments.arms import read_result, read_results
 from part_fast.experiments.compare import is_correct
 from part_fast.experiments.learned import attacked_loss, learn_rule
-from part_fast.experiments.study import ARMS, CONFIG, study
+from part_fast.experiments.study import ARMS, CONFIGS, study
 from part_fast.models.catalogue import build_model
 
 TINY = dataclasses.replace(
@@ -39,11 +43,12 @@ def test_arms_are_all_controls_and_rules():
         "region:centre",
         "learned",
     ]
-    # Below 0.7 points of standard error at any accuracy.
-    assert 0.5 / CONFIG.test_size**0.5 < 0.0071
-    for changes in ARMS.values():
-        if changes.get("rule") != "learned":  # until the study has learned it, which gives it a file
-            dataclasses.replace(CONFIG, **changes).check()
+    for config in CONFIGS.values():
+        # Below 0.7 points of standard error at any accuracy; None are all 10,000.
+        assert 0.5 / (config.test_size or 10_000) ** 0.5 < 0.0071
+        for changes in ARMS.values():
+            if changes.get("rule") != "learned":  # until the study has learned it, which gives it a file
+                dataclasses.replace(config, **changes).check()
 
 
 def test_study(tmp_path, monkeypatch):
@@ -53,7 +58,7 @@ def test_study(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "study.json").read_text()) == record
     with (tmp_path / "runs.csv").open(newline="") as file:
         runs = list(csv.DictReader(file))
-    assert [(row["arm"], row["seed"]) for row in runs] == [(arm, seed) for seed in "01" for arm in FEW]
+    assert [(row["arm"], row["seed"]) for row in runs] == [(arm, seed) for arm in FEW for seed in "01"]
     names = [row["difference"] for row in record["differences"]]
     assert names == [d for d in ("PART - AT", "random - AT", "PART - random") for _ in range(2)]
     # Every arm begins at its own seed's warm-up, at the learning rate that comes next.
@@ -73,18 +78,129 @@ def test_study(tmp_path, monkeypatch):
     assert found["per_seed"] == pytest.approx(expected)
     assert (tmp_path / "study.png").stat().st_size > 10_000
 
-    # Nothing is trained or attacked twice.
-    before = {path: path.read_bytes() for path in tmp_path.rglob("model.safetensors")}
-    monkeypatch.setattr("part_fast.evaluation.accuracy.is_correct", None)
-    again = studying.study(tmp_path, config=TINY, arms=FEW, seeds=2, log=said.append)
-    assert again["runs"] == record["runs"]
-    assert {path: path.read_bytes() for path in before} == before
+    # Nothing is trained or attacked twice, whether or not there are weights.
+    monkeypatch.setattr("part_fast.experiments.arms.train", None)
+    monkeypatch.setattr("part_fast.experiments.arms.evaluate", None)
+    for out in (tmp_path, tmp_path / "elsewhere"):
+        again = study(out, config=TINY, arms=FEW, seeds=2, results=tmp_path / "results", log=said.append)
+        assert again["runs"] == record["runs"]
+        assert again["differences"] == record["differences"]
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] != []
+    assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_a_result_holds_what_the_run_left_and_nothing_of_the_machine(tmp_path):
+    study(tmp_path, config=dataclasses.replace(TINY, root=None), arms=FEW, seeds=2, log=lambda line: None)
+    results = read_results(tmp_path / "results", FEW)
+    assert [(one.arm, one.seed) for one in results] == [(arm, seed) for arm in FEW for seed in (0, 1)]
+    for one in results:
+        folder = tmp_path / f"{one.arm.lower()}-seed{one.seed}"
+        for key in ("natural", "pgd20"):
+            assert torch.equal(one.correct[key], is_correct(folder, key))
+        warm = (tmp_path / f"warmup-seed{one.seed}" / "model.safetensors").read_bytes()
+        assert one.warmup == hashlib.sha256(warm).hexdigest()
+        assert one.config["alpha"] == 2 / 255
+        assert str(tmp_path) not in one.file(tmp_path / "results").read_text()
+    # Another seed, later, of some arms alone: the tables are of all there is.
+    record = study(
+        tmp_path,
+        config=TINY,
+        arms=FEW,
+        seeds=3,
+        only=["AT", "PART"],
+        results=tmp_path / "results",
+        log=lambda line: None,
+    )
+    assert {name: by["seeds"] for name, by in record["table"].items()} == {"AT": 3, "PART": 3, "random": 2}
+    assert {d["difference"]: d["seeds"] for d in record["differences"]} == {
+        "PART - AT": [0, 1, 2],
+        "random - AT": [0, 1],
+        "PART - random": [0, 1],
+    }
+
+
+def damaged_results():
+    """name -> (change of a result, what the error says)."""
+
+    def hits(record):
+        record["results"]["pgd20"]["correct"] += 1
+
+    def image(record):
+        row = record["results"]["natural"]
+        row["images"] = ("A" if row["images"][0] != "A" else "/") + row["images"][1:]
+
+    def fewer(record):
+        record["results"]["natural"]["images"] = ""
+
+    def base(record):
+        record["results"]["natural"]["images"] = "?"
+
+    def attack(record):
+        record["results"]["nothing"] = record["results"]["natural"]
+
+    def seed(record):
+        record["config"]["seed"] = 7
+
+    def lacks(record):
+        del record["config"]
+
+    return {change.__name__: change for change in (hits, image, fewer, base, attack, seed, lacks)}
+
+
+@pytest.fixture(scope="module")
+def result_file(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    arms = {"AT": {"method": "at"}, "PART": {}}
+    study(out, config=TINY, arms=arms, seeds=2, log=lambda line: None)
+    return out / "results" / "at-seed1.json"
+
+
+@pytest.mark.parametrize("name", damaged_results())
+def test_a_damaged_result_is_refused_by_name(name, result_file, tmp_path):
+    record = json.loads(result_file.read_text())
+    assert read_result(result_file).seed == 1
+    damaged_results()[name](record)
+    path = tmp_path / "at-seed1.json"
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is no result of an experiment: [^\n]+$"):
+        read_result(path)
+
+
+def test_autoattack_of_the_main_arms(tmp_path, monkeypatch):
+    pytest.importorskip("pyautoattack", reason="pip install pyautoattack")
+    asked = []
+    real = arms_of_experiments.evaluate
+
+    def quick(folder, attacks, *, n=None, out=None, **settings):
+        asked.append((folder.name, tuple(attacks), n))
+        if attacks == ["aa"]:
+            out = folder / "autoattack"
+            real(folder, ["natural"], n=n, out=out, **settings)
+            images = load_file(out / "evaluation_images.safetensors")
+            save_file({"aa": images["natural"]}, out / "evaluation_images.safetensors")
+        else:
+            real(folder, attacks, **settings)
+
+    monkeypatch.setattr(arms_of_experiments, "evaluate", quick)
+    monkeypatch.setattr(arms_of_experiments, "AUTOATTACK_IMAGES", 10)
+    said = []
+    record = study(tmp_path, config=TINY, arms=FEW, seeds=2, autoattack=True, log=said.append)
+    assert {folder for folder, attacks, n in asked if attacks == ("aa",) and n == 10} == {
+        f"{arm}-seed{seed}" for arm in ("at", "part") for seed in (0, 1)
+    }
+    assert [d["difference"] for d in record["differences"] if d["measure"] == "aa"] == ["PART - AT"]
+    assert "AutoAttack %" in said[-1]
+    (line,) = (line for line in record["text"].split("\n") if line.startswith("random  "))
+    assert line.endswith("-")
 
 
 def test_study_with_another_configuration_refuses_the_folder(tmp_path):
     study(tmp_path, config=TINY, arms={"AT": {"method": "at"}, "PART": {}}, seeds=2, log=lambda line: None)
     other = dataclasses.replace(TINY, lr=0.5)
-    with pytest.raises(ValueError, match="has another configuration: lr"):
+    with pytest.raises(
+        ValueError, match=r"at-seed0.json has another configuration: .'lr': 0.05. there, .'lr': 0.5. here"
+    ):
         study(tmp_path, config=other, arms=FEW, seeds=2, log=lambda line: None)
 
 

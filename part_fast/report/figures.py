@@ -90,8 +90,9 @@ def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]
     panels: title -> rows of `part_fast.experiments.compare.interval` with the name under "difference".
     """
     most = max(len(rows) for rows in panels.values())
-    with drawing(path, (10, 1.3 + 0.3 * most), "constrained") as figure:
-        for i, (axes, (title, rows)) in enumerate(zip(_two_panels(figure), panels.items(), strict=True)):
+    with drawing(path, (max(10, 4.5 * len(panels)), 1.3 + 0.3 * most), "constrained") as figure:
+        named: list[str] = []  # of the panel to the left, which stand for this one too if they are the same
+        for axes, (title, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             for place, row in enumerate(rows):
                 color = VERMILION if row["significant"] else BLUE
                 mean = 100 * row["mean"]
@@ -100,7 +101,9 @@ def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]
                 seeds = [100 * value for value in row["per_seed"]]
                 axes.scatter(seeds, [place + 0.25] * len(seeds), color=GRAY, marker=".", s=14)
             axes.axvline(0, color=GRAY, linewidth=1)
-            axes.set_yticks(range(len(rows)), [row["difference"] for row in rows] if i == 0 else [""] * len(rows))
+            names = [row["difference"] for row in rows]
+            axes.set_yticks(range(len(rows)), [""] * len(rows) if names == named else names)
+            named = names
             axes.invert_yaxis()
             axes.set(xlabel="difference in accuracy (points)", title=title)
         figure.supxlabel(
