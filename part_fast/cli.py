@@ -432,6 +432,65 @@ class Study:
 
 
 @dataclass
+class Speedrun:
+    """Train a network until it is as accurate as published adversarial training, and say in how many seconds."""
+
+    out: Path
+    """The folder to make or to go on with: a run folder per run, speedrun.json, speedrun.csv."""
+    scale: str = "full"
+    """full: ResNet-18 on CIFAR-10; small: a small network on 20,000 of its images, for two CPU cores."""
+    runs: int | None = None
+    """Networks to train, a seed each; default: 3, with --scale small 1."""
+    parts: bool = False
+    """Train as many without each of what makes it fast, too."""
+    autoattack: bool = True
+    """Test by AutoAttack too, on 1,000 images."""
+    root: str | None = None
+    """The only folder to look for CIFAR-10 in; default: as in train."""
+    download: bool = False
+    """Download it where it is not found."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+
+    def run(self) -> None:
+        from part_fast.experiments.speedrun import speedrun
+
+        speedrun(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+
+
+@dataclass
+class Attacks:
+    """Compare the attacks to train with: accuracy, seconds and memory, for equal epochs and for equal seconds."""
+
+    out: Path
+    """The folder to make or to go on with: run folders and results, attacks.json, attacks.csv."""
+    model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
+    epochs: int = 10
+    """Epochs of each attack; and of the slowest, as long as which the others are trained too."""
+    train_size: int | None = 10_000
+    """Train on a balanced subset of so many images; None: all."""
+    seeds: int = 1
+    """Runs of each attack."""
+    equal: tuple[str, ...] = ("epochs", "seconds")
+    """What is equal between attacks: epochs, seconds, or one after the other."""
+    autoattack: bool = True
+    """Test by AutoAttack too, on 1,000 images."""
+    root: str | None = None
+    """The only folder to look for CIFAR-10 in; default: as in train."""
+    download: bool = False
+    """Download it where it is not found."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+
+    def run(self) -> None:
+        from part_fast.experiments.attacks import CONFIG, attacks
+
+        names = ("model", "epochs", "train_size", "root", "download", "device")
+        config = dataclasses.replace(CONFIG, **{name: getattr(self, name) for name in names})
+        attacks(self.out, config=config, seeds=self.seeds, equal=self.equal, autoattack=self.autoattack)
+
+
+@dataclass
 class Demo:
     """Compare plain adversarial training (AT) and PART on 6,000 real images, in some minutes on two CPU cores."""
 
@@ -482,7 +541,7 @@ class Info:
         print(json.dumps(record, indent=2) if self.json else environment_text(record))
 
 
-Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Demo | Report | Info
+Command = Train | Evaluate | Masks | Export | Bench | Reproduce | Study | Speedrun | Attacks | Demo | Report | Info
 # A name is one word, or two, as it is typed.
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
@@ -496,6 +555,8 @@ COMMANDS: dict[str, type[Command]] = {
     "bench scaling": BenchScaling,
     "reproduce": Reproduce,
     "study": Study,
+    "speedrun": Speedrun,
+    "attacks": Attacks,
     "demo": Demo,
     "report": Report,
     "info": Info,

@@ -1,0 +1,230 @@
+"""Time to accuracy: seconds of training until a network is as accurate as published training made it, or more."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from part_fast import checks
+from part_fast.choices import check_choice
+from part_fast.config import PRESETS, TrainConfig
+from part_fast.data.catalogue import load
+from part_fast.experiments.arms import MEASURES, Result, measured, percent, read_results, summary, train_arms
+from part_fast.experiments.compare import mean_and_spread
+from part_fast.experiments.step_cost import step_costs
+from part_fast.report import files
+from part_fast.report.environment import environment
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is trained, and how accurate it shall be, from 0 to 1, on natural images and under PGD-20.
+
+    goal: where these two numbers are from. runs: as many as are trained if nobody says.
+    """
+
+    config: TrainConfig
+    natural: float
+    pgd20: float
+    goal: str
+    runs: int
+
+
+SCALES = {
+    "full": Scale(PRESETS["fast-resnet18"], 0.8258, 0.4369, "the row AT of PART's published table", 3),
+    "small": Scale(
+        dataclasses.replace(PRESETS["fast-resnet18"], model="resnet-small", train_size=20_000, pgd_test_size=1000),
+        0.0,
+        0.0,
+        "AT by PGD-10 of 30 epochs on the same images, lr 0.1 with drops after 20 and 25",
+        1,
+    ),
+}
+WHOLE = "speedrun"
+# What makes it fast, and what is trained without each: the rest stays.
+PARTS: dict[str, dict[str, Any]] = {
+    "fast attack": {"attack": "pgd", "steps": 10},
+    "averaged weights": {"average": "none"},
+    "schedule": {"schedule": "piecewise"},
+}
+KERNELS = "kernels"
+ROUNDS = 7  # of timed steps
+
+
+def speedrun(
+    out: Path,
+    *,
+    scale: str = "full",
+    runs: int | None = None,
+    parts: bool = False,
+    autoattack: bool = True,
+    root: str | None = None,
+    download: bool = False,
+    device: str = "auto",
+    scales: Mapping[str, Scale] = SCALES,
+    log: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train `runs` networks, or go on with them, and say how long each took and how accurate it is.
+
+    scale: full, ResNet-18 on all of CIFAR-10; small, the demo's small network on 20,000 of its images.
+    parts: train as many without each of `PARTS` too, and time a step without part_fast's kernels.
+    autoattack: test by AutoAttack too, on 1,000 images.
+    Seconds are those of training: tests, and reading data, are left out. `out` holds a run folder per run, a small file
+    of results of each in results, speedrun.json and speedrun.csv.
+
+    Returns: what speedrun.json holds.
+    Errors: ValueError for an unknown scale; what `train` and `evaluate` raise.
+    """
+    chosen = scales[check_choice("scale", scale, scales)]
+    runs = checks.count("runs", chosen.runs if runs is None else runs, 1)
+    config = dataclasses.replace(chosen.config, root=root, download=download, device=device)
+    arms = {WHOLE: {}, **({f"without {name}": _without(config, name) for name in PARTS} if parts else {})}
+    kept = out / "results"
+    train_arms(out, kept, config, arms, range(runs), autoattack=[WHOLE] if autoattack else [], log=log)
+    results = [one for one in read_results(kept, arms) if one.seed < runs]
+    whole = [one for one in results if one.arm == WHOLE]
+    rows = [_row(one, chosen) for one in whole]
+    text = [
+        f"goal: {100 * chosen.natural:.2f} % natural and {100 * chosen.pgd20:.2f} % under PGD-20, {chosen.goal}",
+        "",
+        _runs_table(rows, measured(whole)),
+    ]
+    record: dict[str, Any] = {"scale": scale, "goal": {"natural": chosen.natural, "pgd20": chosen.pgd20}, "runs": rows}
+    if parts:
+        data = load(config.dataset, "train", config.root, config.download).subset(config.batch_size)
+        costs = step_costs({WHOLE: config}, data, ROUNDS, without_kernels=KERNELS)
+        record["parts"] = _parts(results, chosen, costs[KERNELS].seconds / costs[WHOLE].seconds)
+        text += ["", _parts_table(record["parts"])]
+    record |= {"text": "\n".join(text), "config": config.to_json(), "environment": environment()}
+    files.write_csv(out / "speedrun.csv", rows)
+    files.write_json(out / "speedrun.json", record)
+    log(record["text"])
+    log(f"\nspeedrun.json and speedrun.csv are in {out}")
+    return record
+
+
+def _without(config: TrainConfig, part: str) -> dict[str, Any]:
+    """The fields that change where a part is left out; a schedule by drops has them where two thirds and five sixths of
+    the epochs are over."""
+    drops = (2 * config.epochs // 3, 5 * config.epochs // 6)
+    return PARTS[part] | ({"lr_drops": drops} if "schedule" in PARTS[part] else {})
+
+
+def _row(result: Result, scale: Scale) -> dict[str, Any]:
+    """A run: seconds in all, and until the goal was first met at the end of an epoch, None if it never was."""
+    images = sum(row["seconds"] * row["images_per_second"] for row in result.rows)
+    accuracies = {key: result.accuracy(key) for key in MEASURES if key in result.correct}
+    return {
+        "seed": result.seed,
+        "epochs": len(result.rows),
+        "seconds": result.seconds,
+        "images_per_second": images / result.seconds,
+        "seconds_to_goal": seconds_to_goal(result, scale.natural, scale.pgd20),
+        **accuracies,
+        "reached": accuracies["natural"] >= scale.natural and accuracies["pgd20"] >= scale.pgd20,
+    }
+
+
+def seconds_to_goal(result: Result, natural: float, pgd20: float) -> float | None:
+    """Of training, until the end of the first epoch whose weights, or their average, are as accurate as that.
+
+    Each epoch's accuracies are those on the test images of metrics.csv, fewer than the last ones are on.
+    """
+    seconds = 0.0
+    for row in result.rows:
+        seconds += row["seconds"]
+        for model in ("averaged", "test"):
+            found = row.get(f"{model}_natural"), row.get(f"{model}_pgd20")
+            if None not in found and found[0] >= natural and found[1] >= pgd20:
+                return seconds
+    return None
+
+
+def _parts(results: Sequence[Result], scale: Scale, slower: float) -> list[dict[str, Any]]:
+    """A row for all together and for each part that is left out. slower: a step without kernels, times one with them."""
+    rows = []
+    for name, by in summary(results).items():
+        of_arm = [one for one in results if one.arm == name]
+        reached = [seconds_to_goal(one, scale.natural, scale.pgd20) for one in of_arm]
+        seconds = [one for one in reached if one is not None]
+        rows.append(
+            {
+                "arm": name,
+                "runs": len(of_arm),
+                "seconds": mean_and_spread([one.seconds for one in of_arm])["mean"],
+                "reached": len(seconds),
+                "seconds_to_goal": mean_and_spread(seconds)["mean"] if seconds else None,
+                "natural": by["natural"],
+                "pgd20": by["pgd20"],
+            }
+        )
+    whole = rows[0]
+    to_goal = whole["seconds_to_goal"]
+    rows.append(
+        {
+            **whole,
+            "arm": f"without {KERNELS}",
+            "seconds": slower * whole["seconds"],
+            "seconds_to_goal": None if to_goal is None else slower * to_goal,
+        }
+    )
+    return rows
+
+
+def _runs_table(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) -> str:
+    lines = [
+        (
+            str(row["seed"]),
+            f"{row['seconds']:.1f}",
+            f"{row['images_per_second']:.0f}",
+            _seconds(row["seconds_to_goal"]),
+            *(f"{100 * row[key]:.2f}" for key in measures),
+            "yes" if row["reached"] else "no",
+        )
+        for row in rows
+    ]
+    if len(rows) > 1:
+        spreads = [mean_and_spread([row[key] for row in rows]) for key in ("seconds", "images_per_second")]
+        reached = [row["seconds_to_goal"] for row in rows if row["seconds_to_goal"] is not None]
+        to_goal = mean_and_spread(reached) if reached else None
+        lines.append(
+            (
+                "mean",
+                f"{spreads[0]['mean']:.1f} ± {spreads[0]['spread']:.1f}",
+                f"{spreads[1]['mean']:.0f} ± {spreads[1]['spread']:.0f}",
+                "never" if to_goal is None else f"{to_goal['mean']:.1f} ± {to_goal['spread']:.1f}",
+                *(percent(mean_and_spread([row[key] for row in rows]), len(rows)) for key in measures),
+                f"{sum(row['reached'] for row in rows)} of {len(rows)}",
+            )
+        )
+    titles = [f"{title} %" for title in measures.values()]
+    return files.table(("seed", "seconds", "images/s", "seconds to the goal", *titles, "goal reached"), lines)
+
+
+def _parts_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    whole = rows[0]["seconds_to_goal"]
+    lines = [
+        (
+            row["arm"],
+            f"{row['seconds']:.1f}",
+            f"{row['reached']} of {row['runs']}",
+            _seconds(row["seconds_to_goal"]),
+            "-" if whole is None or row["seconds_to_goal"] is None else f"{row['seconds_to_goal'] / whole:.2f}",
+            percent(row["natural"], row["runs"]),
+            percent(row["pgd20"], row["runs"]),
+        )
+        for row in rows
+    ]
+    header = ("arm", "seconds", "goal reached", "seconds to the goal", "times as long", "natural %", "PGD-20 %")
+    return (
+        f"{files.table(header, lines)}\n"
+        "as many epochs in each; the goal is looked for after every epoch, on the images of its tests; without "
+        f"{KERNELS}: the same run, its time by steps that were timed in turn with ours"
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "never" if value is None else f"{value:.1f}"

@@ -1,0 +1,105 @@
+"""Tests of part_fast.experiments.speedrun: seconds to the goal, runs, parts, tables."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import TINY_RUN
+
+from part_fast.config import PRESETS
+from part_fast.experiments import speedrun as speedruns
+from part_fast.experiments.arms import Result
+from part_fast.experiments.speedrun import SCALES, Scale, seconds_to_goal, speedrun
+from part_fast.experiments.step_cost import Cost
+
+TINY = dataclasses.replace(
+    TINY_RUN, method="at", epochs=3, warmup_epochs=0, train_size=40, test_size=20, pgd_test_size=20, average="ema:0.5"
+)
+
+
+def result(*rows, natural=0.5, pgd20=0.5):
+    names = ("seconds", "test_natural", "test_pgd20", "averaged_natural", "averaged_pgd20")
+    correct = {name: torch.arange(10) < 10 * value for name, value in (("natural", natural), ("pgd20", pgd20))}
+    return Result("speedrun", {"seed": 0}, None, [dict(zip(names, row, strict=False)) for row in rows], correct, {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"),
+    [
+        ([(1.0, 0.4, 0.4), (2.0, 0.5, 0.3), (4.0, 0.5, 0.3001)], 7.0),  # both in one epoch, or none
+        ([(1.0, 0.5, 0.3), (2.0, 0.1, 0.1)], 1.0),  # the bound itself; what comes later is another matter
+        ([(1.0, 0.5, 0.2), (2.0, 0.4, 0.9)], None),
+        ([(1.0, 0.1, 0.1, 0.6, 0.1), (2.0, 0.1, 0.1, 0.6, 0.4)], 3.0),  # the averaged weights
+        ([(1.0, 0.1, 0.4, 0.6, 0.1)], None),  # one of each is nobody's
+        ([(1.0, 0.9, None)], None),  # not attacked
+    ],
+)
+def test_seconds_until_the_goal_is_met(rows, seconds):
+    assert seconds_to_goal(result(*rows), 0.5, 0.3) == seconds
+
+
+def test_the_full_scale_is_the_published_row_and_the_small_one_is_smaller():
+    full, small = SCALES["full"], SCALES["small"]
+    assert (full.natural, full.pgd20) == (0.8258, 0.4369)
+    assert full.config == PRESETS["fast-resnet18"]
+    assert (full.config.dataset, full.config.model) == ("cifar10", "resnet18")
+    assert (small.config.dataset, small.config.model) == ("cifar10", "resnet-small")
+    for scale in SCALES.values():
+        scale.config.check()
+        assert scale.config.pgd_test_size  # or nobody would see that the goal is met
+
+
+def test_speedrun(tmp_path, monkeypatch):
+    costs = {"speedrun": Cost(1.0, 1, 0), "kernels": Cost(1.5, 1, 0)}
+    monkeypatch.setattr(speedruns, "step_costs", lambda *arguments, **named: costs)
+    scales = {"full": Scale(TINY, 0.0, 0.0, "made up", 2), "small": Scale(TINY, 1.0, 1.0, "made up", 2)}
+    said = []
+    record = speedrun(tmp_path, parts=True, autoattack=False, scales=scales, log=said.append)
+    assert record["text"] in said
+    assert json.loads((tmp_path / "speedrun.json").read_text()) == record
+    assert [row["seed"] for row in record["runs"]] == [0, 1]
+    with (tmp_path / "speedrun.csv").open(newline="") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0", "1"]
+    for row in record["runs"]:
+        folder = tmp_path / f"speedrun-seed{row['seed']}"
+        with (folder / "metrics.csv").open(newline="") as file:
+            metrics = list(csv.DictReader(file))
+        seconds = [float(epoch["seconds"]) for epoch in metrics]
+        assert row["seconds"] == pytest.approx(sum(seconds))
+        assert row["seconds_to_goal"] == pytest.approx(seconds[0])  # any network reaches 0 at once
+        assert row["images_per_second"] == pytest.approx(3 * 40 / sum(seconds))
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert evaluation["checkpoint"].endswith("averaged.safetensors")
+        assert row["pgd20"] == evaluation["results"]["pgd20"]["accuracy"]
+    names = ["speedrun", "without fast attack", "without averaged weights", "without schedule", "without kernels"]
+    assert [part["arm"] for part in record["parts"]] == names
+    config = json.loads((tmp_path / "without-schedule-seed0" / "config.json").read_text())
+    assert (config["schedule"], config["lr_drops"]) == ("piecewise", [2, 2])
+    assert json.loads((tmp_path / "without-fast-attack-seed1" / "config.json").read_text())["steps"] == 10
+    assert not (tmp_path / "without-averaged-weights-seed0" / "averaged.safetensors").exists()
+    whole, kernels = record["parts"][0], record["parts"][-1]
+    assert kernels["seconds_to_goal"] == pytest.approx(1.5 * whole["seconds_to_goal"])
+
+    # A goal that nobody meets, from the results that are there.
+    (tmp_path / "small").mkdir()
+    (tmp_path / "results").rename(tmp_path / "small" / "results")
+    monkeypatch.setattr("part_fast.experiments.arms.train", None)
+    record = speedrun(tmp_path / "small", scale="small", parts=True, autoattack=False, scales=scales, log=said.append)
+    assert [row["seconds_to_goal"] for row in record["runs"]] == [None, None]
+    assert not any(row["reached"] for row in record["runs"])
+    assert record["text"].count("never") == 2 + 1 + 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"scale": "large"}, "scale must be one of full, small, got 'large'"),
+        ({"runs": 0}, "runs must be >= 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, says, tmp_path):
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        speedrun(tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()

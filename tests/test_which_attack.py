@@ -1,0 +1,94 @@
+"""Tests of part_fast.experiments.attacks, the table of attacks, and of what a step costs."""
+
+import csv
+import dataclasses
+import json
+
+import pytest
+from conftest import TINY_RUN, load_once
+
+from part_fast.attacks.catalogue import ATTACKS, for_training
+from part_fast.experiments import attacks as tables
+from part_fast.experiments.attacks import ARMS, CONFIG, attacks
+from part_fast.experiments.step_cost import Cost, step_costs
+
+TINY = dataclasses.replace(
+    TINY_RUN, method="at", epochs=2, warmup_epochs=0, train_size=40, test_size=20, pgd_test_size=0, batch_size=20
+)
+FEW = {"FGSM": {"attack": "fgsm"}, "FGSM-PGI": {"attack": "pgi"}, "PGD-2": {"attack": "pgd", "steps": 2}}
+
+
+def test_arms_are_all_attacks_that_train():
+    assert {changes["attack"] for changes in ARMS.values()} == set(for_training()) - {"mma"}
+    assert list(ARMS)[-1] == "PGD-10"
+    for changes in ARMS.values():
+        dataclasses.replace(CONFIG, **changes).check()
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_attacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "load", load_once)
+    costs = {"FGSM": Cost(1.0, 2**20, 0), "FGSM-PGI": Cost(1.5, 2**21, 3072), "PGD-2": Cost(3.1, 2**20, 0)}
+    monkeypatch.setattr(tables, "step_costs", lambda configs, data, rounds: costs)
+    said = []
+    record = attacks(tmp_path, config=TINY, arms=FEW, autoattack=False, log=said.append)
+    assert said[-1].startswith(record["text"])
+    assert json.loads((tmp_path / "attacks.json").read_text()) == record
+    with (tmp_path / "attacks.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["equal"], row["attack"], row["epochs"]) for row in rows] == [
+        ("epochs", "FGSM", "2"),
+        ("epochs", "FGSM-PGI", "2"),
+        ("epochs", "PGD-2", "2"),
+        ("seconds", "FGSM", "6"),  # 2 * 3.1 / 1.0
+        ("seconds", "FGSM-PGI", "4"),  # 2 * 3.1 / 1.5
+        ("seconds", "PGD-2", "2"),
+    ]
+    for row in record["rows"]:
+        assert row["seconds"] == pytest.approx(costs[row["attack"]].seconds * 40 * row["epochs"])
+        assert row["bank_bytes"] == (3072 * 40 if row["attack"] == "FGSM-PGI" else 0)
+        slug = row["attack"].lower()
+        folder = tmp_path / row["equal"] / f"{slug}-seed0"
+        config = json.loads((folder / "config.json").read_text())
+        assert config["epochs"] == row["epochs"]
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert row["pgd20"]["mean"] == evaluation["results"]["pgd20"]["accuracy"]
+    # Other timings on another day change nothing in what is kept.
+    costs["FGSM"] = Cost(2.0, 2**20, 0)
+    monkeypatch.setattr("part_fast.experiments.arms.train", None)
+    again = attacks(tmp_path, config=TINY, arms=FEW, autoattack=False, log=said.append)
+    assert [row["epochs"] for row in again["rows"]] == [2, 2, 2, 6, 4, 2]
+    (tmp_path / "seconds" / "epochs.json").write_text('{"FGSM": 0}')
+    with pytest.raises(ValueError, match=r"epochs.json must hold a number of epochs for each of FGSM, FGSM-PGI, PGD-2"):
+        attacks(tmp_path, config=TINY, arms=FEW, equal=["seconds"], autoattack=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"equal": ["days"]}, "equal must be of epochs, seconds, got days"),
+        ({"equal": []}, "equal must be of epochs, seconds, got none"),
+        ({"seeds": 0}, "seeds must be >= 1, got 0"),
+    ],
+)
+def test_bad_arguments(arguments, says, tmp_path):
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        attacks(tmp_path / "out", config=TINY, arms=FEW, **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_steps_cost_more_and_a_bank_has_its_bytes():
+    configs = {
+        "one": dataclasses.replace(TINY, attack="fgsm"),
+        "many": dataclasses.replace(TINY, attack="pgd", steps=12),
+        "bank": dataclasses.replace(TINY, attack="pgi"),
+    }
+    data = load_once("demo", "train").subset(20)
+    costs = step_costs(configs, data, 3, without_kernels="plain")
+    assert list(costs) == ["one", "many", "bank", "plain"]
+    assert costs["many"].seconds > 2 * costs["one"].seconds  # of 14 passes and 3
+    assert costs["plain"].seconds > 0
+    assert [cost.bank for cost in costs.values()] == [0, 0, 3 * 32 * 32, 0]
+    activations = 20 * 16 * 16 * 16 * 4  # of the first layer, which the backward keeps
+    assert all(cost.bytes > activations for cost in costs.values())
+    assert set(ATTACKS) >= {config.attack for config in configs.values()}
