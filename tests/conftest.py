@@ -479,6 +479,10 @@ TINY_RUN = TrainConfig(
 
 @pytest.fixture
 def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_runs_quick(monkeypatch)
+
+
+def make_runs_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of a tiny run's time is unpacking the demo set and drawing curves: once is enough, and none."""
     import part_fast.evaluation.trained
     import part_fast.training.loop

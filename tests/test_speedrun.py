@@ -14,6 +14,8 @@ from part_fast.experiments.arms import Result
 from part_fast.experiments.speedrun import SCALES, Scale, seconds_to_goal, speedrun
 from part_fast.experiments.step_cost import Cost
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 TINY = dataclasses.replace(
     TINY_RUN, method="at", epochs=3, warmup_epochs=0, train_size=40, test_size=20, pgd_test_size=20, average="ema:0.5"
 )

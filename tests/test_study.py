@@ -5,10 +5,11 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from conftest import load_once
+from conftest import load_once, make_runs_quick
 from safetensors.torch import load_file, save_file
 
 from part_fast import CamBudget
@@ -23,6 +24,8 @@ from part_fast.experiments.compare import is_correct
 from part_fast.experiments.learned import attacked_loss, learn_rule
 from part_fast.experiments.study import ARMS, CONFIGS, study
 from part_fast.models.catalogue import build_model
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 TINY = dataclasses.replace(
     PRESETS["demo"], epochs=2, warmup_epochs=1, lr_drops=(1,), steps=1, train_size=20, test_size=20
@@ -51,12 +54,20 @@ def test_arms_are_all_controls_and_rules():
                 dataclasses.replace(config, **changes).check()
 
 
-def test_study(tmp_path, monkeypatch):
-    said: list[str] = []
-    record = study(tmp_path, config=TINY, arms=FEW, seeds=2, log=said.append)
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory):
+    """(folder, what study returned, what it said) of two seeds."""
+    out, said = tmp_path_factory.mktemp("study"), []
+    with pytest.MonkeyPatch.context() as patch:
+        make_runs_quick(patch)
+        return out, study(out, config=TINY, arms=FEW, seeds=2, log=said.append), said
+
+
+def test_study(studied, tmp_path, monkeypatch):
+    out, record, said = studied
     assert record["text"] == said[-1].rpartition("\n\n")[0]
-    assert json.loads((tmp_path / "study.json").read_text()) == record
-    with (tmp_path / "runs.csv").open(newline="") as file:
+    assert json.loads((out / "study.json").read_text()) == record
+    with (out / "runs.csv").open(newline="") as file:
         runs = list(csv.DictReader(file))
     assert [(row["arm"], row["seed"]) for row in runs] == [(arm, seed) for arm in FEW for seed in "01"]
     names = [row["difference"] for row in record["differences"]]
@@ -64,60 +75,60 @@ def test_study(tmp_path, monkeypatch):
     # Every arm begins at its own seed's warm-up, at the learning rate that comes next.
     for seed in (0, 1):
         for arm in ("at", "part", "random"):
-            config = json.loads((tmp_path / f"{arm}-seed{seed}" / "config.json").read_text())
-            assert config["init"] == str(tmp_path / f"warmup-seed{seed}" / "model.safetensors")
+            config = json.loads((out / f"{arm}-seed{seed}" / "config.json").read_text())
+            assert config["init"] == str(out / f"warmup-seed{seed}" / "model.safetensors")
             assert (config["epochs"], config["lr_drops"], config["seed"]) == (1, [0], seed)
-            evaluation = json.loads((tmp_path / f"{arm}-seed{seed}" / "evaluation.json").read_text())
+            evaluation = json.loads((out / f"{arm}-seed{seed}" / "evaluation.json").read_text())
             assert evaluation["eps"] == 8 / 255  # of the test, whatever the arm trained with
     expected = [
-        float(is_correct(tmp_path / f"part-seed{s}", "pgd20").float().mean())
-        - float(is_correct(tmp_path / f"at-seed{s}", "pgd20").float().mean())
+        float(is_correct(out / f"part-seed{s}", "pgd20").float().mean())
+        - float(is_correct(out / f"at-seed{s}", "pgd20").float().mean())
         for s in (0, 1)
     ]
     found = next(d for d in record["differences"] if d["difference"] == "PART - AT" and d["measure"] == "pgd20")
     assert found["per_seed"] == pytest.approx(expected)
-    assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert (out / "study.png").stat().st_size > 10_000
 
     # Nothing is trained or attacked twice, whether or not there are weights.
     monkeypatch.setattr("part_fast.experiments.arms.train", None)
     monkeypatch.setattr("part_fast.experiments.arms.evaluate", None)
-    for out in (tmp_path, tmp_path / "elsewhere"):
-        again = study(out, config=TINY, arms=FEW, seeds=2, results=tmp_path / "results", log=said.append)
-        assert again["runs"] == record["runs"]
-        assert again["differences"] == record["differences"]
-    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] != []
-    assert not list((tmp_path / "elsewhere").rglob("*.safetensors"))
+    again = study(tmp_path, config=TINY, arms=FEW, seeds=2, results=out / "results", log=said.append)
+    assert again["runs"] == record["runs"]
+    assert again["differences"] == record["differences"]
+    assert not list(tmp_path.rglob("*.safetensors"))
+    other = dataclasses.replace(TINY, lr=0.5)
+    says = r"at-seed0.json has another configuration: .'lr': 0.05. there, .'lr': 0.5. here"
+    with pytest.raises(ValueError, match=says):
+        study(tmp_path, config=other, arms=FEW, seeds=2, results=out / "results")
 
 
-@pytest.mark.usefixtures("quick_runs")
-def test_a_result_holds_what_the_run_left_and_nothing_of_the_machine(tmp_path):
-    study(tmp_path, config=dataclasses.replace(TINY, root=None), arms=FEW, seeds=2, log=lambda line: None)
-    results = read_results(tmp_path / "results", FEW)
+def test_a_result_holds_what_the_run_left_and_nothing_of_the_machine(studied):
+    out, *_ = studied
+    results = read_results(out / "results", FEW)
     assert [(one.arm, one.seed) for one in results] == [(arm, seed) for arm in FEW for seed in (0, 1)]
     for one in results:
-        folder = tmp_path / f"{one.arm.lower()}-seed{one.seed}"
+        folder = out / f"{one.arm.lower()}-seed{one.seed}"
         for key in ("natural", "pgd20"):
             assert torch.equal(one.correct[key], is_correct(folder, key))
-        warm = (tmp_path / f"warmup-seed{one.seed}" / "model.safetensors").read_bytes()
+        warm = (out / f"warmup-seed{one.seed}" / "model.safetensors").read_bytes()
         assert one.warmup == hashlib.sha256(warm).hexdigest()
         assert one.config["alpha"] == 2 / 255
-        assert str(tmp_path) not in one.file(tmp_path / "results").read_text()
-    # Another seed, later, of some arms alone: the tables are of all there is.
-    record = study(
-        tmp_path,
-        config=TINY,
-        arms=FEW,
-        seeds=3,
-        only=["AT", "PART"],
-        results=tmp_path / "results",
-        log=lambda line: None,
-    )
+        assert str(out) not in one.file(out / "results").read_text()
+
+
+def test_another_sitting_of_some_arms(studied, tmp_path):
+    """A third seed of two arms: the tables are of all there is, the intervals of the seeds that both arms have."""
+    out, *_ = studied
+    shutil.copytree(out / "results", tmp_path / "results")
+    more = {"arms": FEW, "seeds": 3, "only": ["AT", "PART"]}
+    record = study(tmp_path, config=TINY, log=lambda line: None, **more)
     assert {name: by["seeds"] for name, by in record["table"].items()} == {"AT": 3, "PART": 3, "random": 2}
     assert {d["difference"]: d["seeds"] for d in record["differences"]} == {
         "PART - AT": [0, 1, 2],
         "random - AT": [0, 1],
         "PART - random": [0, 1],
     }
+    assert not (tmp_path / "warmup-seed0").exists()
 
 
 def damaged_results():
@@ -148,16 +159,9 @@ def damaged_results():
     return {change.__name__: change for change in (hits, image, fewer, base, attack, seed, lacks)}
 
 
-@pytest.fixture(scope="module")
-def result_file(tmp_path_factory):
-    out = tmp_path_factory.mktemp("study")
-    arms = {"AT": {"method": "at"}, "PART": {}}
-    study(out, config=TINY, arms=arms, seeds=2, log=lambda line: None)
-    return out / "results" / "at-seed1.json"
-
-
 @pytest.mark.parametrize("name", damaged_results())
-def test_a_damaged_result_is_refused_by_name(name, result_file, tmp_path):
+def test_a_damaged_result_is_refused_by_name(name, studied, tmp_path):
+    result_file = studied[0] / "results" / "at-seed1.json"
     record = json.loads(result_file.read_text())
     assert read_result(result_file).seed == 1
     damaged_results()[name](record)
@@ -195,15 +199,6 @@ def test_autoattack_of_the_main_arms(tmp_path, monkeypatch):
     assert line.endswith("-")
 
 
-def test_study_with_another_configuration_refuses_the_folder(tmp_path):
-    study(tmp_path, config=TINY, arms={"AT": {"method": "at"}, "PART": {}}, seeds=2, log=lambda line: None)
-    other = dataclasses.replace(TINY, lr=0.5)
-    with pytest.raises(
-        ValueError, match=r"at-seed0.json has another configuration: .'lr': 0.05. there, .'lr': 0.5. here"
-    ):
-        study(tmp_path, config=other, arms=FEW, seeds=2, log=lambda line: None)
-
-
 @pytest.mark.parametrize(("arms", "seeds", "said"), [(FEW, 1, "seeds must be"), ({"AT": {}}, 2, "arms must hold")])
 def test_study_bad_arguments(tmp_path, arms, seeds, said):
     with pytest.raises(ValueError, match=said):
@@ -211,7 +206,6 @@ def test_study_bad_arguments(tmp_path, arms, seeds, said):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_a_learned_arm(tmp_path, monkeypatch):
     monkeypatch.setattr(studying, "load", load_once)
     arms = {"AT": {"method": "at"}, "PART": {}, "learned": ARMS["learned"]}

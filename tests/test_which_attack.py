@@ -12,6 +12,8 @@ from part_fast.experiments import attacks as tables
 from part_fast.experiments.attacks import ARMS, CONFIG, attacks
 from part_fast.experiments.step_cost import Cost, step_costs
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 TINY = dataclasses.replace(
     TINY_RUN, method="at", epochs=2, warmup_epochs=0, train_size=40, test_size=20, pgd_test_size=0, batch_size=20
 )
@@ -25,7 +27,6 @@ def test_arms_are_all_attacks_that_train():
         dataclasses.replace(CONFIG, **changes).check()
 
 
-@pytest.mark.usefixtures("quick_runs")
 def test_attacks(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "load", load_once)
     costs = {"FGSM": Cost(1.0, 2**20, 0), "FGSM-PGI": Cost(1.5, 2**21, 3072), "PGD-2": Cost(3.1, 2**20, 0)}
