@@ -15,13 +15,16 @@ from part_fast.evaluation.trained import load_model
 from part_fast.losses import mart_loss, trades_loss
 from part_fast.ops import (
     PackedEpsilon,
+    bank_start,
     cam,
     cam_mask,
+    eps_step_,
     epsilon_map,
     packed_epsilon_map,
     pgd_step,
     pgd_step_,
     project_linf,
+    uniform_start,
     upsample_cam,
 )
 
@@ -36,9 +39,11 @@ __all__ = [
     "attacks",
     "available_backends",
     "backend",
+    "bank_start",
     "cam",
     "cam_mask",
     "current_backend",
+    "eps_step_",
     "epsilon_map",
     "load_model",
     "losses",
@@ -53,5 +58,6 @@ __all__ = [
     "project_linf",
     "set_backend",
     "trades_loss",
+    "uniform_start",
     "upsample_cam",
 ]
