@@ -44,7 +44,7 @@ def store_(bank: Tensor, places: Tensor, moved: Tensor, levels: float) -> None:
     # One place more takes what lies outside.
     index = torch.where(inside, index, q.shape[2])[known].expand_as(q[known])
     stored = torch.nn.functional.pad(bank.flatten(2)[sample[known]], (0, 1)).scatter(2, index, q[known])
-    bank[sample[known]] = stored[..., :-1].view(-1, *bank.shape[1:])
+    bank[sample[known]] = stored[..., :-1].view(len(stored), *bank.shape[1:])
 
 
 _eps_step_ = backends.define(
