@@ -63,7 +63,7 @@ class Result:
         return float(sum(row["seconds"] for row in self.rows))
 
     def accuracy(self, measure: str) -> float:
-        return float(self.correct[measure].float().mean())
+        return float(self.correct[measure].double().mean())
 
     def file(self, folder: Path) -> Path:
         return folder / f"{slug(self.arm)}-seed{self.seed}.json"

@@ -137,8 +137,8 @@ def seconds_to_goal(result: Result, natural: float, pgd20: float) -> float | Non
     for row in result.rows:
         seconds += row["seconds"]
         for model in ("averaged", "test"):
-            found = row.get(f"{model}_natural"), row.get(f"{model}_pgd20")
-            if None not in found and found[0] >= natural and found[1] >= pgd20:
+            on_natural, attacked = row.get(f"{model}_natural"), row.get(f"{model}_pgd20")
+            if on_natural is not None and attacked is not None and on_natural >= natural and attacked >= pgd20:
                 return seconds
     return None
 

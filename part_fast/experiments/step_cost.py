@@ -47,14 +47,13 @@ def step_costs(
     without_kernels: a name more, of the first configuration in plain torch: ops by their references, attacks on the
         model itself.
     """
-    steps: dict[str, Callable[[], object]] = {}
+    steps: dict[str, Callable[[], Tensor]] = {}
     banks: dict[str, int] = {}
     for name, config in configs.items():
-        step, banks[name] = _step(config, data, train=_with_kernels)
-        steps[name] = step
+        steps[name], banks[name] = _step(config, data, _with_kernels)
     if without_kernels is not None:
         first = next(iter(configs.values()))
-        steps[without_kernels], banks[without_kernels] = _step(first, data, train=_without_kernels)
+        steps[without_kernels], banks[without_kernels] = _step(first, data, _without_kernels)
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
