@@ -240,7 +240,7 @@ def same_table(content, value):
     """Plain rows of cells below the names of columns, each cell as it is written; shares from 0 to 1."""
     lines = content.decode("utf-8-sig").split("\r\n")
     names, rows = lines[0].split(","), [line.split(",") for line in lines[1:-1]]
-    said = [{name: cell for name, cell in zip(names, row, strict=True)} for row in rows]
+    said = [dict(zip(names, row, strict=True)) for row in rows]
     said = [{n: c if n == "method" else float(c) if c else None for n, c in row.items()} for row in said]
     shares = [row[name] for row in value for name in ("train_robust", "test_natural")]
     whole = lines[-1] == "" and set(names) == set(METRICS[0])

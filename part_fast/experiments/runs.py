@@ -28,7 +28,7 @@ from part_fast.training.run_folder import AVERAGED, WEIGHTS
 OF_A_RUN = ("seed", "root", "download", "device", "init")
 SHARE, AMOUNT = (0, 1), (0, math.inf)
 # Columns of metrics.csv, and what a number in them may be.
-COLUMNS = {
+COLUMNS: dict[str, tuple[float, float] | None] = {
     "epoch": AMOUNT,
     "method": None,
     "lr": AMOUNT,
@@ -214,14 +214,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _cell(column: str, text: str) -> str | float | None:
-    if column == "method":
-        return check_choice("method", text, METHODS)
+    bounds = COLUMNS[column]
+    if bounds is None:
+        return check_choice(column, text, METHODS)
     if text and not NUMBER.fullmatch(text):
         raise BadValueError(f"{column} is {text[:40]!r}, no number")
     value = float(text) if text else None
     if value is None or not math.isfinite(value):
         return None
-    low, high = COLUMNS[column]
-    if not low <= value <= high:
-        raise BadValueError(f"{column} must be from {low} to {high}, got {text}")
+    if not bounds[0] <= value <= bounds[1]:
+        raise BadValueError(f"{column} must be from {bounds[0]} to {bounds[1]}, got {text}")
     return value
