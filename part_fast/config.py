@@ -17,7 +17,7 @@ from typing_extensions import Doc
 
 from part_fast import checks
 from part_fast.attack_model import PRECISIONS
-from part_fast.attacks.catalogue import for_training
+from part_fast.attacks.catalogue import ATTACKS, for_training
 from part_fast.budgets.cam import CAM_CHOICES, native_methods
 from part_fast.budgets.controls import CONTROLS, check_control
 from part_fast.budgets.rules import RULES, find_rule, has_bits
@@ -101,6 +101,10 @@ class TrainConfig:
     steps: int = 10
     """Steps of the attack."""
     beta: Annotated[float, Doc(f"Weight of the robust term of the loss ({_with_beta()}).")] = 6.0
+    pgi_lambda: Annotated[float, Doc(f"Weight of the regulariser in the loss ({_that('regularised')}).")] = 10.0
+    perturbation_reset: Annotated[
+        int, Doc(f"Epochs after which remembered perturbations are drawn anew, 0: never ({_that('remembers')}).")
+    ] = 40
     rule: Annotated[str, Doc(f"Which pixels get the full eps, by the class activation map: {described(RULES)}.")] = (
         "zscore"
     )
@@ -173,12 +177,16 @@ class TrainConfig:
                 f"refresh must be batch with rule {self.mask_rule}, whose maps are no masks that could be kept"
             )
         checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
-        for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
+        if ATTACKS[self.attack].remembers and self.eps == 0:
+            raise BadValueError(f"eps must be > 0 with attack {self.attack}, whose perturbations are stored, got 0")
+        for name in ("lr", "momentum", "weight_decay", "alpha", "beta", "pgi_lambda"):
             checks.number(name, getattr(self, name), 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "steps", "pgd_test_size", "validation"):
+        for name in ("warmup_epochs", "steps", "pgd_test_size", "validation", "perturbation_reset"):
             checks.count(name, getattr(self, name))
+        if ATTACKS[self.attack].remembers:
+            checks.count("steps", self.steps, 1)
         checks.seed("seed", self.seed)
         for name in ("train_size", "test_size"):
             if getattr(self, name) is not None:
@@ -206,6 +214,11 @@ class TrainConfig:
         if not self.refresh.isdecimal() or int(self.refresh) < 1:
             raise BadValueError(f"refresh must be batch or a number of epochs >= 1, got {self.refresh!r}")
         return int(self.refresh)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the attack takes a single step, which training may learn to resist alone."""
+        return 1 in (ATTACKS[self.attack].steps, self.steps)
 
     @property
     def mask_rule(self) -> str:
@@ -408,6 +421,10 @@ def _weighted() -> str:
 
 def _with_beta() -> str:
     return ", ".join(name for name, method in METHODS.items() if method.beta)
+
+
+def _that(field: str) -> str:
+    return ", ".join(name for name, attack in for_training().items() if getattr(attack, field))
 
 
 def downloadable() -> str:
