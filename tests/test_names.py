@@ -230,9 +230,12 @@ USES = {
     "bench/": "the steps that are compared with published ones, and networks that have goals",
     "evaluation/accuracy.py": "the default",
     "evaluation/sanity.py": "which attack is stronger than which",
+    "experiments/arms.py": "what is measured of every arm",
+    "experiments/attacks.py": "the attacks that are compared",
     "experiments/compare.py": "what the demo and the study measure",
     "experiments/demo.py": "what the demo compares",
     "experiments/reproduce.py": "the published rows and columns",
+    "experiments/speedrun.py": "what a part of it is replaced by",
     "experiments/study.py": "what the study compares",
     "training/loop.py": "columns of metrics.csv",
 }
@@ -283,8 +286,9 @@ def test_names_are_typed_in_their_tables_alone():
         assert any(uses for path, uses in found.items() if path.startswith(known)), f"{known} has no use any more"
 
 
-# Texts that list names and are no list of all: the networks that each benchmark of steps measures by default.
-LISTS = {"cli.py": 3, "bench/steps.py": 1}
+# Texts that list names and are no list of all: the networks that each benchmark of steps measures by default, the data
+# sets of the study.
+LISTS = {"cli.py": 4, "bench/steps.py": 1}
 
 
 def test_no_table_is_listed_elsewhere():

@@ -12,12 +12,14 @@ from torch import Tensor
 from part_fast import backends
 from part_fast.attacks.catalogue import ATTACKS
 from part_fast.bench.clocks import Progress, clock_for, silent, time_in_turn
+from part_fast.budgets.cam import CamBudget
 from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, find_device
 from part_fast.data.memory import Dataset, to_float
+from part_fast.methods import METHODS
 from part_fast.ops.bank_view import BankView
 from part_fast.training.engine import Engine
-from part_fast.training.step import batch_attack, batch_loss, train_step
+from part_fast.training.step import batch_attack, batch_epsilon, batch_loss, train_step
 
 WARM_UP = 2  # steps of each that are not timed: they allocate, pack weights and compile
 
@@ -42,7 +44,7 @@ def step_costs(
     without_kernels: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Cost]:
-    """name -> what a step of method at on the first batch of `data` costs; each round runs every configuration once.
+    """name -> what a step on the first batch of `data` costs, not augmented; each round runs every configuration once.
 
     without_kernels: a name more, of the first configuration in plain torch: ops by their references, attacks on the
         model itself.
@@ -67,7 +69,8 @@ def step_costs(
     }
 
 
-Train = Callable[[Engine, Tensor, Tensor, BankView | None], Tensor]
+Epsilon = float | Tensor | CamBudget
+Train = Callable[[Engine, Tensor, Tensor, Epsilon, BankView | None], Tensor]
 
 
 def _step(config: TrainConfig, data: Dataset, train: Train) -> tuple[Callable[[], Tensor], int]:
@@ -78,25 +81,28 @@ def _step(config: TrainConfig, data: Dataset, train: Train) -> tuple[Callable[[]
     engine.model.train()
     images = data.images[: config.batch_size].to(device)
     x, y = to_float(images), data.labels[: len(images)].to(device)
+    indices = torch.arange(len(x), device=device)
+    budget = engine.budget if METHODS[config.method].weighted else None
+    epsilon = batch_epsilon(config.method, budget, None, indices, None, config)
     view, size = None, 0
     if ATTACKS[config.attack].remembers:
         bank = PerturbationBank(len(x), x.shape[1:], config.eps, device)
-        view, size = bank.at(torch.arange(len(x), device=device), None), bank.values[0].numel()
-    return lambda: train(engine, x, y, view), size
+        view, size = bank.at(indices, None), bank.values[0].numel()
+    return lambda: train(engine, x, y, epsilon, view), size
 
 
-def _with_kernels(engine: Engine, x: Tensor, y: Tensor, view: BankView | None) -> Tensor:
-    return train_step(engine, "at", x, y, engine.config.eps, view=view)
+def _with_kernels(engine: Engine, x: Tensor, y: Tensor, epsilon: Epsilon, view: BankView | None) -> Tensor:
+    return train_step(engine, engine.config.method, x, y, epsilon, view=view)
 
 
-def _without_kernels(engine: Engine, x: Tensor, y: Tensor, view: BankView | None) -> Tensor:
+def _without_kernels(engine: Engine, x: Tensor, y: Tensor, epsilon: Epsilon, view: BankView | None) -> Tensor:
     """As `train_step`, in plain torch."""
     config = engine.config
     with backends.backend("reference"):
         engine.begin(0, len(x), 0)
         with engine.collecting():
-            attacked = batch_attack("at", engine.model, x, y, config.eps, config, view)
-            loss = batch_loss("at", engine.trained, x, attacked, y, config)
+            attacked = batch_attack(config.method, engine.model, x, y, epsilon, config, view)
+            loss = batch_loss(config.method, engine.trained, x, attacked, y, config)
             engine.backward(loss, len(x))
         engine.end()
     return loss.detach()
