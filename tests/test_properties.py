@@ -156,7 +156,7 @@ MANY_KINDS = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-39, 1e9, floa
     shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4)),
     seed=SEEDS,
     dtype=st.sampled_from(DTYPES),
-    forms=st.tuples(*[st.sampled_from(FORMS)] * 2),
+    forms=st.tuples(*[st.sampled_from(FORMS[:-1])] * 2),  # without the expanded, whose shared elements are refused
     method=st.sampled_from(METHODS),
 )
 def test_class_activation_maps_of_special_values_are_those_of_plain_torch(shape, seed, dtype, forms, method):
@@ -176,9 +176,15 @@ def test_class_activation_maps_of_special_values_are_those_of_plain_torch(shape,
         "layercam": g.clamp(min=0),
         "hirescam": g,
     }[method]
-    products = weights * a
-    exact = products.sum(1).clamp(min=0)
-    size = products.abs().sum(1) + (a + 1e-8).abs().sum((2, 3)).amax(1)[:, None, None]
+    exact = (weights * a).sum(1).clamp(min=0)
+    # What is added up, whatever cancels: roundings are as large as it is.
+    sizes = {
+        "gradcam": g.abs().mean((2, 3), keepdim=True),
+        "xgradcam": (g * a).abs().sum((2, 3), keepdim=True) / (a + 1e-8).sum((2, 3), keepdim=True).abs(),
+        "layercam": g.clamp(min=0),
+        "hirescam": g.abs(),
+    }
+    size = (sizes[method] * a.abs()).sum(1)
     # A quotient by a sum that nearly cancels says nothing of float32.
     narrow = (a + 1e-8).sum((2, 3)).abs() < 1e-3 * (a + 1e-8).abs().sum((2, 3))
     hypothesis.assume(method != "xgradcam" or not bool(narrow.any()))
@@ -187,7 +193,7 @@ def test_class_activation_maps_of_special_values_are_those_of_plain_torch(shape,
         assert bool((found.isnan() == exact.isnan()).all())
         assert bool((found.isinf() == exact.isinf()).all())
         finite = exact.isfinite()
-        assert bool(((found - exact).abs() <= 1e-3 * size)[finite].all())
+        assert bool(((found - exact).abs() <= 1e-3 * size + 1e-40)[finite].all())
 
 
 class Net(nn.Module):
