@@ -71,7 +71,7 @@ class TrainConfig:
     """Test on a balanced subset of so many images; default: all."""
     validation: int = 0
     """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them after each epoch picks
-    best.safetensors. 0: none."""
+    best.safetensors, of plain and averaged weights. 0: none."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
     """A checkpoint to start from; default: random weights."""

@@ -22,7 +22,7 @@ from part_fast.data.catalogue import load, root_anywhere
 from part_fast.data.memory import Dataset, batch_length, draw_augmentation, to_float
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
-from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
+from part_fast.evaluation.sanity import agreement_warning, gradient_agreement, order_flags
 from part_fast.evaluation.trained import evaluation_data
 from part_fast.methods import METHODS
 from part_fast.optional import needs
@@ -31,14 +31,16 @@ from part_fast.report import figures
 from part_fast.training.checkpoint import PREVIOUS, promote_previous, read_state
 from part_fast.training.engine import Engine
 from part_fast.training.epoch import (
+    JUDGED,
     LOOK_EVERY,
     Epoch,
     epoch_row,
     overfitting_warning,
     refuse_bad_loss,
     refuse_bad_weights,
+    same_rng,
+    seed_generators,
 )
-from part_fast.training.mask_history import keep_masks
 from part_fast.training.progress import Progress
 from part_fast.training.run_folder import Checkpoints, check_folder, export, load_state, mend, opened, refuse_edited
 from part_fast.training.signals import SAVE, Stop
@@ -64,11 +66,12 @@ def train(
     """Train one model and leave a run folder behind, from which a run that was stopped or killed goes on.
 
     `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png,
-    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors with
-    config.validation, and training_state.pt, written after every epoch and every `save_every` minutes, from which
-    `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish and the state be saved
-    first. Nothing is written before everything that can be checked is; `overwrite` replaces a run that is already
-    there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors (the
+    better of both) with config.validation, and training_state.pt, written after every epoch and every `save_every`
+    minutes, from which `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish
+    and the state be saved first. Nothing is written before everything that can be checked is; `overwrite` replaces a
+    run that is already there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    The generators of torch, Python and numpy are seeded by config.seed.
 
     Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
 
@@ -90,7 +93,7 @@ def train(
     config = config.on(device, like=read_config(out) if resume else None)
     check_folder(config, out, resume, overwrite)
     distributed.barrier()  # nobody writes before everybody has checked
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
     config = dataclasses.replace(config, root=root_anywhere(data, config.root))
@@ -108,6 +111,7 @@ def train(
         refuse_edited(config, out, state)
     engine = Engine(config, data.num_classes, device, load=state is None)
     engine.try_network(data)
+    refuse_single_images(config, engine.model, data)
     model = engine.model
     budget = engine.budget if METHODS[config.method].weighted else None
     bank = None
@@ -124,7 +128,6 @@ def train(
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
         raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
-    refuse_single_images(config, engine.model, data)
     look_every = LOOK_EVERY if device.type == "cuda" else 1
     checkpoints = Checkpoints(out, engine, bank, rows, save_every, remembered)
     behind = len(rows) * len(data) + epoch.done * distributed.size()
@@ -145,7 +148,7 @@ def train(
             if main:
                 if state["file"] == PREVIOUS:
                     promote_previous(out)
-                mend(out, engine, rows, epoch, say)
+                mend(out, engine, rows, test, epoch, say)
         while epoch.number < config.epochs:
             method = config.method_at(epoch.number)
             progress.phase(epoch.number)
@@ -188,8 +191,8 @@ def train(
             images = len(order) * distributed.size()
             progress.phase(epoch.number, "test")
             try:
-                with stop.at_once():
-                    tested = accuracies(engine, test, attacked_test, held_out, watched)
+                with stop.at_once(), same_rng(device):
+                    tested, disordered = accuracies(engine, test, attacked_test, held_out, watched)
             except (KeyboardInterrupt, SystemExit):
                 checkpoints.save(epoch)  # what was trained is kept; the tests are done again
                 raise
@@ -203,14 +206,13 @@ def train(
                     "images_per_second": images / epoch.seconds,
                 }
             )
-            for warning in epoch_warnings(rows, epoch, config):
+            for warning in epoch_warnings(rows, epoch, config, disordered):
                 say(f"warning: epoch {epoch.number + 1}{warning}")
             engine.skipped.zero_()
             epoch = Epoch(epoch.number + 1, device)
             checkpoints.save(epoch)
             if main:
-                keep_masks(out, engine, test, len(rows) - 1)
-                export(out, engine, rows)
+                export(out, engine, rows, test)
                 if writer is not None:
                     _log_scalars(writer, rows[-1])
             say(_line(rows[-1], config.epochs))
@@ -227,23 +229,29 @@ def accuracies(
     attacked_test: Dataset | None,
     held_out: Dataset | None,
     watched: Dataset | None = None,
-) -> dict[str, float | None]:
-    """test_natural and test_pgd20 (None without `attacked_test`), those of the averaged model if there is one,
-    validation_pgd20 if images are held out, and train_pgd10 if training images are watched."""
+) -> tuple[dict[str, float | None], list[str]]:
+    """test_natural and test_pgd20 (None without `attacked_test`), and validation_pgd20 if images are held out, those of
+    the averaged model too if there is one; and train_pgd10 if training images are watched. And what is said of an order
+    that no sound attack gives."""
     config = engine.config
     attack = AttackSettings(config.eps, config.alpha, config.seed)
     models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
     found: dict[str, float | None] = {}
+    disordered = []
     for name, model in models.items():
-        for measure, images in (("natural", test), ("pgd20", attacked_test)):
-            if images is None:
-                found[f"{name}_{measure}"] = None
-            else:
-                found[f"{name}_{measure}"] = float(is_correct(model, images, measure, attack).float().mean())
-    for column, measure, images in (("validation_pgd20", "pgd20", held_out), ("train_pgd10", "pgd10", watched)):
-        if images is not None:
-            found[column] = float(is_correct(engine.model, images, measure, attack).float().mean())
-    return found
+        found[f"{name}_natural"] = float(is_correct(model, test, "natural", attack).float().mean())
+        found[f"{name}_pgd20"] = None
+        if attacked_test is not None:
+            right = {measure: is_correct(model, attacked_test, measure, attack) for measure in ("natural", "pgd20")}
+            found[f"{name}_pgd20"] = float(right["pgd20"].float().mean())
+            which = "" if model is engine.model else ", averaged weights"
+            disordered += [f"{which}: on test images {flag}" for flag in order_flags(right)]
+    if held_out is not None:
+        for model, column in zip(models.values(), JUDGED.values(), strict=False):
+            found[column] = float(is_correct(model, held_out, "pgd20", attack).float().mean())
+    if watched is not None:
+        found["train_pgd10"] = float(is_correct(engine.model, watched, "pgd10", attack).float().mean())
+    return found, disordered
 
 
 def resets(config: TrainConfig, epoch: Epoch) -> bool:
@@ -306,12 +314,19 @@ def draw(out: Path, rows: list[dict[str, Any]], config: TrainConfig, say: Callab
         say(f"warning: curves.png is not drawn: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def epoch_warnings(rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig) -> Iterator[str]:
-    """What the row of an epoch tells that its reader should not miss."""
+def epoch_warnings(
+    rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig, disordered: list[str]
+) -> Iterator[str]:
+    """What the row of an epoch tells that its reader should not miss. disordered: as `accuracies` says it."""
     if epoch.agreement and (weak := agreement_warning(epoch.agreement)) is not None:
         yield f", {config.precision}: {weak}"
     if (overfitting := overfitting_warning(rows)) is not None:
         yield f": {overfitting}"
+    for flag in disordered:
+        yield (
+            f"{flag}: the attack raises accuracy, so its gradients mislead it and no robust accuracy here counts; "
+            f"look at what the network does to its input, and at evaluate --sanity-images 100"
+        )
     if rows[-1]["skipped"]:
         yield f": {rows[-1]['skipped']} updates were not finite and are skipped"
 
