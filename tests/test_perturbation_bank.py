@@ -1,4 +1,4 @@
-"""PerturbationBank: what is kept of a pixel is found again wherever a crop or flip shows it, in any number of processes."""
+"""PerturbationBank: what is kept of a pixel is found again at every crop and flip, in any number of processes."""
 
 import pytest
 import torch
