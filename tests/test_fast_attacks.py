@@ -1,4 +1,4 @@
-"""Fast attacks: one step of each is the published formula, banks are written back, training with them resumes exactly."""
+"""Fast attacks: a step of each is the published formula, banks are written back, training with them resumes exactly."""
 
 import dataclasses
 import math
@@ -395,7 +395,8 @@ def test_the_loss_of_pgi_has_its_regulariser_and_gradients_through_both_forwards
     expected = expected + 10 * ((model(attacked.x_adv) - model(attacked.start)) ** 2).mean()
     torch.testing.assert_close(loss, expected)
     for one, other in zip(found, torch.autograd.grad(expected, list(model.parameters())), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        # Autograd adds up the forwards' gradients in another order.
+        assert (one - other).norm() < 1e-4 * other.norm()
 
 
 def test_without_its_weight_there_is_no_forward_of_the_start():
