@@ -89,6 +89,8 @@ class TrainConfig:
     schedule: Annotated[str, Doc(f"How the learning rate falls: {described(SCHEDULES)}.")] = "piecewise"
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
     weight_decay: float = 2e-4
     """Weight decay of SGD."""
     eps: float = 8 / 255
@@ -101,6 +103,8 @@ class TrainConfig:
     steps: int = 10
     """Steps of the attack."""
     beta: Annotated[float, Doc(f"Weight of the robust term of the loss ({_with_beta()}).")] = 6.0
+    label_smoothing: float = 0.0
+    """In the loss, how much of each label is shared evenly among all classes; the attack gets labels as they are."""
     rule: Annotated[str, Doc(f"Which pixels get the full eps, by the class activation map: {described(RULES)}.")] = (
         "zscore"
     )
@@ -116,8 +120,8 @@ class TrainConfig:
     target_layer: str | None = None
     """The layer whose output CAMs explain, by its name in the network; default: layer4 or block3."""
     average: str = "none"
-    """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
-    ends of epochs, from that one on, counted from 1)."""
+    """A second model of averaged weights, tested too: none, ema:DECAY (after every update, with BatchNorm statistics of
+    its own) or swa:EPOCH (mean of the ends of epochs, from that one on, counted from 1)."""
     precision: Annotated[
         str,
         Doc(
@@ -175,6 +179,10 @@ class TrainConfig:
         checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
             checks.number(name, getattr(self, name), 0)
+        if self.nesterov and not self.momentum:
+            raise BadValueError("nesterov takes a momentum > 0, got 0")
+        if checks.number("label_smoothing", self.label_smoothing, 0) >= 1:
+            raise BadValueError(f"label_smoothing must be < 1, got {self.label_smoothing!r}")
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
         for name in ("warmup_epochs", "steps", "pgd_test_size", "validation"):

@@ -11,6 +11,7 @@ from part_fast.budgets.cam import CamBudget
 from part_fast.budgets.controls import control_map
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Augmentation
+from part_fast.data.mixing import smooth_labels
 from part_fast.methods import METHODS
 from part_fast.training.engine import Engine
 
@@ -51,7 +52,10 @@ def batch_attack(
 
 
 def batch_loss(method: str, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, config: TrainConfig) -> Tensor:
-    """The training loss, a scalar, of images x and x_adv (N,C,H,W), labels y (N,), and a model in train mode."""
+    """The training loss, a scalar, of images x and x_adv (N,C,H,W), labels y, and a model in train mode.
+
+    y: class indices (N,) or probabilities (N,classes).
+    """
     return METHODS[method].objective(model, x, x_adv, y, config.beta)
 
 
@@ -72,13 +76,18 @@ def train_step(
 ) -> Tensor:
     """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y (N,).
 
+    The attack is given y, and the loss what label smoothing makes of it, as in Pang et al., "Bag of Tricks for
+    Adversarial Training", ICLR 2021: with smoothed labels it would also gain by what makes unlikely classes unlikelier.
     epsilon: as `batch_epsilon` gives it. done, total: how many of this process's images of the epoch are behind it, and
     how many there are; default: the batch is the whole epoch. epoch: counted from 0.
     """
     engine.begin(done, len(x) if total is None else total, epoch)
+    smoothing = engine.config.label_smoothing
     with engine.collecting():
         x_adv = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config)
-        loss = batch_loss(method, engine.trained, x, x_adv, y, engine.config)
+        target = smooth_labels(y, engine.classes, smoothing) if smoothing else y
+        loss = batch_loss(method, engine.trained, x, x_adv, target, engine.config)
         engine.backward(loss, len(x))
+        engine.measure(x_adv)
     engine.end()
     return loss.detach()
