@@ -65,6 +65,12 @@ class TrainConfig:
     ] = False
     augment: bool = True
     """Random crop with padding 4 and random flip."""
+    cutmix: float = 0.0
+    """How probable it is that CutMix mixes a batch: a box of each image shows another one, labels follow by area."""
+    extra: str | None = None
+    """An .npz of extra images: image, uint8 (N,H,W,3), and label (N,); an epoch stays as long as without them."""
+    extra_fraction: float = 0.7
+    """With extra: how much of every batch they are."""
     train_size: int | None = None
     """Train on a balanced subset of so many images; default: all."""
     test_size: int | None = None
@@ -119,6 +125,10 @@ class TrainConfig:
     cam: Annotated[str, Doc(f"How the class activation map (CAM) is made: {described(CAM_CHOICES)}.")] = "gradcam"
     target_layer: str | None = None
     """The layer whose output CAMs explain, by its name in the network; default: layer4 or block3."""
+    awp: float = 0.0
+    """Adversarial weight perturbation (AWP) by so much of each weight's norm, 0.005 for example; 0: none."""
+    awp_warmup: int = 0
+    """Epochs before AWP begins."""
     average: str = "none"
     """A second model of averaged weights, tested too: none, ema:DECAY (after every update, with BatchNorm statistics of
     its own) or swa:EPOCH (mean of the ends of epochs, from that one on, counted from 1)."""
@@ -183,9 +193,16 @@ class TrainConfig:
             raise BadValueError("nesterov takes a momentum > 0, got 0")
         if checks.number("label_smoothing", self.label_smoothing, 0) >= 1:
             raise BadValueError(f"label_smoothing must be < 1, got {self.label_smoothing!r}")
+        if checks.number("cutmix", self.cutmix, 0) > 1:
+            raise BadValueError(f"cutmix must be a probability <= 1, got {self.cutmix!r}")
+        if self.cutmix and not for_training()[self.attack].soft_labels:
+            raise BadValueError(f"cutmix takes an attack of labels that are probabilities, got {self.attack}")
+        if checks.number("extra_fraction", self.extra_fraction, 0) >= 1:
+            raise BadValueError(f"extra_fraction must be < 1, got {self.extra_fraction!r}")
+        checks.number("awp", self.awp, 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "steps", "pgd_test_size", "validation"):
+        for name in ("warmup_epochs", "awp_warmup", "steps", "pgd_test_size", "validation"):
             checks.count(name, getattr(self, name))
         checks.seed("seed", self.seed)
         for name in ("train_size", "test_size"):

@@ -25,6 +25,7 @@ class Attack:
     steps: of an evaluation; None: its name there ends in their number, as in pgd20. Training gives its own.
     random_start: whether `start` is drawn from a random generator; else it is "zero".
     reads_model: whether it asks the model, so that a faster copy of it pays.
+    soft_labels: whether y may be probabilities (N,classes), as CutMix makes them.
     of_method: whether a method that has an attack of this kind in its own loss runs that instead.
     resumes: whether an evaluation is so slow that each batch is kept, to go on from.
     load: called before anything is written; raises, saying how to get it, where a package is missing.
@@ -37,6 +38,7 @@ class Attack:
     steps: int | None = None
     random_start: bool = True
     reads_model: bool = True
+    soft_labels: bool = True
     of_method: bool = False
     resumes: bool = False
     load: Callable[[], object] | None = None
@@ -62,6 +64,7 @@ ATTACKS: dict[str, Attack] = {
         "minimum margin, three targets",
         lambda model, x, y, eps, alpha, steps, start, seed: mma(model, x, y, eps, alpha, steps, start=start),
         steps=20,
+        soft_labels=False,
     ),
     "aa": Attack(
         "AutoAttack, standard",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.profiler import record_function
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
+from part_fast.awp import awp
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Dataset, batch_length, to_float
@@ -135,6 +136,15 @@ class Engine:
             torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32),
         ):
             yield
+
+    def perturbed(self, loss: Callable[[], Tensor], epoch: int) -> contextlib.AbstractContextManager[None]:
+        """The context of a batch's loss and backward at perturbed weights, if config.awp asks for it in that epoch.
+
+        loss: gives the training loss by a forward of `model`.
+        """
+        if not self.config.awp or epoch < self.config.awp_warmup:
+            return contextlib.nullcontext()
+        return awp(self.model, self.config.awp, lambda: self.scaler.scale(loss()))  # fp16 has no smaller gradients
 
     def backward(self, loss: Tensor, images: int) -> None:
         """Add the gradients of a mean loss over so many images, weighted by their share of the update's images."""

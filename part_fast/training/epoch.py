@@ -53,22 +53,29 @@ class Epoch:
         """Whether its order is drawn, and its masks are made."""
         return self.order_rng is not None
 
-    def order(self, n: int, config: TrainConfig) -> Tensor:
+    def order(self, n: int, config: TrainConfig, extra: int = 0) -> Tensor:
         """The samples of the epoch, in the order in which this process takes them, as many in every process.
+
+        n: images of the data set, as many as an epoch has. extra: how many follow them, of which a fraction of every
+        batch is.
 
         Together the processes go over one order: a batch of all of them is made of the batches of each. In a resumed
         epoch it is drawn from the state that it was drawn from before, and random numbers go on where they were.
         """
         self.order_rng = torch.get_rng_state() if self.order_rng is None else self.order_rng
         torch.set_rng_state(self.order_rng)
-        order = epoch_order(n, config, self.number)
+        order = epoch_order(n, config, self.number, extra)
         if self.rng is not None:
             set_rng(self.rng, self.device)
             self.rng = None
         return order
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels (N,). No GPU waits."""
+        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels. No GPU waits.
+
+        labels: class indices (N,), or probabilities (N,classes), of which the most likely class counts.
+        """
+        labels = labels.argmax(1) if labels.is_floating_point() else labels
         finite = torch.isfinite(loss)
         self.first_bad.masked_fill_((self.first_bad < 0) & ~finite, self.done)
         hits = (logits.argmax(1) == labels).sum()
@@ -104,15 +111,30 @@ class Epoch:
         return epoch
 
 
-def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
+def epoch_order(n: int, config: TrainConfig, epoch: int, extra: int = 0) -> Tensor:
     """The samples of an epoch, in the order in which this process takes them: see `Epoch.order`."""
-    if distributed.size() == 1:
-        return torch.randperm(n)
-    # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
-    torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
+    processes = distributed.size()
+    if processes > 1:
+        # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
+        torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
     order = distributed.same_(torch.randperm(n))
-    every = -(-n // distributed.size()) * distributed.size()
-    return order[torch.arange(every) % n][distributed.shares(every)]
+    if processes > 1:
+        order = order[torch.arange(-(-n // processes) * processes) % n]
+    if extra:
+        order = _with_extra(order, n, extra, config.extra_fraction)
+    return order if processes == 1 else order[distributed.shares(len(order))]
+
+
+def _with_extra(order: Tensor, n: int, extra: int, fraction: float) -> Tensor:
+    """`order` with samples from n to n + extra in the place of a fraction of it, evenly in every process's share.
+
+    Each of them stands there once, unless there are fewer of them than places.
+    """
+    place = (torch.arange(len(order)) // distributed.size()).double()
+    replaced = ((place + 1) * fraction).floor() > (place * fraction).floor()
+    count = int(replaced.sum())
+    drawn = torch.cat([torch.randperm(extra) for _ in range(-(-count // extra))] or [order[:0]])[:count]
+    return order.masked_scatter(replaced, n + distributed.same_(drawn.contiguous()))
 
 
 def get_rng(device: torch.device) -> tuple[Tensor, Tensor | None]:

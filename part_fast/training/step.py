@@ -11,7 +11,7 @@ from part_fast.budgets.cam import CamBudget
 from part_fast.budgets.controls import control_map
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Augmentation
-from part_fast.data.mixing import smooth_labels
+from part_fast.data.mixing import CutMix, smooth_labels
 from part_fast.methods import METHODS
 from part_fast.training.engine import Engine
 
@@ -23,17 +23,21 @@ def batch_epsilon(
     indices: Tensor,
     drawn: Augmentation | None,
     config: TrainConfig,
+    cutmix: CutMix | None = None,
 ) -> float | Tensor | CamBudget:
     """How far the pixels of a batch may move: one eps, the maps kept in the bank, or a budget yet to be asked.
 
-    budget: only a method with weighted pixels needs one.
+    budget: only a method with weighted pixels needs one. drawn, cutmix: what was done to the images, and is to their
+    kept maps.
     """
     if not METHODS[method].weighted:
         return config.eps
     if bank is None:
         assert budget is not None
         return budget
-    return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
+    maps = bank.lookup(indices, drawn)
+    maps = maps if cutmix is None else cutmix.images(maps)
+    return control_map(maps, config.mask_control, config.eps, config.eps_low)
 
 
 def batch_attack(
@@ -74,10 +78,11 @@ def train_step(
     total: int | None = None,
     epoch: int = 0,
 ) -> Tensor:
-    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y (N,).
+    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y.
 
-    The attack is given y, and the loss what label smoothing makes of it, as in Pang et al., "Bag of Tricks for
-    Adversarial Training", ICLR 2021: with smoothed labels it would also gain by what makes unlikely classes unlikelier.
+    y: class indices (N,), or probabilities (N,classes), as CutMix makes them. The attack is given y, and the loss what
+        label smoothing makes of it, as in Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021: with
+        smoothed labels the attack would also gain by what makes unlikely classes unlikelier.
     epsilon: as `batch_epsilon` gives it. done, total: how many of this process's images of the epoch are behind it, and
     how many there are; default: the batch is the whole epoch. epoch: counted from 0.
     """
@@ -86,8 +91,9 @@ def train_step(
     with engine.collecting():
         x_adv = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config)
         target = smooth_labels(y, engine.classes, smoothing) if smoothing else y
-        loss = batch_loss(method, engine.trained, x, x_adv, target, engine.config)
-        engine.backward(loss, len(x))
+        with engine.perturbed(lambda: batch_loss(method, engine.model, x, x_adv, target, engine.config), epoch):
+            loss = batch_loss(method, engine.trained, x, x_adv, target, engine.config)
+            engine.backward(loss, len(x))
         engine.measure(x_adv)
     engine.end()
     return loss.detach()
