@@ -25,7 +25,8 @@ class _WideBlock(nn.Module):
         out = F.relu(self.bn1(x))
         # Where the shape changes, the shortcut too starts after the activation.
         shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        residual: Tensor = self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return residual + shortcut
 
 
 class _WideStage(nn.Module):
