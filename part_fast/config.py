@@ -406,7 +406,7 @@ def find_device(name: str) -> torch.device:
 
 def _multiplies_bf16(device: torch.device) -> bool:
     with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def parse_number(text: str) -> float:
