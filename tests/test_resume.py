@@ -329,15 +329,23 @@ def cut(monkeypatch, config, out, at, saves, log=silent, **how):
             train(config, out, log=log, **how)
 
 
+def place(out):
+    """Where the newest state is: the epoch, counted from 0, and how many of its images are behind it."""
+    state = read_state(out, pytest.fail)
+    return state["epoch"], state["processes"][0]["done"]
+
+
 @pytest.mark.usefixtures("quick_runs")
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_in_mid_epoch_a_run_ends_as_if_it_had_not_been(case, tmp_path, monkeypatch):
-    """From a state of some batches before, twice, in other epochs."""
+    """From a state of a batch before, twice, in the second epoch and in the third, of four batches each."""
     config = small(**CASES[case])
     train(config, tmp_path / "whole", log=silent)
-    cut(monkeypatch, config, tmp_path / "cut", 6, saves=(1, 4))
+    cut(monkeypatch, config, tmp_path / "cut", 7, saves=(1, 3, 5, 6))
+    assert place(tmp_path / "cut") == (1, 16)
     torch.manual_seed(12345)
-    cut(monkeypatch, config, tmp_path / "cut", 5, saves=(3,), resume=True)
+    cut(monkeypatch, config, tmp_path / "cut", 5, saves=(2, 4), resume=True)
+    assert place(tmp_path / "cut") == (2, 16)
     torch.manual_seed(54321)
     train(config, tmp_path / "cut", resume=True, log=silent)
     assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
@@ -463,13 +471,14 @@ def spoil_generators():
 
 
 @pytest.mark.usefixtures("quick_runs")
-@pytest.mark.parametrize("at", [0, 6], ids=["at its begin", "in mid-epoch"])
-def test_the_generators_of_python_and_numpy_go_on_where_they_were(at, drawing, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("at", "where"), [(0, (0, 0)), (4, (1, 0)), (7, (1, 16))])
+def test_the_generators_of_python_and_numpy_go_on_where_they_were(at, where, drawing, tmp_path, monkeypatch):
     """As a network of the user's draws from them. A state is of plain values, so that no code is read with it."""
     config = small(model=drawing[0])
     train(config, tmp_path / "whole", log=silent)
     spoil_generators()
-    cut(monkeypatch, config, tmp_path / "cut", at, saves=(1, 4))
+    cut(monkeypatch, config, tmp_path / "cut", at, saves=(1, 6))
+    assert place(tmp_path / "cut") == where
     spoil_generators()
     train(config, tmp_path / "cut", resume=True, log=silent)
     assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
@@ -746,8 +755,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run_and_its_state_loads(tmp_p
         with pytest.raises(OSError, match=rf"(Read-only|Permission).*'{run / STATE}'$") as error:
             train(config, run, log=silent, save_every=0.0)
         assert "\n" not in str(error.value)
-        state = read_state(run, pytest.fail)
-        assert (state["epoch"], state["processes"][0]["done"]) == (1, 8)
+        assert place(run) == (1, 8)
     train(config, run, resume=True, log=silent)
     assert_same(contents(run), contents(tmp_path / "whole"))
 
