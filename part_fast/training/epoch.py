@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from part_fast import distributed
+from part_fast.attacks.catalogue import ATTACKS
 from part_fast.config import TrainConfig
 from part_fast.data.memory import batch_length
 from part_fast.errors import CannotRunError
@@ -56,22 +57,29 @@ class Epoch:
         """Whether its order is drawn, and its masks are made."""
         return self.order_rng is not None
 
-    def order(self, n: int, config: TrainConfig) -> Tensor:
+    def order(self, n: int, config: TrainConfig, extra: int = 0) -> Tensor:
         """The samples of the epoch, in the order in which this process takes them, as many in every process.
 
-        Together the processes go over one order: a batch of all of them is made of the batches of each. In a resumed
+        n: images of the data set, as many as an epoch has. extra: how many follow them, of which a fraction of every
+        batch is.
+
+        Together the processes go over all samples: a batch of all of them is made of the batches of each. In a resumed
         epoch it is drawn from the state that it was drawn from before, and random numbers go on where they were.
         """
         self.order_rng = torch.get_rng_state() if self.order_rng is None else self.order_rng
         torch.set_rng_state(self.order_rng)
-        order = epoch_order(n, config, self.number)
+        order = epoch_order(n, config, self.number, extra)
         if self.rng is not None:
             set_rng(self.rng, self.device)
             self.rng = None
         return order
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels (N,). No GPU waits."""
+        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels. No GPU waits.
+
+        labels: class indices (N,), or probabilities (N,classes), of which the most likely class counts.
+        """
+        labels = labels.argmax(1) if labels.is_floating_point() else labels
         finite = torch.isfinite(loss)
         self.first_bad.masked_fill_((self.first_bad < 0) & ~finite, self.done)
         hits = (logits.argmax(1) == labels).sum()
@@ -107,15 +115,40 @@ class Epoch:
         return epoch
 
 
-def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
-    """The samples of an epoch, in the order in which this process takes them: see `Epoch.order`."""
-    if distributed.size() == 1:
-        return torch.randperm(n)
+def epoch_order(n: int, config: TrainConfig, epoch: int, extra: int = 0) -> Tensor:
+    """The samples of an epoch, in the order in which this process takes them: see `Epoch.order`.
+
+    With an attack that remembers, each process goes over the samples whose perturbations it keeps, and no others.
+    """
+    processes = distributed.size()
+    if processes == 1:
+        return _with_extra(torch.randperm(n), torch.arange(n, n + extra), config.extra_fraction)
     # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
     seed_generators(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
-    order = distributed.same_(torch.randperm(n))
-    every = -(-n // distributed.size()) * distributed.size()
-    return order[torch.arange(every) % n][distributed.shares(every)]
+    longest = -(-n // processes)
+    if ATTACKS[config.attack].remembers:
+        own = torch.arange(n + extra)[distributed.shares(n + extra)]
+        ours, others = own[own < n], own[own >= n]
+        order = ours[torch.randperm(len(ours))][torch.arange(longest) % len(ours)]
+        return _with_extra(order, others, config.extra_fraction)
+    order = distributed.same_(torch.randperm(n))[torch.arange(longest * processes) % n]
+    others = torch.arange(n, n + extra)
+    return _with_extra(order, others, config.extra_fraction, processes)[distributed.shares(len(order))]
+
+
+def _with_extra(order: Tensor, others: Tensor, fraction: float, processes: int = 1) -> Tensor:
+    """`order` with samples of `others` in the place of a fraction of it; processes: how many share it, evenly in each.
+
+    Each of them stands there once, unless there are fewer of them than places.
+    """
+    if not len(others):
+        return order
+    place = (torch.arange(len(order)) // processes).double()
+    replaced = ((place + 1) * fraction).floor() > (place * fraction).floor()
+    count = int(replaced.sum())
+    drawn = torch.cat([torch.randperm(len(others)) for _ in range(-(-count // len(others)))] or [order[:0]])[:count]
+    drawn = distributed.same_(drawn.contiguous()) if processes > 1 else drawn
+    return order.masked_scatter(replaced, others[drawn])
 
 
 def seed_generators(seed: int) -> None:
@@ -236,23 +269,32 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> Best | None:
     return max(judged, key=lambda pair: pair[0])[1] if judged else None
 
 
-def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD-20.
+# What tells whether a model still resists PGD, the first of them that is measured.
+WATCHED = {
+    "validation_pgd20": "PGD-20 on the validation images",
+    "test_pgd20": "PGD-20 on the test images",
+    "train_pgd10": "PGD-10 on training images",
+}
 
-    That is: PGD-20 on the validation images has fallen to less than half of its best, while training accuracy under
-    attack has risen since then and is more than twice as high; both of the plain weights.
+
+def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD.
+
+    That is: PGD on the images watched has fallen to less than half of its best, while training accuracy under attack
+    has risen since then and is more than twice as high; both of the plain weights.
     Source: Wong et al., "Fast is better than free", ICLR 2020, where it is called catastrophic overfitting.
     """
-    judged = [row for row in rows if row.get("validation_pgd20") is not None]
-    if not judged:
+    judge = next((name for name in WATCHED if rows[-1].get(name) is not None), None)
+    if judge is None:
         return None
-    best, now = max(judged, key=lambda row: row["validation_pgd20"]), rows[-1]
-    held_out, trained = now["validation_pgd20"], now["train_robust"]
-    if not (held_out < best["validation_pgd20"] / 2 and trained > best["train_robust"] and trained > 2 * held_out):
+    best = max((row for row in rows if row.get(judge) is not None), key=lambda row: row[judge])
+    resists, trained = rows[-1][judge], rows[-1]["train_robust"]
+    if not (resists < best[judge] / 2 and trained > best["train_robust"] and trained > 2 * resists):
         return None
+    kept = "take --weights best" if judge == "validation_pgd20" else "keep the best epoch by --validation"
     return (
-        f"PGD-20 on the validation images has fallen from {100 * best['validation_pgd20']:.1f}% in epoch "
-        f"{best['epoch']} to {100 * held_out:.1f}%, while training accuracy under attack has risen from "
+        f"{WATCHED[judge]} has fallen from {100 * best[judge]:.1f}% in epoch {best['epoch']} to "
+        f"{100 * resists:.1f}%, while training accuracy under attack has risen from "
         f"{100 * best['train_robust']:.1f}% to {100 * trained:.1f}%: catastrophic overfitting to a weak attack; train "
-        "with more --steps or a smaller --alpha, and take --weights best"
+        f"with --attack pgi, more --steps or a smaller --alpha, and {kept}"
     )
