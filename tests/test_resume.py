@@ -72,6 +72,9 @@ class Small(torch.nn.Module):
         return self.linear(self.layer4(x).mean((2, 3)))
 
 
+SMALL = "test_resume:Small"
+
+
 def silent(line):
     pass
 
@@ -82,7 +85,7 @@ def tiny(**changes):
 
 def small(**changes):
     """A run of the network above."""
-    return tiny(model="test_resume:Small", **changes)
+    return tiny(**{"model": SMALL, **changes})
 
 
 # --- processes that are killed ----------------------------------------------------------------------------------------
@@ -326,15 +329,23 @@ def cut(monkeypatch, config, out, at, saves, log=silent, **how):
             train(config, out, log=log, **how)
 
 
+def place(out):
+    """Where the newest state is: the epoch, counted from 0, and how many of its images are behind it."""
+    state = read_state(out, pytest.fail)
+    return state["epoch"], state["processes"][0]["done"]
+
+
 @pytest.mark.usefixtures("quick_runs")
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_in_mid_epoch_a_run_ends_as_if_it_had_not_been(case, tmp_path, monkeypatch):
-    """From a state of some batches before, twice, in other epochs."""
-    config = tiny(**CASES[case])
+    """From a state of a batch before, twice, in the second epoch and in the third, of four batches each."""
+    config = small(**CASES[case])
     train(config, tmp_path / "whole", log=silent)
-    cut(monkeypatch, config, tmp_path / "cut", 6, saves=(1, 4))
+    cut(monkeypatch, config, tmp_path / "cut", 7, saves=(1, 3, 5, 6))
+    assert place(tmp_path / "cut") == (1, 16)
     torch.manual_seed(12345)
-    cut(monkeypatch, config, tmp_path / "cut", 5, saves=(3,), resume=True)
+    cut(monkeypatch, config, tmp_path / "cut", 5, saves=(2, 4), resume=True)
+    assert place(tmp_path / "cut") == (2, 16)
     torch.manual_seed(54321)
     train(config, tmp_path / "cut", resume=True, log=silent)
     assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
@@ -373,7 +384,7 @@ def test_states_and_weights_are_synced(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("quick_runs")
 def test_reduced_precision_and_rows_beyond_the_state(tmp_path, monkeypatch):
     """The agreement that was measured at the epoch's begin is kept, and rows that the state does not know are not."""
-    config = tiny(precision="bf16", epochs=2)
+    config = small(precision="bf16", epochs=2)
     calls = []
     monkeypatch.setattr(loop, "gradient_agreement", lambda *given: calls.append(1) or gradient_agreement(*given))
     train(config, tmp_path / "whole", log=silent)
@@ -386,7 +397,7 @@ def test_reduced_precision_and_rows_beyond_the_state(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("quick_runs")
 def test_stopped_while_it_tests_a_run_trains_no_epoch_twice(tmp_path, monkeypatch):
-    config = tiny(average="swa:1", epochs=2)
+    config = small(average="swa:1", epochs=2)
     train(config, tmp_path / "whole", log=silent)
 
     def interrupt(*arguments):
@@ -406,9 +417,9 @@ def test_stopped_while_it_tests_a_run_trains_no_epoch_twice(tmp_path, monkeypatc
 @pytest.mark.usefixtures("quick_runs")
 def test_init_is_not_forgotten_in_the_first_epoch(tmp_path, monkeypatch):
     """Killed before its first update, a run goes on from the checkpoint that it began from, which may be gone."""
-    train(tiny(epochs=1, seed=3), tmp_path / "first", log=silent)
+    train(small(epochs=1, seed=3), tmp_path / "first", log=silent)
     init = tmp_path / "first" / WEIGHTS
-    config = tiny(init=str(init), epochs=1)
+    config = small(init=str(init), epochs=1)
     train(config, tmp_path / "whole", log=silent)
     cut(monkeypatch, config, tmp_path / "cut", 0, saves=())
     init.unlink()
@@ -460,13 +471,14 @@ def spoil_generators():
 
 
 @pytest.mark.usefixtures("quick_runs")
-@pytest.mark.parametrize("at", [0, 6], ids=["at its begin", "in mid-epoch"])
-def test_the_generators_of_python_and_numpy_go_on_where_they_were(at, drawing, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("at", "where"), [(0, (0, 0)), (4, (1, 0)), (7, (1, 16))])
+def test_the_generators_of_python_and_numpy_go_on_where_they_were(at, where, drawing, tmp_path, monkeypatch):
     """As a network of the user's draws from them. A state is of plain values, so that no code is read with it."""
-    config = tiny(model=drawing[0])
+    config = small(model=drawing[0])
     train(config, tmp_path / "whole", log=silent)
     spoil_generators()
-    cut(monkeypatch, config, tmp_path / "cut", at, saves=(1, 4))
+    cut(monkeypatch, config, tmp_path / "cut", at, saves=(1, 6))
+    assert place(tmp_path / "cut") == where
     spoil_generators()
     train(config, tmp_path / "cut", resume=True, log=silent)
     assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
@@ -479,7 +491,7 @@ def test_the_generators_of_python_and_numpy_go_on_where_they_were(at, drawing, t
 
 @pytest.mark.usefixtures("quick_runs")
 def test_killed_before_its_first_state_a_run_begins_as_it_did(drawing, tmp_path, monkeypatch):
-    config = tiny(model=drawing[0], epochs=1)
+    config = small(model=drawing[0], epochs=1)
     train(config, tmp_path / "whole", log=silent)
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "write_state", lambda *given: (_ for _ in ()).throw(Killed))
@@ -496,7 +508,7 @@ def test_killed_before_its_first_state_a_run_begins_as_it_did(drawing, tmp_path,
 def test_a_network_that_draws_while_it_is_tested_goes_on_too(drawing, tmp_path, monkeypatch):
     """Also stopped within the test, and with batches of one image, which are tried before the run."""
     monkeypatch.setattr(drawing[1], "DRAWS_IN_EVAL", True)
-    config = tiny(model=drawing[0], epochs=2, batch_size=1, train_size=4)
+    config = small(model=drawing[0], epochs=2, batch_size=1, train_size=4)
     train(config, tmp_path / "whole", log=silent)
     real = loop.accuracies
 
@@ -560,11 +572,11 @@ def test_a_signal_saves_says_what_to_type_and_exits(by, code, nursery, tmp_path)
 def test_outside_of_the_main_thread_signals_stay_what_they_are(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     seen = []
-    thread = threading.Thread(target=lambda: seen.append(train(tiny(epochs=1), tmp_path / "run", log=silent)))
+    thread = threading.Thread(target=lambda: seen.append(train(small(epochs=1), tmp_path / "run", log=silent)))
     thread.start()
     thread.join()
     assert len(seen[0]) == 1
-    train(tiny(epochs=1), tmp_path / "main", log=silent)
+    train(small(epochs=1), tmp_path / "main", log=silent)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
@@ -622,7 +634,7 @@ def test_every_damage_is_seen_and_the_state_before_is_taken(n, two_states, tmp_p
 @pytest.mark.usefixtures("quick_runs")
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
 def test_from_the_state_before_a_run_ends_as_it_would_have(how, tmp_path, monkeypatch):
-    config = tiny(**CASES["part, masks kept, accumulated"], validation=3)
+    config = small(**CASES["part, masks kept, accumulated"], validation=3)
     train(config, tmp_path / "whole", log=silent)
     cut(monkeypatch, config, tmp_path / "cut", 7, saves=(1, 2, 3))
     newest = tmp_path / "cut" / STATE
@@ -643,7 +655,7 @@ def test_from_the_state_before_a_run_ends_as_it_would_have(how, tmp_path, monkey
 
 @pytest.mark.usefixtures("quick_runs")
 def test_a_full_disk_is_one_line_and_the_state_before_it_loads(tmp_path, monkeypatch):
-    config = tiny(epochs=2)
+    config = small(epochs=2)
     train(config, tmp_path / "whole", log=silent)
     cut(monkeypatch, config, tmp_path / "run", 2, saves=(1,))
     before = (tmp_path / "run" / STATE).read_bytes()
@@ -651,7 +663,7 @@ def test_a_full_disk_is_one_line_and_the_state_before_it_loads(tmp_path, monkeyp
 
         class Full:
             def __init__(self, file):
-                self.file, self.room = file, 100_000
+                self.file, self.room = file, 10_000
 
             def write(self, data):
                 self.room -= len(data)
@@ -702,7 +714,7 @@ def read_only(folder):
 @pytest.mark.usefixtures("quick_runs")
 def test_into_a_folder_that_may_not_be_written_to_nothing_trains(tmp_path, capsys, monkeypatch):
     """One line that names it, for a run of any kind; the run that it holds is still read."""
-    run, flags = tmp_path / "run", ["--device", "cpu", "--model", "test_resume:Small"]
+    run, flags = tmp_path / "run", ["--device", "cpu", "--model", SMALL]
     train(small(epochs=1), run, log=silent)
     monkeypatch.setattr(loop, "train_step", None)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
@@ -713,7 +725,7 @@ def test_into_a_folder_that_may_not_be_written_to_nothing_trains(tmp_path, capsy
             assert err.count("\n") == 1
             assert re.search(rf"part-fast: error: .*(Read-only|Permission).*{run}", err)
         assert read_state(run, pytest.fail)["epoch"] == 1
-        trained.load_trained(run, 5, model="test_resume:Small")
+        trained.load_trained(run, 5, model=SMALL)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -743,8 +755,7 @@ def test_a_folder_that_becomes_read_only_stops_the_run_and_its_state_loads(tmp_p
         with pytest.raises(OSError, match=rf"(Read-only|Permission).*'{run / STATE}'$") as error:
             train(config, run, log=silent, save_every=0.0)
         assert "\n" not in str(error.value)
-        state = read_state(run, pytest.fail)
-        assert (state["epoch"], state["processes"][0]["done"]) == (1, 8)
+        assert place(run) == (1, 8)
     train(config, run, resume=True, log=silent)
     assert_same(contents(run), contents(tmp_path / "whole"))
 
@@ -825,15 +836,15 @@ def test_a_disk_that_fills_after_the_state_costs_nothing(where, function, name, 
 @pytest.mark.usefixtures("quick_runs")
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     run = tmp_path / "run"
-    train(tiny(epochs=1), run, log=silent)
+    train(small(epochs=1), run, log=silent)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with locked(run):
         for how in ({"resume": True}, {"overwrite": True}):
             with pytest.raises(RuntimeError, match=f"is being written to by another run, process {os.getpid()} on"):
-                train(tiny(epochs=1), run, log=silent, **how)
-        trained.load_trained(run, 5)  # which only reads
+                train(small(epochs=1), run, log=silent, **how)
+        trained.load_trained(run, 5, model=SMALL)  # which only reads
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-    train(tiny(epochs=1), run, overwrite=True, log=silent)
+    train(small(epochs=1), run, overwrite=True, log=silent)
 
 
 def test_a_killed_run_leaves_no_lock(nursery, tmp_path):
@@ -852,7 +863,7 @@ def test_a_killed_run_leaves_no_lock(nursery, tmp_path):
 
 @pytest.mark.usefixtures("quick_runs")
 def test_an_edited_configuration_is_named(tmp_path):
-    train(tiny(epochs=1), tmp_path / "run", log=silent)
+    train(small(epochs=1), tmp_path / "run", log=silent)
     edited = dataclasses.replace(read_config(tmp_path / "run"), lr=0.5, epochs=2)
     (tmp_path / "run" / "config.json").write_text(json.dumps(edited.to_json()))
     with pytest.raises(
@@ -863,12 +874,12 @@ def test_an_edited_configuration_is_named(tmp_path):
 
 @pytest.mark.usefixtures("quick_runs")
 def test_a_finished_run_says_so(tmp_path):
-    rows = train(tiny(epochs=1), tmp_path / "run", log=silent)
+    rows = train(small(epochs=1), tmp_path / "run", log=silent)
     said = []
-    assert train(tiny(epochs=1), tmp_path / "run", resume=True, log=said.append) == rows
+    assert train(small(epochs=1), tmp_path / "run", resume=True, log=said.append) == rows
     assert f"the run in {tmp_path / 'run'} is finished, with 1 epochs; --epochs with more goes on" in said
     assert said[0].startswith("at on demo (")
-    assert "27 training images of 32x32, 10 test images; resnet-small" in said[0]
+    assert "27 training images of 32x32, 10 test images; test_resume:Small" in said[0]
 
 
 # --- numbers that stop or warn ----------------------------------------------------------------------------------------
@@ -877,7 +888,7 @@ def test_a_finished_run_says_so(tmp_path):
 @pytest.mark.usefixtures("quick_runs")
 def test_diverging_training_names_step_images_and_the_last_state(tmp_path):
     with pytest.raises(RuntimeError, match=r"diverged in epoch 1: the loss is not finite in step \d, on") as error:
-        train(tiny(lr=1e30), tmp_path / "run", log=silent, save_every=0)
+        train(small(lr=1e30), tmp_path / "run", log=silent, save_every=0)
     assert f"the last good state is in {tmp_path / 'run' / STATE}" in str(error.value)
     state = read_state(tmp_path / "run", pytest.fail)
     assert all(value.isfinite().all() for value in state["model"].values() if value.is_floating_point())
@@ -895,7 +906,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "train_step", spoil)
     with pytest.raises(RuntimeError, match=r"diverged in epoch 1: the weights linear\.bias are not finite"):
-        train(tiny(), tmp_path / "run", log=silent, save_every=0)
+        train(small(), tmp_path / "run", log=silent, save_every=0)
     assert read_state(tmp_path / "run", pytest.fail)["model"]["linear.bias"].isfinite().all()
 
 
@@ -912,7 +923,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(at, tmp_path, monke
         return loss * float("nan") if number == at else loss
 
     monkeypatch.setattr(step, "batch_loss", spoil)
-    (row, _) = train(tiny(epochs=2, on_nonfinite="skip"), tmp_path / "run", log=silent)
+    (row, _) = train(small(epochs=2, on_nonfinite="skip"), tmp_path / "run", log=silent)
     assert row["skipped"] == 1
     assert 0 < row["train_loss"] < 20
     assert_same(weights[at + 1], weights[at])
@@ -955,12 +966,12 @@ def test_the_best_epoch_is_kept(plain, averaged, best, tmp_path, monkeypatch, ca
     assert (about["epoch"], about["weights"]) == best
     for arguments in (["evaluate", "--attacks", "natural"], ["export", "--out", str(tmp_path / "net.safetensors")]):
         command, *flags = arguments
-        assert main([command, str(run), *flags, "--weights", "best", "--model", "test_resume:Small"]) == 0
+        assert main([command, str(run), *flags, "--weights", "best", "--model", SMALL]) == 0
         said = capsys.readouterr().out.splitlines()
         assert said[0] == f"weights: {run / BEST}, the {weights} weights of epoch {epoch}"
     assert_same(load_file(tmp_path / "net.safetensors"), load_file(run / BEST))
     for name, file in (("best", BEST), ("last", WEIGHTS), ("averaged", AVERAGED), (None, WEIGHTS)):
-        found = trained.load_trained(run, 5, weights=name, model="test_resume:Small")
+        found = trained.load_trained(run, 5, weights=name, model=SMALL)
         assert found.weights == run / file
         assert_same(dict(found.model.state_dict()), load_file(run / file))
     with pytest.raises(ValueError, match="weights must be one of last, best, averaged, got 'first'"):
@@ -1055,7 +1066,7 @@ def test_robust_above_natural_accuracy_is_said_while_it_trains(tmp_path, monkeyp
     """The gradients of its images point the other way, so that PGD makes them easier."""
     (tmp_path / "misleading_of_a_test.py").write_text(MISLEADING)
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = tiny(model="misleading_of_a_test:Net", epochs=1, train_size=100, test_size=60, pgd_test_size=40, eps=0.2)
+    config = small(model="misleading_of_a_test:Net", epochs=1, train_size=100, test_size=60, pgd_test_size=40, eps=0.2)
     config = dataclasses.replace(config, average="ema:0.5")
     said = []
     (row,) = train(config, tmp_path / "run", log=said.append)
@@ -1076,7 +1087,7 @@ def test_drawing_fails_no_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop.figures, "draw_curves", broken)
     said = []
-    train(tiny(epochs=1), tmp_path / "run", log=said.append)
+    train(small(epochs=1), tmp_path / "run", log=said.append)
     assert said[-1] == "warning: curves.png is not drawn: RuntimeError: no fonts"
 
 
@@ -1122,10 +1133,11 @@ def test_damage_to_a_checkpoint_of_torch_is_seen(tmp_path):
 
 @pytest.mark.usefixtures("quick_runs")
 def test_weights_of_before_still_load_with_a_line(tmp_path):
-    train(tiny(epochs=1), tmp_path / "run", log=silent)
-    path = tmp_path / "run" / WEIGHTS
+    run = tmp_path / "run"
+    train(small(epochs=1), run, log=silent)
+    path = run / WEIGHTS
     safetensors.torch.save_file(load_file(path), path)
-    for load in (lambda: trained.load_trained(tmp_path / "run", 5), lambda: part_fast.load_model(tmp_path / "run")):
+    for load in (lambda: trained.load_trained(run, 5, model=SMALL), lambda: part_fast.load_model(run, model=SMALL)):
         with pytest.warns(UserWarning, match=rf"{path} carries no checksum.* damage would go unseen") as seen:
             load()
         assert seen[0].filename == __file__
@@ -1153,12 +1165,13 @@ def memory():
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_runs")
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33, which counts what it gives")
-@pytest.mark.parametrize("leak", [None, "a loss with its graph", "4 kB", "a state", "12 objects"])
+@pytest.mark.parametrize("leak", [None, "4 kB", "12 objects"])
 def test_two_thousand_steps_take_no_more_memory(leak, tmp_path, monkeypatch):
-    """Memory after 500 steps and after 2,000, states saved on the way: within 1 %.
+    """Memory after 500 steps and after 2,000, states saved on the way: within 1 %, and with a leak in each step not.
 
-    The resident size alone would not see a leak of some kB a step beside what torch's libraries take; what malloc has
-    given away, and the number of Python's objects, are exact. Leaks are planted to see that each is found.
+    The resident size alone does not see 4 kB a step: malloc finds room for them in pages that were used before, and
+    beside torch's libraries 6 MB are less than 1 %. What malloc has given away, and the number of blocks that Python
+    has, are exact.
     """
     seen, kept, real = [], [], loop.train_step
 
@@ -1171,10 +1184,6 @@ def test_two_thousand_steps_take_no_more_memory(leak, tmp_path, monkeypatch):
             kept.append(torch.zeros(1024))
         elif leak == "12 objects":
             kept.append([object() for _ in range(12)])
-        elif leak == "a loss with its graph":
-            kept.append(engine.model(given[1][:1]).sum())
-        elif leak == "a state" and len(seen) % 50 == 0:
-            kept.append([value.clone() for _ in range(20) for value in engine.model.state_dict().values()])
         return loss
 
     images = torch.randint(0, 256, (208, 3, 12, 12), dtype=torch.uint8)
