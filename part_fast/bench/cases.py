@@ -237,10 +237,11 @@ def fast_case(
     def run(*given: Any) -> Tensor:
         if op == "uniform_start":
             return uniform_start(*given, seed=7)
-        *images, eps, bank, places = given
         if op == "bank_start":
-            return bank_start(*images, bank, places, eps, scale=EPS)
-        return eps_step_(*images, eps, 1.25, bank=bank, places=places, scale=EPS)
+            x, eps, bank, places = given
+            return bank_start(x, bank, places, eps, scale=EPS)
+        x_adv, grad, x, eps, bank, places = given
+        return eps_step_(x_adv, grad, x, eps, 1.25, bank=bank, places=places, scale=EPS)
 
     def plain(device: torch.device) -> Callable[..., Any]:
         def reference(*given: Any) -> Tensor:
