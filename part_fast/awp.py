@@ -68,7 +68,8 @@ def _step(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
     norm = gradient.norm()
     usable = torch.isfinite(norm) & (norm > 0)
     direction: Tensor = torch.where(usable, gradient, 0.0) / torch.where(usable, norm, 1.0)
-    return gamma * weight.norm() * direction
+    step: Tensor = gamma * weight.norm() * direction
+    return step
 
 
 def _shown(value: object) -> str:

@@ -100,7 +100,8 @@ def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: 
         return logits[-1]
 
     loss = objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with the adversarial images
-    return loss + config.pgi_lambda * F.mse_loss(logits[-1].float(), logits[0].float())
+    change: Tensor = F.mse_loss(logits[-1].float(), logits[0].float())
+    return loss + config.pgi_lambda * change
 
 
 def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:
