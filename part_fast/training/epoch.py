@@ -57,22 +57,29 @@ class Epoch:
         """Whether its order is drawn, and its masks are made."""
         return self.order_rng is not None
 
-    def order(self, n: int, config: TrainConfig) -> Tensor:
+    def order(self, n: int, config: TrainConfig, extra: int = 0) -> Tensor:
         """The samples of the epoch, in the order in which this process takes them, as many in every process.
+
+        n: images of the data set, as many as an epoch has. extra: how many follow them, of which a fraction of every
+        batch is.
 
         Together the processes go over all samples: a batch of all of them is made of the batches of each. In a resumed
         epoch it is drawn from the state that it was drawn from before, and random numbers go on where they were.
         """
         self.order_rng = torch.get_rng_state() if self.order_rng is None else self.order_rng
         torch.set_rng_state(self.order_rng)
-        order = epoch_order(n, config, self.number)
+        order = epoch_order(n, config, self.number, extra)
         if self.rng is not None:
             set_rng(self.rng, self.device)
             self.rng = None
         return order
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels (N,). No GPU waits."""
+        """A batch: its mean loss (), logits (N,classes) of its adversarial images, labels. No GPU waits.
+
+        labels: class indices (N,), or probabilities (N,classes), of which the most likely class counts.
+        """
+        labels = labels.argmax(1) if labels.is_floating_point() else labels
         finite = torch.isfinite(loss)
         self.first_bad.masked_fill_((self.first_bad < 0) & ~finite, self.done)
         hits = (logits.argmax(1) == labels).sum()
@@ -108,22 +115,40 @@ class Epoch:
         return epoch
 
 
-def epoch_order(n: int, config: TrainConfig, epoch: int) -> Tensor:
+def epoch_order(n: int, config: TrainConfig, epoch: int, extra: int = 0) -> Tensor:
     """The samples of an epoch, in the order in which this process takes them: see `Epoch.order`.
 
     With an attack that remembers, each process goes over the samples whose perturbations it keeps, and no others.
     """
-    if distributed.size() == 1:
-        return torch.randperm(n)
+    processes = distributed.size()
+    if processes == 1:
+        return _with_extra(torch.randperm(n), torch.arange(n, n + extra), config.extra_fraction)
     # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
     seed_generators(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
-    longest = -(-n // distributed.size())
+    longest = -(-n // processes)
     if ATTACKS[config.attack].remembers:
-        own = torch.arange(n)[distributed.shares(n)]
-        return own[torch.randperm(len(own))][torch.arange(longest) % len(own)]
-    order = distributed.same_(torch.randperm(n))
-    every = longest * distributed.size()
-    return order[torch.arange(every) % n][distributed.shares(every)]
+        own = torch.arange(n + extra)[distributed.shares(n + extra)]
+        ours, others = own[own < n], own[own >= n]
+        order = ours[torch.randperm(len(ours))][torch.arange(longest) % len(ours)]
+        return _with_extra(order, others, config.extra_fraction)
+    order = distributed.same_(torch.randperm(n))[torch.arange(longest * processes) % n]
+    others = torch.arange(n, n + extra)
+    return _with_extra(order, others, config.extra_fraction, processes)[distributed.shares(len(order))]
+
+
+def _with_extra(order: Tensor, others: Tensor, fraction: float, processes: int = 1) -> Tensor:
+    """`order` with samples of `others` in the place of a fraction of it; processes: how many share it, evenly in each.
+
+    Each of them stands there once, unless there are fewer of them than places.
+    """
+    if not len(others):
+        return order
+    place = (torch.arange(len(order)) // processes).double()
+    replaced = ((place + 1) * fraction).floor() > (place * fraction).floor()
+    count = int(replaced.sum())
+    drawn = torch.cat([torch.randperm(len(others)) for _ in range(-(-count // len(others)))] or [order[:0]])[:count]
+    drawn = distributed.same_(drawn.contiguous()) if processes > 1 else drawn
+    return order.masked_scatter(replaced, others[drawn])
 
 
 def seed_generators(seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from part_fast.budgets.bank import MaskBank
 from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load, root_anywhere
+from part_fast.data.extra import add_extra
 from part_fast.data.memory import Dataset, batch_length, draw_augmentation, to_float
+from part_fast.data.mixing import draw_cutmix
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
 from part_fast.evaluation.sanity import agreement_warning, gradient_agreement, order_flags
@@ -96,9 +99,14 @@ def train(
     seed_generators(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
-    config = dataclasses.replace(config, root=root_anywhere(data, config.root))
+    extra = None if config.extra is None else Path(config.extra).expanduser().absolute()
+    config = dataclasses.replace(
+        config, root=root_anywhere(data, config.root), extra=None if extra is None else str(extra)
+    )
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
+    n = len(data)  # of an epoch
+    data = data if extra is None else add_extra(data, extra)
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
     # A single step may be all that the model learns to resist: where PGD attacks no other images, it attacks these.
@@ -121,7 +129,7 @@ def train(
 
     remembered = None
     if ATTACKS[config.attack].remembers:
-        refuse_pairs(config, len(data))
+        refuse_pairs(config, n, len(data) - n)
         remembered = PerturbationBank(len(data), data.images.shape[1:], config.eps, device, seed=config.seed)
 
     rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank, remembered)
@@ -130,16 +138,16 @@ def train(
         raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
     look_every = LOOK_EVERY if device.type == "cuda" else 1
     checkpoints = Checkpoints(out, engine, bank, rows, save_every, remembered)
-    behind = len(rows) * len(data) + epoch.done * distributed.size()
+    behind = len(rows) * n + epoch.done * distributed.size()
     with (
         opened(config, out, resume, overwrite),
         algorithms(device, tf32=config.tf32, deterministic=config.deterministic),
-        Progress(config.epochs * len(data), behind, config.epochs, log, shown=main) as progress,
+        Progress(config.epochs * n, behind, config.epochs, log, shown=main) as progress,
         adversarial_logits(model) as seen,
         summary_writer(str(out)) if summary_writer and main else contextlib.nullcontext() as writer,
         Stop() as stop,
     ):
-        say(_first_line(config, engine, data, held_out, test))
+        say(_first_line(config, engine, data, n, held_out, test))
         if state is None:
             checkpoints.save(epoch)  # so that a run killed in its first epoch still knows where it began
         else:
@@ -159,17 +167,20 @@ def train(
                 bank.fill(engine.budget, data.images)
             if remembered is not None and resets(config, epoch):
                 remembered.reset((config.seed * 1_000_003 + epoch.number) % 2**63)
-            order = epoch.order(len(data), config).to(device)
+            order = epoch.order(n, config, len(data) - n).to(device)
             model.train()
             for batch in data.batches(config.batch_size, order=order[epoch.done :], join_last=True):
                 drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
                 x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
+                mix = draw_cutmix(x, config.cutmix) if config.cutmix else None
+                y = batch.labels if mix is None else mix.labels(batch.labels, data.num_classes)
+                x = x if mix is None else mix.images(x)
                 if epoch.done == 0 and config.precision != "fp32":
-                    epoch.agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
-                epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
+                    epoch.agreement = gradient_agreement(model, engine.attack_model, x, y)
+                epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config, mix)
                 view = None if remembered is None else remembered.at(batch.indices, drawn)
-                loss = train_step(engine, method, x, batch.labels, epsilon, epoch.done, len(order), epoch.number, view)
-                epoch.add(loss, seen[-1], batch.labels)
+                loss = train_step(engine, method, x, y, epsilon, epoch.done, len(order), epoch.number, view)
+                epoch.add(loss, seen[-1], y)
                 epoch.seconds = time.perf_counter() - began
                 if not engine.at_update:
                     progress.update(len(x) * distributed.size())
@@ -260,16 +271,24 @@ def resets(config: TrainConfig, epoch: Epoch) -> bool:
     return every > 0 and epoch.number > 0 and epoch.number % every == 0 and not epoch.begun
 
 
-def refuse_pairs(config: TrainConfig, samples: int) -> None:
-    """Errors: ValueError where a process would go over a sample twice in one batch, for which a bank has one place.
+def refuse_pairs(config: TrainConfig, n: int, extra: int) -> None:
+    """Errors: ValueError where a process could go over a sample twice in one batch, for which a bank has one place.
 
-    Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
+    n: images of the data set. extra: how many follow them.
     """
-    share = -(-samples // distributed.size())
-    if samples % distributed.size() and batch_length(share, config.batch_size) == share:
+    processes = distributed.size()
+    share = -(-n // processes)
+    # Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
+    if n % processes and batch_length(share, config.batch_size) == share:
         raise BadValueError(
-            f"train_size must be a multiple of the {distributed.size()} processes with attack {config.attack} and one "
-            f"batch an epoch, got {samples} images"
+            f"train_size must be a multiple of the {processes} processes with attack {config.attack} and one "
+            f"batch an epoch, got {n} images"
+        )
+    places = math.ceil(share * config.extra_fraction)
+    if extra and extra // processes < places:
+        raise BadValueError(
+            f"extra must hold at least {places * processes} images, as many as an epoch takes of them, with attack "
+            f"{config.attack}, got {extra}"
         )
 
 
@@ -335,15 +354,21 @@ def _nobody(line: str) -> None:
     """Processes other than the first one say nothing."""
 
 
-def _first_line(config: TrainConfig, engine: Engine, data: Dataset, held_out: Dataset | None, test: Dataset) -> str:
+def _first_line(
+    config: TrainConfig, engine: Engine, data: Dataset, n: int, held_out: Dataset | None, test: Dataset
+) -> str:
     size = "x".join(map(str, data.images.shape[2:]))
     aside = "" if held_out is None else f", {len(held_out)} held out"
+    if len(data) > n:
+        aside += (
+            f", {len(data) - n} extra ones, {config.extra_fraction:g} of each batch ({data.images.nbytes / 1e9:.1f} GB)"
+        )
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     several = f"{distributed.size()} processes of " if distributed.size() > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if engine.device.type == "cpu" else ""
     weights = sum(parameter.numel() for parameter in engine.model.parameters())
     return (
-        f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {len(data)} training images of {size}"
+        f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {n} training images of {size}"
         f"{aside}, {len(test)} test images; {config.model}, {weights:,} weights; epochs: {config.epochs}, batches of "
         f"{several}{config.batch_size}; {config.precision} on {device}{threads}"
     )
