@@ -101,7 +101,8 @@ def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: 
 
     loss = objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with the adversarial images
     change: Tensor = F.mse_loss(logits[-1].float(), logits[0].float())
-    return loss + config.pgi_lambda * change
+    total: Tensor = loss + config.pgi_lambda * change
+    return total
 
 
 def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:
