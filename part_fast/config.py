@@ -65,13 +65,19 @@ class TrainConfig:
     ] = False
     augment: bool = True
     """Random crop with padding 4 and random flip."""
+    cutmix: float = 0.0
+    """How probable it is that CutMix mixes a batch: a box of each image shows another one, labels follow by area."""
+    extra: str | None = None
+    """An .npz of extra images: image, uint8 (N,H,W,3), and label (N,); an epoch stays as long as without them."""
+    extra_fraction: float = 0.7
+    """With extra: how much of every batch they are."""
     train_size: int | None = None
     """Train on a balanced subset of so many images; default: all."""
     test_size: int | None = None
     """Test on a balanced subset of so many images; default: all."""
     validation: int = 0
     """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them after each epoch picks
-    best.safetensors. 0: none."""
+    best.safetensors, of plain and averaged weights. 0: none."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
     """A checkpoint to start from; default: random weights."""
@@ -89,6 +95,8 @@ class TrainConfig:
     schedule: Annotated[str, Doc(f"How the learning rate falls: {described(SCHEDULES)}.")] = "piecewise"
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
     weight_decay: float = 2e-4
     """Weight decay of SGD."""
     eps: float = 8 / 255
@@ -105,6 +113,8 @@ class TrainConfig:
     perturbation_reset: Annotated[
         int, Doc(f"Epochs after which remembered perturbations are drawn anew, 0: never ({_that('remembers')}).")
     ] = 40
+    label_smoothing: float = 0.0
+    """In the loss, how much of each label is shared evenly among all classes; the attack gets labels as they are."""
     rule: Annotated[str, Doc(f"Which pixels get the full eps, by the class activation map: {described(RULES)}.")] = (
         "zscore"
     )
@@ -119,9 +129,13 @@ class TrainConfig:
     cam: Annotated[str, Doc(f"How the class activation map (CAM) is made: {described(CAM_CHOICES)}.")] = "gradcam"
     target_layer: str | None = None
     """The layer whose output CAMs explain, by its name in the network; default: layer4 or block3."""
+    awp: float = 0.0
+    """Adversarial weight perturbation (AWP) by so much of each weight's norm, 0.005 for example; 0: none."""
+    awp_warmup: int = 0
+    """Epochs before AWP begins."""
     average: str = "none"
-    """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
-    ends of epochs, from that one on, counted from 1)."""
+    """A second model of averaged weights, tested too: none, ema:DECAY (after every update, with BatchNorm statistics of
+    its own) or swa:EPOCH (mean of the ends of epochs, from that one on, counted from 1)."""
     precision: Annotated[
         str,
         Doc(
@@ -181,9 +195,22 @@ class TrainConfig:
             raise BadValueError(f"eps must be > 0 with attack {self.attack}, whose perturbations are stored, got 0")
         for name in ("lr", "momentum", "weight_decay", "alpha", "beta", "pgi_lambda"):
             checks.number(name, getattr(self, name), 0)
+        if self.nesterov and not self.momentum:
+            raise BadValueError("nesterov takes a momentum > 0, got 0")
+        if checks.number("label_smoothing", self.label_smoothing, 0) >= 1:
+            raise BadValueError(f"label_smoothing must be < 1, got {self.label_smoothing!r}")
+        if checks.number("cutmix", self.cutmix, 0) > 1:
+            raise BadValueError(f"cutmix must be a probability <= 1, got {self.cutmix!r}")
+        if self.cutmix and not for_training()[self.attack].soft_labels:
+            raise BadValueError(f"cutmix takes an attack of labels that are probabilities, got {self.attack}")
+        if self.cutmix and ATTACKS[self.attack].remembers:
+            raise BadValueError(f"cutmix takes an attack of whole images, which {self.attack} remembers one by one")
+        if checks.number("extra_fraction", self.extra_fraction, 0) >= 1:
+            raise BadValueError(f"extra_fraction must be < 1, got {self.extra_fraction!r}")
+        checks.number("awp", self.awp, 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "steps", "pgd_test_size", "validation", "perturbation_reset"):
+        for name in ("warmup_epochs", "awp_warmup", "steps", "pgd_test_size", "validation", "perturbation_reset"):
             checks.count(name, getattr(self, name))
         if ATTACKS[self.attack].remembers:
             checks.count("steps", self.steps, 1)
@@ -392,7 +419,7 @@ def find_device(name: str) -> torch.device:
 
 def _multiplies_bf16(device: torch.device) -> bool:
     with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def parse_number(text: str) -> float:

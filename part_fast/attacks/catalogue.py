@@ -31,6 +31,7 @@ class Attack:
     regularised: whether the training loss also gets `pgi_lambda` times the mean squared difference between the logits
         at the start and at the end.
     reads_model: whether it asks the model, so that a faster copy of it pays.
+    soft_labels: whether y may be probabilities (N,classes), as CutMix makes them.
     of_method: whether a method that has an attack of this kind in its own loss runs that instead.
     resumes: whether an evaluation is so slow that each batch is kept, to go on from.
     load: called before anything is written; raises, saying how to get it, where a package is missing.
@@ -46,6 +47,7 @@ class Attack:
     remembers: bool = False
     regularised: bool = False
     reads_model: bool = True
+    soft_labels: bool = True
     of_method: bool = False
     resumes: bool = False
     load: Callable[[], object] | None = None
@@ -98,6 +100,7 @@ ATTACKS: dict[str, Attack] = {
         "minimum margin, three targets",
         lambda model, x, y, eps, alpha, steps, start, seed: mma(model, x, y, eps, alpha, steps, start=start),
         steps=20,
+        soft_labels=False,
     ),
     "aa": Attack(
         "AutoAttack, standard",

@@ -16,7 +16,7 @@ from part_fast.kernels.pgd_step import sign_of
 def level_of(moved, levels, DTYPE: tl.constexpr):
     """The level of a bank, -127 to 127, that is nearest, half to even; 0 for NaN."""
     # Adding what leaves no bit for fractions rounds: 1.5 * 2^23, 1.5 * 2^52.
-    whole = tl.full((1,), 6755399441055744.0 if DTYPE == tl.float64 else 12582912.0, DTYPE)
+    whole = tl.full((1,), 6755399441055744.0 if moved.dtype == tl.float64 else 12582912.0, DTYPE)
     level = moved * tl.full((1,), levels, DTYPE)
     level = clamp(level, tl.full((1,), -127, DTYPE), tl.full((1,), 127, DTYPE))
     return tl.where(level != level, 0.0, (level + whole) - whole).to(tl.int8)

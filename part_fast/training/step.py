@@ -14,6 +14,7 @@ from part_fast.budgets.cam import CamBudget
 from part_fast.budgets.controls import control_map
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Augmentation
+from part_fast.data.mixing import CutMix, smooth_labels
 from part_fast.errors import BadValueError
 from part_fast.methods import METHODS
 from part_fast.ops.bank_view import BankView
@@ -34,17 +35,21 @@ def batch_epsilon(
     indices: Tensor,
     drawn: Augmentation | None,
     config: TrainConfig,
+    cutmix: CutMix | None = None,
 ) -> float | Tensor | CamBudget:
     """How far the pixels of a batch may move: one eps, the maps kept in the bank, or a budget yet to be asked.
 
-    budget: only a method with weighted pixels needs one.
+    budget: only a method with weighted pixels needs one. drawn, cutmix: what was done to the images, and is to their
+    kept maps.
     """
     if not METHODS[method].weighted:
         return config.eps
     if bank is None:
         assert budget is not None
         return budget
-    return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
+    maps = bank.lookup(indices, drawn)
+    maps = maps if cutmix is None else cutmix.images(maps)
+    return control_map(maps, config.mask_control, config.eps, config.eps_low)
 
 
 def batch_attack(
@@ -78,25 +83,26 @@ def batch_attack(
 
 
 def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: Tensor, config: TrainConfig) -> Tensor:
-    """The training loss, a scalar, of images x (N,C,H,W), what an attack made of them, labels y (N,), and a model in
-    train mode.
+    """The training loss, a scalar, of images x (N,C,H,W), what an attack made of them, labels y, and a model in train
+    mode.
 
+    y: class indices (N,) or probabilities (N,classes).
     Where the attack gives its start, the loss also gets the mean squared difference of its logits there and of those
     of the adversarial images, times `pgi_lambda`; gradients flow through both.
     """
     objective = METHODS[method].objective
     if attacked.start is None:
         return objective(model, x, attacked.x_adv, y, config.beta)
-    at_start, last = model(attacked.start), None
+    logits = [model(attacked.start)]
 
     def forward(images: Tensor) -> Tensor:
-        nonlocal last
-        last = model(images)
-        return last
+        logits.append(model(images))
+        return logits[-1]
 
     loss = objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with the adversarial images
-    assert last is not None
-    return loss + config.pgi_lambda * F.mse_loss(last.float(), at_start.float())
+    change: Tensor = F.mse_loss(logits[-1].float(), logits[0].float())
+    total: Tensor = loss + config.pgi_lambda * change
+    return total
 
 
 def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:
@@ -115,15 +121,22 @@ def train_step(
     epoch: int = 0,
     view: BankView | None = None,
 ) -> Tensor:
-    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y (N,).
+    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y.
 
+    y: class indices (N,), or probabilities (N,classes), as CutMix makes them. The attack is given y, and the loss what
+        label smoothing makes of it, as in Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021: with
+        smoothed labels the attack would also gain by what makes unlikely classes unlikelier.
     epsilon: as `batch_epsilon` gives it. done, total: how many of this process's images of the epoch are behind it, and
     how many there are; default: the batch is the whole epoch. epoch: counted from 0. view: as in `batch_attack`.
     """
     engine.begin(done, len(x) if total is None else total, epoch)
+    smoothing = engine.config.label_smoothing
     with engine.collecting():
         attacked = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config, view)
-        loss = batch_loss(method, engine.trained, x, attacked, y, engine.config)
-        engine.backward(loss, len(x))
+        target = smooth_labels(y, engine.classes, smoothing) if smoothing else y
+        with engine.perturbed(lambda: batch_loss(method, engine.model, x, attacked, target, engine.config), epoch):
+            loss = batch_loss(method, engine.trained, x, attacked, target, engine.config)
+            engine.backward(loss, len(x))
+        engine.measure(attacked.x_adv)
     engine.end()
     return loss.detach()
