@@ -6,10 +6,12 @@ step is a function that other code can use alone; see `part_fast.ops`, `part_fas
 
 from part_fast import attacks, losses, models, ops
 from part_fast.attack_model import AttackModel
+from part_fast.attacks.fast import fgsm_rs, n_fgsm, pgi, warm
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import PGD, pgd
 from part_fast.backends import available_backends, backend, current_backend, set_backend
 from part_fast.budgets.cam import CamBudget
+from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.errors import UsageError
 from part_fast.evaluation.trained import load_model
 from part_fast.losses import mart_loss, trades_loss
@@ -35,6 +37,7 @@ __all__ = [
     "AttackModel",
     "CamBudget",
     "PackedEpsilon",
+    "PerturbationBank",
     "UsageError",
     "attacks",
     "available_backends",
@@ -45,19 +48,23 @@ __all__ = [
     "current_backend",
     "eps_step_",
     "epsilon_map",
+    "fgsm_rs",
     "load_model",
     "losses",
     "mart_loss",
     "mma",
     "models",
+    "n_fgsm",
     "ops",
     "packed_epsilon_map",
     "pgd",
     "pgd_step",
     "pgd_step_",
+    "pgi",
     "project_linf",
     "set_backend",
     "trades_loss",
     "uniform_start",
     "upsample_cam",
+    "warm",
 ]

@@ -166,7 +166,7 @@ def step_case(
     def plain(device: torch.device) -> Callable[..., Any]:
         place = 2 ** torch.arange(8, device=device, dtype=torch.uint8)
 
-        def dense(eps: Any) -> Tensor:
+        def dense(eps: Any) -> Any:
             if not packed:
                 return eps
             bits = (eps.bits[..., None] & place).flatten(2)[..., : size[0] * size[1]]
@@ -367,7 +367,8 @@ def plain_map(
             return mask(u)
         if packed:
             padded = torch.nn.functional.pad(mask(u).flatten(2), (0, -pixels % 8))
-            return (padded.unflatten(2, (-1, 8)).to(torch.uint8) * place).sum(3, dtype=torch.uint8)
+            bits: Tensor = (padded.unflatten(2, (-1, 8)).to(torch.uint8) * place).sum(3, dtype=torch.uint8)
+            return bits
         return torch.where(mask(u), EPS, EPS_LOW)
 
     return plain
@@ -438,7 +439,8 @@ def check(case: Case, providers: Sequence[Provider], device: torch.device) -> in
     def result_of(provider: Provider) -> Tensor:
         given = (inputs[0].clone(), *inputs[1:]) if case.in_place else inputs
         with torch.no_grad(), backends.backend(provider.backend):
-            return provider.run(*given)
+            result: Tensor = provider.run(*given)
+        return result
 
     wanted = result_of(providers[0])
     for provider in providers[1:]:
