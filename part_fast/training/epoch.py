@@ -193,10 +193,10 @@ def same_rng(device: torch.device) -> Iterator[None]:
 
 
 def _tensors(value: Any) -> Any:
-    """Arrays in dictionaries as tensors of their own."""
+    """Arrays in dictionaries as tensors of their own, in int64: processes cannot send each other those of uint32."""
     if isinstance(value, dict):
         return {key: _tensors(item) for key, item in value.items()}
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+    return torch.from_numpy(value.astype(np.int64)) if isinstance(value, np.ndarray) else value
 
 
 def _arrays(value: Any) -> Any:
