@@ -31,7 +31,7 @@ FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp test
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo docs test test-slow test-examples test-wheel test-versions sanitize gpu bench lint format lock clean
+.PHONY: help install build demo docs test test-slow test-examples test-wheel test-versions sanitize sanitize-threads gpu bench lint format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -124,13 +124,22 @@ test-torch-%: ## the tests on one more torch, such as test-torch-2.10
 	$(MAKE) -C $(VERSIONS)/torch-$*/checkout test VENV=$(abspath $(VERSIONS))/torch-$* CONSTRAINTS=../constraints.txt
 
 # The library lies in a copy of the package, and -P keeps the checkout's out of the way. Leaks are not looked for: torch
-# and Python keep memory until they end. Torch is not instrumented, so what it does with a tensor is not seen.
+# and Python keep memory until they end. Torch is not instrumented, so what it does with a tensor is not seen. Pytest
+# would keep what the sanitizers say if it captured all that goes to stderr.
 sanitize: $(INSTALLED) ## the tests of the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer; needs g++
 	PART_FAST_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib build/sanitize
 	@for threads in $(SANITIZE_THREADS); do echo "threads: $$threads"; \
 	    OMP_NUM_THREADS=$$threads PYTHONPATH=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)" \
-	    $(PY) -P -m pytest -q -p no:cacheprovider $(SANITIZED:%=tests/test_%.py) $(SANITIZE_ARGS) || exit 1; done
+	    $(PY) -P -m pytest -q --capture=sys -p no:cacheprovider $(SANITIZED:%=tests/test_%.py) $(SANITIZE_ARGS) || exit 1; done
+
+# Interceptors report what torch does with memory, whose threads' order is not seen, unless they are told not to; of the
+# library itself `parallel_for` of csrc/cpu.h says what a parallel loop orders.
+sanitize-threads: $(INSTALLED) ## the same tests, on two threads, under ThreadSanitizer; needs g++
+	PART_FAST_SANITIZE=thread $(PY) setup.py --quiet build --build-lib build/sanitize-threads
+	OMP_NUM_THREADS=2 PYTHONPATH=build/sanitize-threads TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+	    LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so)" \
+	    $(PY) -P -m pytest -q --capture=sys -p no:cacheprovider $(SANITIZED:%=tests/test_%.py) $(SANITIZE_ARGS)
 
 gpu: $(INSTALLED) ## everything on the GPU that is there: build for it, check, time, report; runs/gpu, 9 minutes
 	$(PY) -m part_fast.gpu $(GPU_ARGS)

@@ -326,7 +326,7 @@ Tensor cam(const Tensor& activation, const Tensor& gradient, int64_t method) {
     constexpr bool decode = std::is_same_v<T, Half>;
     const T *activations = data<T>(activation), *gradients = data<T>(gradient);
     C* to = mutable_data<C>(out);
-    torch::stable::parallel_for(0, shape.n, VALUES_A_TASK / (values + 1) + 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, shape.n, VALUES_A_TASK / (values + 1) + 1, [&](int64_t first, int64_t last) {
       std::vector<C> weights(2 * shape.c), buffer(decode ? 2 * values : 0);
       for (int64_t image = first; image < last; ++image) {
         const T *a = activations + image * values, *g = gradients + image * values;

@@ -63,7 +63,7 @@ void for_each_chunk(const Images& images, const Eps& eps, const F& body) {
   if (numel == 0) return;
   const EpsReader reader(images, eps);
   const int64_t chunk = reader.chunk();
-  torch::stable::parallel_for(0, (numel + chunk - 1) / chunk, CHUNKS_A_TASK, [&](int64_t first, int64_t last) {
+  parallel_for(0, (numel + chunk - 1) / chunk, CHUNKS_A_TASK, [&](int64_t first, int64_t last) {
     alignas(64) C buffer[CHUNK];
     reader.prepare(buffer);
     for (int64_t begin = first * chunk; begin < std::min(last * chunk, numel); begin += chunk) {
@@ -114,9 +114,9 @@ class GradientsChunk {
   }
 
  private:
-  alignas(64) C buffer_[3][CHUNK];
   const Gradients& to_;
   int64_t at_;
+  alignas(64) C buffer_[3][CHUNK];
 };
 
 }  // namespace part_fast

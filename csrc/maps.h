@@ -81,7 +81,7 @@ void for_each_map(const Tensor& cam, int64_t height, int64_t width, const F& per
   const Axis<C> columns = square ? rows : Axis<C>(cam.size(2), width);
   const T* maps = data<T>(cam);
   const int64_t grain = PIXELS_A_TASK / (height * width) + 1;
-  torch::stable::parallel_for(0, cam.size(0), grain, [&](int64_t first, int64_t last) {
+  parallel_for(0, cam.size(0), grain, [&](int64_t first, int64_t last) {
     Upsampler<C> upsampler(rows, columns);
     per_thread(upsampler, [&](const auto& body) {
       for (int64_t image = first; image < last; ++image) {

@@ -133,9 +133,8 @@ void winograd_weight_(const Tensor& u, const Tensor& weight, bool transposed) {
   static const Stages run = stages();
   const Weights weights(weight, transposed);
   float* to = mutable_data<float>(u);
-  torch::stable::parallel_for(0, weights.out / LINE, 1, [&](int64_t first, int64_t last) {
-    run.transform(weights, first * LINE, last * LINE, to);
-  });
+  parallel_for(0, weights.out / LINE, 1,
+               [&](int64_t first, int64_t last) { run.transform(weights, first * LINE, last * LINE, to); });
 }
 
 // Memory that a thread keeps, so that its pages are there the next time.
@@ -171,7 +170,7 @@ void winograd_(const Tensor& y, const Tensor& x, const std::optional<Tensor>& x_
   };
   const int64_t tiles = conv.tiles();
   if (tiles >= MANY) {
-    torch::stable::parallel_for(0, (tiles + ROWS - 1) / ROWS, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, (tiles + ROWS - 1) / ROWS, 1, [&](int64_t first, int64_t last) {
       const int64_t v_plane = BLOCK * conv.in + LINE, m_plane = BLOCK * conv.out + LINE;
       float *v = scratch(36 * (v_plane + m_plane)), *m = v + 36 * v_plane;
       for (int64_t begin = first * ROWS; begin < std::min(last * ROWS, tiles); begin += BLOCK) {
@@ -185,14 +184,13 @@ void winograd_(const Tensor& y, const Tensor& x, const std::optional<Tensor>& x_
     // Few tiles, many weights: each of the products is one thread's, so that no weights are read twice.
     const int64_t v_plane = tiles * conv.in + LINE, m_plane = tiles * conv.out + LINE;
     float *v = scratch(36 * (v_plane + m_plane)), *m = v + 36 * v_plane;
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
       run.enter(conv, from, signs, zeros.data(), first, last, v + first * conv.in, v_plane);
     });
-    torch::stable::parallel_for(0, 36, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, 36, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) multiply(i, v, v_plane, m, m_plane, tiles);
     });
-    torch::stable::parallel_for(
-        0, tiles, 1, [&](int64_t first, int64_t last) { leave(m + first * conv.out, m_plane, first, last); });
+    parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) { leave(m + first * conv.out, m_plane, first, last); });
   }
 }
 

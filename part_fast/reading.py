@@ -51,6 +51,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_numbers(*values: Any) -> None:
+    """Errors: ValueError unless each value, read from JSON, is a finite number."""
+    for value in values:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise BadValueError(f"a number is {value!r}"[:100])
+
+
+def check_share(row: dict[str, Any]) -> None:
+    """Errors: ValueError, KeyError unless a row's accuracy is that of so many right of n, with a standard error."""
+    share, error, hits, n = (row[name] for name in ("accuracy", "standard_error", "correct", "n"))
+    check_numbers(share, error)
+    if not all(0 <= value <= 1 for value in (share, error)):
+        raise BadValueError(f"a share is not in [0, 1]: {share}, {error}")
+    if not (type(hits) is int and type(n) is int and n > 0 and hits / n == share):
+        raise BadValueError(f"an accuracy of {share} is not {hits!r} of {n!r}"[:100])
+
+
+def check_texts(values: Any) -> None:
+    """Errors: ValueError unless it is a list of texts."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise BadValueError(f"a text is {values!r}"[:100])
+
+
+def missing_or_wrong(error: Exception) -> str:
+    """What an error says of a record that lacks something, or holds something else: one line."""
+    return f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):

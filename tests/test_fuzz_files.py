@@ -28,10 +28,13 @@ from part_fast.config import TrainConfig, read_config
 from part_fast.data import fashion_mnist, files
 from part_fast.data.folders import _val_annotations
 from part_fast.evaluation import accuracy
+from part_fast.evaluation.sweep import read_sweep
+from part_fast.experiments import runs
 from part_fast.models.checkpoints import load_weights
 from part_fast.models.weights_file import write_weights
-from part_fast.report.files import write_json
+from part_fast.report.files import write_csv, write_json
 from part_fast.training import checkpoint, run_folder
+from part_fast.training.mask_history import MASKS, read_masks
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (3, 4, 5), dtype=np.uint8)
@@ -123,6 +126,35 @@ def read_evaluation(path):
     return accuracy._read_results(summary, per_image, SETTINGS, LABELS)
 
 
+def stopped(path):
+    """What AutoAttack leaves when it is stopped in the middle."""
+    state = {"right": RIGHT, "done": torch.tensor([4])}
+    save_file(state | {"sha256": accuracy._checksum(*state.values())}, path)
+
+
+METRICS = [
+    {"epoch": e, "method": "part", "lr": 0.1, "train_loss": 2.5 / e, "train_robust": 0.125 * e, "test_natural": 0.5}
+    | {"test_pgd20": None, "skipped": 0, "seconds": 12.75, "images_per_second": 1003.5}
+    for e in (1, 2, 3)
+]
+
+
+def mask_history(path):
+    tensors = {
+        "images": torch.arange(96, dtype=torch.uint8).view(2, 3, 4, 4),
+        "labels": torch.tensor([0, 1]),
+        "epochs": torch.tensor([1, 2, 3]),
+        "weights": torch.arange(96, dtype=torch.uint8).view(3, 2, 1, 4, 4),
+        "eps": torch.tensor([8 / 255, 7 / 255], dtype=torch.float64),
+    }
+    save_file(tensors, path, {"class_names": json.dumps(["cat", "dog"])})
+
+
+def swept():
+    points = [{"eps": e / 255, **accuracy.accuracy(RIGHT)} for e in (0, 8)]
+    return SETTINGS | {"curves": {"eps": {"points": points, "warnings": ["rises"]}}, "environment": {}}
+
+
 def state():
     return {
         "version": checkpoint.VERSION,
@@ -204,6 +236,30 @@ def same_results(content, value):
     ) and same(value[1], {name: IMAGES[name] for name in RESULTS})
 
 
+def same_table(content, value):
+    """Plain rows of cells below the names of columns, each cell as it is written; shares from 0 to 1."""
+    lines = content.decode("utf-8-sig").split("\r\n")
+    names, rows = lines[0].split(","), [line.split(",") for line in lines[1:-1]]
+    said = [dict(zip(names, row, strict=True)) for row in rows]
+    said = [{n: c if n == "method" else float(c) if c else None for n, c in row.items()} for row in said]
+    shares = [row[name] for row in value for name in ("train_robust", "test_natural")]
+    whole = lines[-1] == "" and set(names) == set(METRICS[0])
+    return whole and said == value and all(0 <= share <= 1 for share in shares)
+
+
+def same_masks(content, value):
+    """No checksum: as many of everything as there should be, which reading checks."""
+    return value["weights"].shape[:2] == (len(value["epochs"]), len(value["images"]))
+
+
+def same_record(content, value):
+    """What the file says, accuracies that are those of their counts, and nothing that the readers need left out."""
+    said = json.loads(content.decode("utf-8-sig"))
+    points = [p for curve in said.get("curves", {}).values() for p in curve["points"]]
+    rows = points + list(said.get("results", {}).values())
+    return said == value and rows != [] and all(row["correct"] / row["n"] == row["accuracy"] for row in rows)
+
+
 RESULTS = evaluation()["results"]
 
 # NAME: (name of the file, its bytes or what makes them, the reader, and what makes of bytes and result whether that is
@@ -263,6 +319,23 @@ CORPUS = {
         150,
     ),
     "evaluation.json": ("evaluation.json", json.dumps(evaluation()).encode(), read_evaluation, same_results, 300),
+    "evaluation of a report.json": (
+        "evaluation.json",
+        json.dumps(evaluation()).encode(),
+        runs._read_evaluation,
+        same_record,
+        150,
+    ),
+    "sweep.json": ("sweep.json", json.dumps(swept()).encode(), read_sweep, same_record, 150),
+    "metrics.csv": ("metrics.csv", written(lambda p: write_csv(p, METRICS)), runs.read_rows, same_table, 300),
+    "stopped AutoAttack": (
+        "evaluation_aa_0123.safetensors",
+        written(stopped),
+        lambda p: accuracy._read_kept(p, 6),
+        None,
+        150,
+    ),
+    "masks": (MASKS, written(mask_history), lambda p: read_masks(p.parent)._asdict(), same_masks, 150),
     "evaluation_images": (
         "evaluation_images.safetensors",
         written(lambda p: save_file(IMAGES, p)),
@@ -424,6 +497,15 @@ def fuzz(name, folder, numbers):
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most) / 1024
     assert grown < 300, f"{name}: {grown:.0f} MiB more memory"
     return len(numbers), refused
+
+
+def test_an_array_that_numpy_would_not_make_is_refused(tmp_path):
+    """It begins with no elements; bytes in the place of that number are what Python's own unpickler refuses too."""
+    content = batch(4)
+    begins = content.index(b"K\x00\x85")
+    (tmp_path / "batch").write_bytes(content[:begins] + b"C" + content[begins + 1 :])
+    with pytest.raises(part_fast.UsageError, match=r"batch is not a CIFAR-10 batch: an array that is made in another"):
+        files.read_cifar_pickle(tmp_path / "batch", "CIFAR-10", "labels", 10)
 
 
 @pytest.mark.parametrize("name", CORPUS)

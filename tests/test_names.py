@@ -34,13 +34,16 @@ def attacked_loss(method, model, x, y, epsilon, config):
 
 
 def test_names():
-    assert list(for_training()) == ["pgd", "fgsm", "mma"]
-    assert list(for_evaluation()) == ["natural", "pgdSTEPS", "fgsm", "mma", "aa"]
+    assert list(for_training()) == ["pgd", "fgsm", "fgsm-rs", "n-fgsm", "pgi", "warm", "mma"]
+    assert list(for_evaluation()) == ["natural", "pgdSTEPS", "fgsm", "fgsm-rs", "n-fgsm", "mma", "aa"]
     assert list(METHODS) == ["at", "part", "trades", "part-t", "mart", "part-m"]
     assert list(MODELS) == [
         "resnet18",
         "resnet-small",
+        "preact-resnet18",
+        "preact-resnet18-silu",
         "wrn-DEPTH-WIDTH",
+        "wrn-DEPTH-WIDTH-silu",
         "torchvision:NAME",
         "timm:NAME",
         "MODULE:FUNCTION",

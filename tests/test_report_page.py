@@ -58,7 +58,7 @@ def write_run(folder, method="part", seed=0, epochs=3, done=None, *, sweep=True,
     files.write_json(folder / "environment.json", ENVIRONMENT)
     names = ("epoch", "method", "lr", "train_loss", "train_robust", "test_natural", "test_pgd20")
     rows = [
-        dict(zip(names, (e, method, 0.1, 2 / e, 0.1 * e, (20 * e + seed) / 100, None), strict=True))
+        dict(zip(names, (e, method, 0.1, 2 / e, min(0.1 * e, 1.0), min(20 * e + seed, 100) / 100, None), strict=True))
         | {"seconds": 10.0 + seed, "images_per_second": 100.0 * (1 + seed)}
         for e in range(1, done + 1)
     ]
@@ -77,7 +77,10 @@ def write_run(folder, method="part", seed=0, epochs=3, done=None, *, sweep=True,
     tensors = {name: torch.tensor(hit, dtype=torch.bool) for name, hit in hits.items()}
     save_file({**tensors, "labels": torch.tensor([0, 1, 2, 3])}, folder / "evaluation_images.safetensors")
     if sweep:
-        points = [{"eps": i * EPS, "accuracy": 0.8 / (1 + 9 * i), "standard_error": 0.1} for i in range(4)]
+        points = [
+            {"eps": i * EPS, "accuracy": hits / 1000, "standard_error": 0.1, "correct": hits, "n": 1000}
+            for i, hits in enumerate((800, 80, 42, 28))
+        ]
         curves = {"eps": {"points": points, "warnings": []}}
         files.write_json(folder / "sweep.json", {**settings, "curves": curves, "environment": ENVIRONMENT})
     write_masks(folder, range(1, done + 1), 0.25 if method == "part" else 0.5)
@@ -265,7 +268,6 @@ def test_texts_of_files_are_escaped(tmp_path):
     run = write_run(tmp_path / name.replace("/", "|"))
     record = json.loads((run / "evaluation.json").read_text())
     record["warnings"] = [name]
-    record["results"] = {name: record["results"]["natural"]}
     record["environment"] = {**ENVIRONMENT, "cpu": name}
     (run / "evaluation.json").write_text(json.dumps(record))
     report([run], tmp_path / "page.html")
@@ -273,7 +275,10 @@ def test_texts_of_files_are_escaped(tmp_path):
     assert "<script" not in text
     assert "<b>" not in text
     assert html.escape(name, quote=False).replace("/", "|").split('"')[0] in text
-    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2
+
+
+ROWS = "epoch,method,train_loss,test_natural,seconds,images_per_second\n1,at,2.25,0.5,1.0,9.0\n"
 
 
 @pytest.mark.parametrize(
@@ -285,9 +290,22 @@ def test_texts_of_files_are_escaped(tmp_path):
         ("metrics.csv", "epoch,method\n1,at\n", "metrics.csv is no table of epochs: 'train_loss' is missing"),
         ("metrics.csv", "epoch,method\nx,at\n", "metrics.csv is no table of epochs"),
         ("metrics.csv", "epoch\n2\n", "epochs are not 1, 2, 3"),
-        ("environment.json", "[1]", "environment.json must hold an object, got list"),
+        ("environment.json", "[1]", "environment.json must hold an object, got a list"),
         ("evaluation.json", "{}", "evaluation.json is no evaluation: 'results' is missing"),
-        ("evaluation.json", '{"results": {"pgd20": {"accuracy": 2, "standard_error": 0}}}', "not in [0, 1]"),
+        (
+            "evaluation.json",
+            '{"results": {"pgd20": {"accuracy": 2, "standard_error": 0, "correct": 2, "n": 1}}}',
+            "in [0, 1]",
+        ),
+        ("evaluation.json", '{"results": {"<b>": {}}}', "attacks must be of natural, "),
+        ("metrics.csv", ROWS[:-2], "its last line is cut off"),
+        ("metrics.csv", ROWS.replace("0.5", "1.5"), "test_natural must be from 0 to 1, got 1.5"),
+        ("metrics.csv", ROWS.replace("0.5", "1_0"), "test_natural is '1_0', no number"),
+        ("metrics.csv", ROWS.replace("test_natural", "test_naturel"), "a column must be one of epoch, method"),
+        ("metrics.csv", ROWS.replace("0.5,", ""), "rows take a cell for each column"),
+        ("metrics.csv", ROWS.replace(",at,", ",fat,"), "method must be one of at, "),
+        ("metrics.csv", "", "its last line is cut off"),
+        ("metrics.csv", ROWS.splitlines()[0] + "\n", "rows take a cell for each column"),
         ("evaluation.json", '{"results": [1]}', "evaluation.json is no evaluation"),
         ("evaluation.json", "\x00", "evaluation.json is not JSON"),
         ("sweep.json", '{"curves": {"eps": {"points": [{"accuracy": 1}]}}}', "sweep.json is no sweep"),

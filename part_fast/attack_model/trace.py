@@ -26,7 +26,8 @@ from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from part_fast.random_state import Draws
 
 # While it traces, torch.fx has a function of its own in the place of nn.Module.__call__, for the whole process: one
 # thread traces at a time, and calls in others go where they would (see `_Tracer.call_module`).
@@ -85,7 +86,7 @@ def traced(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> Trace | s
         for name, parameter in list(inspect.signature(type(model).forward).parameters.items())[2:]
         if parameter.default is not parameter.empty
     }
-    tracer, draws = _Tracer(is_layer), _Draws()
+    tracer, draws = _Tracer(is_layer), Draws()
     try:
         with _turn, draws, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of hooks and the like, that they see no tensors
@@ -132,19 +133,6 @@ def _same_objects(old: dict[str, Any], new: dict[str, Any]) -> bool:
     # Where torch.fx meets a tensor that is nobody's attribute, it keeps it under this name.
     new = {key: value for key, value in new.items() if not key.startswith("_tensor_constant")}
     return old.keys() == new.keys() and all(value is new[key] for key, value in old.items())
-
-
-class _Draws(TorchDispatchMode):
-    """Notes whether an operation of this thread draws from a generator of torch's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation."""
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
 
 
 class _Tracer(Tracer):

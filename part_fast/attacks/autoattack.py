@@ -16,6 +16,7 @@ from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, grads_kept, input_gradient
 from part_fast.ops.project_linf import project_linf
 from part_fast.optional import needs
+from part_fast.random_state import generators_put_back
 
 
 def autoattack(
@@ -30,8 +31,9 @@ def autoattack(
     """Adversarial images like x: APGD-CE, targeted APGD, targeted FAB, Square, each on the images
     that the ones before did not fool.
 
-    x: images (N,C,H,W) within clip. y: class indices (N,). eps: image units, one for all pixels. seed: of every attack;
-    the random generators are put back. The model runs in eval mode and gets its mode back; no .grad is touched.
+    x: images (N,C,H,W) within clip. y: class indices (N,). eps: image units, one for all pixels. seed: of every attack.
+    They draw from the random generators of the process, which are put back; calls in several threads take turns. The
+    model runs in eval mode and gets its mode back; no .grad is touched.
     clip: (low, high), two numbers. The attacks work in [0,1]: images and eps are scaled to it, and the result back.
     With fewer than ten classes the targeted attacks take every wrong one. With fewer than four there is no targeted
     APGD, whose loss divides by a difference from the third and fourth largest logit: the other three run, and a warning
@@ -54,8 +56,7 @@ def autoattack(
         return x.clone()
     scaled = (low, high) != (0.0, 1.0)
     attacked = (lambda z: model(z * span + low)) if scaled else model
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), eval_mode(model), grads_kept(model), torch.inference_mode(False):
+    with generators_put_back(x.device), eval_mode(model), grads_kept(model), torch.inference_mode(False):
         x, y = plain(x), plain(y)
         with torch.enable_grad():
             leaf = x.clone().requires_grad_()

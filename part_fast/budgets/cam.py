@@ -22,6 +22,7 @@ from part_fast.ops.cam import METHODS, cam
 from part_fast.ops.cam_mask import parse_rule
 from part_fast.ops.epsilon_map import epsilon_map, packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_pair
+from part_fast.random_state import draws_put_back, generators_put_back
 
 # Names of the layer that gives the last feature map in ResNets and WideResNets.
 DEFAULT_LAYERS = ("layer4", "block3")
@@ -60,13 +61,15 @@ class CamBudget:
         the output and its gradient as grad-cam's `reshape_transform` is; with "rollout" and "attention-gradient" it is
         given (N,L,1) for all tokens, and gives (N,1,h,w).
     control: "none", "permuted", "random", "inverted" or "uniform": how the map is changed afterwards, to test
-        whether the CAM matters; see `part_fast.budgets.controls`. "permuted" and "random" draw from torch's generators.
+        whether the CAM matters; see `part_fast.budgets.controls`. "permuted" and "random" draw from `generator`.
     clip: (low, high), what a pixel may be, as in `pgd`.
+    generator: of random numbers, on any device, such as each thread's own; default: torch's, which are the process's.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
     before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
     random generators are as before, also after an exception. Calls for one model from several threads
-    take turns.
+    take turns. What other threads draw meanwhile stays drawn, unless the model itself draws; if something was drawn,
+    one more forward tells by whom.
 
     Equivalent to: `epsilon_map(cam(A, dA, method), x.shape[2:], eps, eps_low, rule)`, where A is the target
     layer's output and dA the gradient of each image's target logit for it.
@@ -87,6 +90,7 @@ class CamBudget:
         control: str = "none",
         clip: Clip = (0.0, 1.0),
         reshape: Reshape | None = None,
+        generator: torch.Generator | None = None,
     ):
         if not isinstance(model, nn.Module):
             raise BadTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -105,6 +109,9 @@ class CamBudget:
         if reshape is not None and not callable(reshape):
             raise BadTypeError(f"reshape must be a callable, got {type(reshape).__name__}")
         self.reshape = reshape
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise BadTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+        self.generator = generator
         if method in ATTENTION_METHODS and target_layer is not None:
             raise BadValueError(
                 f"target_layer must not be given with method {method}, which reads every block's attention"
@@ -138,7 +145,7 @@ class CamBudget:
                 weights = rule_weights(self._found_rule, evidence, x, target).float()
                 low, high = (torch.full((), value, device=weights.device) for value in (self.eps_low, self.eps))
                 eps = torch.lerp(low, high, weights)  # exactly eps_low at 0 and eps at 1
-            return control_map(eps, self.control, self.eps, self.eps_low), logits
+            return control_map(eps, self.control, self.eps, self.eps_low, self.generator), logits
 
     def packed(self, x: Tensor, target: Tensor | None = None) -> PackedEpsilon:
         """The eps map as one bit per value: what a call gives, by the rules of two values ("zscore",
@@ -153,7 +160,7 @@ class CamBudget:
             packed = packed_epsilon_map(evidence, (x.shape[2], x.shape[3]), self.eps, self.eps_low, rule)
             if self.control == "none":
                 return packed
-            mask = control_map(packed.mask().float(), self.control, 1.0, 0.0) > 0.5
+            mask = control_map(packed.mask().float(), self.control, 1.0, 0.0, self.generator) > 0.5
             return PackedEpsilon.pack(mask, self.eps, self.eps_low)
 
     def mask_rule(self) -> str:
@@ -172,10 +179,17 @@ class CamBudget:
             checks.labels("target", target, x)
         if x.shape[0] == 0:  # layers disagree on empty batches
             return x.new_empty(0, 1, 1, dtype=torch.float32), x.new_empty(0, 0)
-        devices = [x.device] if x.device.type == "cuda" else []
         model = unwrapped(self.model)
         turn = _turns.setdefault(model, threading.RLock())
-        with turn, torch.inference_mode(False), torch.random.fork_rng(devices), eval_mode(model):
+
+        def forward() -> None:
+            with turn, torch.no_grad(), uncached_autocast(), eval_mode(model):
+                model(x.clone())
+
+        # Methods of others may draw beside the model.
+        native = isinstance(self.method, str)
+        put_back = draws_put_back(model, x.device, forward) if native else generators_put_back(x.device)
+        with put_back, turn, torch.inference_mode(False), eval_mode(model):
             x = x.clone().detach()  # some models normalise in place
             if not isinstance(self.method, str):
                 return self._external(self.method, model, x, target)

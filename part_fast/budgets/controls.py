@@ -17,7 +17,9 @@ def check_control(control: str) -> str:
     return control
 
 
-def control_map(eps_map: Tensor, control: str, eps: float, eps_low: float) -> Tensor:
+def control_map(
+    eps_map: Tensor, control: str, eps: float, eps_low: float, generator: torch.Generator | None = None
+) -> Tensor:
     """An eps map (N,M,H,W) of values in [eps_low, eps], changed as the control says; a new tensor or the same.
 
     none      as it is
@@ -27,7 +29,7 @@ def control_map(eps_map: Tensor, control: str, eps: float, eps_low: float) -> Te
     inverted  eps where there was eps_low and the other way round
     uniform   each image's mean eps everywhere
 
-    "permuted" and "random" draw from torch's generators.
+    "permuted" and "random" draw from `generator`, on whatever device, or else from torch's generators of the process.
     Errors: ValueError that lists the known controls.
     """
     check_control(control)
@@ -36,9 +38,12 @@ def control_map(eps_map: Tensor, control: str, eps: float, eps_low: float) -> Te
         return eps_map
     if control == "permuted":
         # After a rotation by at least one no image has its own map; it is drawn on the CPU, so that no GPU waits.
-        return eps_map.roll(int(torch.randint(1, n, ())) if n > 1 else 0, 0)
+        device = "cpu" if generator is None else generator.device
+        return eps_map.roll(int(torch.randint(1, n, (), generator=generator, device=device)) if n > 1 else 0, 0)
     if control == "random":
-        place = torch.rand(n, 1, height * width, device=eps_map.device).argsort(2)
+        device = eps_map.device if generator is None else generator.device
+        noise = torch.rand(n, 1, height * width, generator=generator, device=device)
+        place = noise.to(eps_map.device).argsort(2)
         return eps_map.flatten(2).gather(2, place.expand(n, m, -1)).view_as(eps_map)
     if control == "inverted":
         return (eps + eps_low) - eps_map

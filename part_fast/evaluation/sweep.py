@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from part_fast.errors import BadValueError
 from part_fast.evaluation import sanity
 from part_fast.evaluation.accuracy import AttackSettings, accuracy, is_correct
 from part_fast.evaluation.trained import load_trained
+from part_fast.reading import check_numbers, check_share, check_texts, missing_or_wrong, read_json
 from part_fast.report import files
 from part_fast.report.environment import environment
 
@@ -98,7 +98,7 @@ def sweep(
     settings = {"sha256": digest, "dataset": config.dataset, "n": len(data), **dataclasses.asdict(attack)}
     curves: dict[str, dict[str, Any]] = {}
     if path.exists() and not overwrite:
-        before = json.loads(path.read_text())
+        before = read_sweep(path)
         different = [key for key in settings if before.get(key) != settings[key]]
         if different:
             raise BadValueError(
@@ -120,6 +120,27 @@ def sweep(
         files.write_json(path, record)
     distributed.barrier()
     return record
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """What `sweep` wrote. Errors: FileNotFoundError; ValueError that names the file, unless it is a sweep."""
+    values = read_json(path)
+    try:
+        for kind, curve in values["curves"].items():
+            check_kinds([kind])
+            for point in curve["points"]:
+                check_share(point)
+                check_numbers(point[kind])
+            check_texts(curve["warnings"])
+        if not values["curves"] or not all(curve["points"] for curve in values["curves"].values()):
+            raise BadValueError("no curve, or one without points")
+        check_numbers(*(values[name] for name in ("eps", "alpha", "n", "seed")))
+        check_texts([values["sha256"], values["dataset"]])
+        if not isinstance(values["environment"], dict):
+            raise BadValueError("an environment is no object")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BadValueError(f"{path} is no sweep: {missing_or_wrong(error)}") from error
+    return values
 
 
 def _attacks(kind: str, attack: AttackSettings) -> Iterator[tuple[float, str, AttackSettings]]:

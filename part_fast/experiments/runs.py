@@ -5,24 +5,45 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from part_fast.attacks.catalogue import attack_of_evaluation
+from part_fast.choices import check_choice
 from part_fast.config import TrainConfig, read_config
 from part_fast.errors import BadValueError, MissingFileError
-from part_fast.evaluation.sweep import SWEEP
+from part_fast.evaluation.sweep import SWEEP, read_sweep
+from part_fast.methods import METHODS
+from part_fast.reading import check_numbers, check_share, check_texts, missing_or_wrong, read_json
 from part_fast.training.mask_history import MaskHistory, read_masks
 from part_fast.training.run_folder import AVERAGED, WEIGHTS
 
 # Fields in which the runs of a group may differ: they change nothing in what is trained but the random numbers.
 OF_A_RUN = ("seed", "root", "download", "device", "init")
-# Columns of metrics.csv that are no measurements.
-TEXTS = ("method",)
+SHARE, AMOUNT = (0, 1), (0, math.inf)
+# Columns of metrics.csv, and what a number in them may be.
+COLUMNS: dict[str, tuple[float, float] | None] = {
+    "epoch": AMOUNT,
+    "method": None,
+    "lr": AMOUNT,
+    "train_loss": (-math.inf, math.inf),
+    **dict.fromkeys(
+        (
+            *("train_robust", "test_natural", "test_pgd20", "averaged_natural", "averaged_pgd20", "validation_pgd20"),
+            *("zero_gradients", "sign_agreement"),
+        ),
+        SHARE,
+    ),
+    **dict.fromkeys(("skipped", "seconds", "images_per_second"), AMOUNT),
+}
+# As Python writes them; float() takes more, such as 1_0.
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?|nan|-?inf")
 
 
 @dataclass(frozen=True)
@@ -93,10 +114,10 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder,
         config,
-        _read_rows(folder / "metrics.csv"),
-        _read_json(folder / "environment.json"),
-        _read_evaluation(folder / "evaluation.json"),
-        _read_sweep(folder / SWEEP),
+        read_rows(folder / "metrics.csv"),
+        _if_there(read_json, folder / "environment.json"),
+        _if_there(_read_evaluation, folder / "evaluation.json"),
+        _if_there(read_sweep, folder / SWEEP),
         read_masks(folder),
         {hashlib.sha256(path.read_bytes()).hexdigest(): path.name for path in weights},
     )
@@ -141,89 +162,66 @@ def _stem(runs: Sequence[Run]) -> str | None:
     return stems.pop() if len(stems) == 1 else None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
+def _if_there(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any] | None:
+    return read(path) if path.is_file() else None
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    values = read_json(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise BadValueError(f"{path} must hold an object, got {type(values).__name__}")
+        for name, row in values["results"].items():
+            attack_of_evaluation(name)
+            check_share(row)
+            check_numbers(row["seconds"])
+        if not values["results"]:
+            raise BadValueError("no results")
+        check_numbers(*(values[name] for name in ("eps", "alpha", "n", "seed")))
+        check_texts(values["warnings"])
+        check_texts([values["sha256"], values["dataset"]])
+        if not isinstance(values["environment"], dict):
+            raise BadValueError("an environment is no object")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BadValueError(f"{path} is no evaluation: {missing_or_wrong(error)}") from error
     return values
 
 
-def _read_evaluation(path: Path) -> dict[str, Any] | None:
-    values = _read_json(path)
-    if values is not None:
-        try:
-            for row in values["results"].values():
-                _share(row["accuracy"], row["standard_error"])
-                _number(row["seconds"])
-            _number(values["eps"], values["alpha"], values["n"], values["seed"])
-            _texts(values["warnings"])
-            _texts([values["sha256"], values["dataset"]])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise BadValueError(f"{path} is no evaluation: {_said(error)}") from error
-    return values
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.csv, in which a number that is not finite is None as an empty cell is; none without it.
 
-
-def _read_sweep(path: Path) -> dict[str, Any] | None:
-    values = _read_json(path)
-    if values is not None:
-        try:
-            for kind, curve in values["curves"].items():
-                for point in curve["points"]:
-                    _share(point["accuracy"], point["standard_error"])
-                    _number(point[kind])
-                _texts(curve["warnings"])
-            _number(values["eps"], values["alpha"], values["n"])
-            _texts([values["sha256"]])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise BadValueError(f"{path} is no sweep: {_said(error)}") from error
-    return values
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.csv, in which a number that is not finite is None as an empty cell is; none without it."""
+    Errors: ValueError that names the file: it is cut off, a column is unknown or missing, a number is none or out of
+    its range, or epochs are not 1, 2, 3, ...
+    """
     if not path.is_file():
         return []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [{key: _cell(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+        text = path.read_bytes().decode("utf-8-sig")
+        if not text.endswith("\n"):
+            raise BadValueError("its last line is cut off")
+        header, *lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+        for name in header:
+            check_choice("a column", name, COLUMNS)
+        if not lines or len(set(header)) < len(header) or any(len(cells) != len(header) for cells in lines):
+            raise BadValueError("rows take a cell for each column, and each column once")
+        rows = [dict(zip(header, map(_cell, header, cells), strict=True)) for cells in lines]
         if [row["epoch"] for row in rows] != list(range(1, len(rows) + 1)):
             raise BadValueError("epochs are not 1, 2, 3, ...")
         for row in rows:
-            for key in (*TEXTS, "train_loss", "test_natural", "seconds", "images_per_second"):
+            for key in ("method", "train_loss", "test_natural", "seconds", "images_per_second"):
                 row[key]
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise BadValueError(f"{path} is no table of epochs: {_said(error)}") from error
+    except (KeyError, ValueError, csv.Error) as error:
+        raise BadValueError(f"{path} is no table of epochs: {missing_or_wrong(error)}") from error
     return rows
 
 
-def _cell(key: str, text: str) -> str | float | None:
-    if key in TEXTS:
-        return str(text)
+def _cell(column: str, text: str) -> str | float | None:
+    bounds = COLUMNS[column]
+    if bounds is None:
+        return check_choice(column, text, METHODS)
+    if text and not NUMBER.fullmatch(text):
+        raise BadValueError(f"{column} is {text[:40]!r}, no number")
     value = float(text) if text else None
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _number(*values: Any) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise BadValueError(f"a number is {value!r}")
-
-
-def _share(*values: Any) -> None:
-    _number(*values)
-    if not all(0 <= value <= 1 for value in values):
-        raise BadValueError(f"a share is not in [0, 1]: {values}")
-
-
-def _texts(values: Any) -> None:
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise BadValueError(f"a text is {values!r}")
-
-
-def _said(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+    if value is None or not math.isfinite(value):
+        return None
+    if not bounds[0] <= value <= bounds[1]:
+        raise BadValueError(f"{column} must be from {bounds[0]} to {bounds[1]}, got {text}")
+    return value

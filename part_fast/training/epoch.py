@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from part_fast import distributed
+from part_fast.attacks.catalogue import ATTACKS
 from part_fast.config import TrainConfig
 from part_fast.data.memory import batch_length
-from part_fast.errors import CannotRunError
+from part_fast.errors import BadValueError, CannotRunError
 from part_fast.training.engine import Engine
 
 # Updates of a GPU between two looks at the loss, each of which waits for it; a CPU has the number at once.
@@ -59,7 +60,7 @@ class Epoch:
         n: images of the data set, as many as an epoch has. extra: how many follow them, of which a fraction of every
         batch is.
 
-        Together the processes go over one order: a batch of all of them is made of the batches of each. In a resumed
+        Together the processes go over all samples: a batch of all of them is made of the batches of each. In a resumed
         epoch it is drawn from the state that it was drawn from before, and random numbers go on where they were.
         """
         self.order_rng = torch.get_rng_state() if self.order_rng is None else self.order_rng
@@ -112,29 +113,49 @@ class Epoch:
 
 
 def epoch_order(n: int, config: TrainConfig, epoch: int, extra: int = 0) -> Tensor:
-    """The samples of an epoch, in the order in which this process takes them: see `Epoch.order`."""
-    processes = distributed.size()
-    if processes > 1:
-        # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
-        torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
-    order = distributed.same_(torch.randperm(n))
-    if processes > 1:
-        order = order[torch.arange(-(-n // processes) * processes) % n]
-    if extra:
-        order = _with_extra(order, n, extra, config.extra_fraction)
-    return order if processes == 1 else order[distributed.shares(len(order))]
+    """The samples of an epoch, in the order in which this process takes them: see `Epoch.order`.
 
-
-def _with_extra(order: Tensor, n: int, extra: int, fraction: float) -> Tensor:
-    """`order` with samples from n to n + extra in the place of a fraction of it, evenly in every process's share.
-
-    Each of them stands there once, unless there are fewer of them than places.
+    With an attack that remembers, each process goes over the samples whose perturbations it keeps, and no others.
     """
-    place = (torch.arange(len(order)) // distributed.size()).double()
-    replaced = ((place + 1) * fraction).floor() > (place * fraction).floor()
-    count = int(replaced.sum())
-    drawn = torch.cat([torch.randperm(extra) for _ in range(-(-count // extra))] or [order[:0]])[:count]
-    return order.masked_scatter(replaced, n + distributed.same_(drawn.contiguous()))
+    order = _order(n, config, epoch)
+    return _with_extra(order, n, extra, config) if extra and config.extra_fraction else order
+
+
+def _order(n: int, config: TrainConfig, epoch: int) -> Tensor:
+    """The order of the data set's own n images."""
+    if distributed.size() == 1:
+        return torch.randperm(n)
+    # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
+    torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
+    longest = -(-n // distributed.size())
+    if ATTACKS[config.attack].remembers:
+        own = torch.arange(n)[distributed.shares(n)]
+        return own[torch.randperm(len(own))][torch.arange(longest) % len(own)]
+    order = distributed.same_(torch.randperm(n))
+    every = longest * distributed.size()
+    return order[torch.arange(every) % n][distributed.shares(every)]
+
+
+def _with_extra(order: Tensor, n: int, extra: int, config: TrainConfig) -> Tensor:
+    """A process's order with samples from n to n + extra in the place of a fraction of it, evenly spread.
+
+    Each of them stands in one place of all orders, unless there are fewer of them than places.
+    """
+    processes = distributed.size()
+    if extra < processes:
+        raise BadValueError(f"extra must hold an image for each of {processes} processes, got {extra}")
+    # How many stand in front of each place; 0.7 * 90 is a little below 63.
+    before = (torch.arange(len(order) + 1, dtype=torch.float64) * config.extra_fraction + 1e-9).floor()
+    replaced = before[1:] > before[:-1]
+    if ATTACKS[config.attack].remembers:
+        kept = torch.arange(n + extra)[distributed.shares(n + extra)]
+        own = kept[kept >= n]
+        if len(own) < int(replaced.sum()):
+            raise BadValueError(f"extra must hold an image for each of its places in an epoch, got {extra}")
+        own = own[torch.randperm(len(own))]
+    else:
+        own = n + distributed.same_(torch.randperm(extra))[distributed.shares(extra)]
+    return order.masked_scatter(replaced, own[torch.arange(int(replaced.sum())) % len(own)])
 
 
 def get_rng(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -197,23 +218,32 @@ def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
     return max(judged, key=lambda row: row["validation_pgd20"])["epoch"] if judged else None
 
 
-def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD-20.
+# What tells whether a model still resists PGD, the first of them that is measured.
+WATCHED = {
+    "validation_pgd20": "PGD-20 on the validation images",
+    "test_pgd20": "PGD-20 on the test images",
+    "train_pgd10": "PGD-10 on training images",
+}
 
-    That is: PGD-20 on the validation images has fallen to less than half of its best, while training accuracy under
-    attack has risen since then and is more than twice as high.
+
+def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD.
+
+    That is: PGD on the images watched has fallen to less than half of its best, while training accuracy under attack
+    has risen since then and is more than twice as high.
     Source: Wong et al., "Fast is better than free", ICLR 2020, where it is called catastrophic overfitting.
     """
-    number = best_epoch(rows)
-    if number is None:
+    judge = next((name for name in WATCHED if rows[-1].get(name) is not None), None)
+    if judge is None:
         return None
-    best, now = rows[number - 1], rows[-1]
-    held_out, trained = now["validation_pgd20"], now["train_robust"]
-    if not (held_out < best["validation_pgd20"] / 2 and trained > best["train_robust"] and trained > 2 * held_out):
+    best = max((row for row in rows if row.get(judge) is not None), key=lambda row: row[judge])
+    resists, trained = rows[-1][judge], rows[-1]["train_robust"]
+    if not (resists < best[judge] / 2 and trained > best["train_robust"] and trained > 2 * resists):
         return None
+    kept = "take --weights best" if judge == "validation_pgd20" else "keep the best epoch by --validation"
     return (
-        f"PGD-20 on the validation images has fallen from {100 * best['validation_pgd20']:.1f}% in epoch {number} to "
-        f"{100 * held_out:.1f}%, while training accuracy under attack has risen from "
+        f"{WATCHED[judge]} has fallen from {100 * best[judge]:.1f}% in epoch {best['epoch']} to "
+        f"{100 * resists:.1f}%, while training accuracy under attack has risen from "
         f"{100 * best['train_robust']:.1f}% to {100 * trained:.1f}%: catastrophic overfitting to a weak attack; train "
-        "with more --steps or a smaller --alpha, and take --weights best"
+        f"with --attack pgi, more --steps or a smaller --alpha, and {kept}"
     )

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import checks, distributed
+from part_fast.attacks.catalogue import ATTACKS
 from part_fast.budgets.bank import MaskBank
+from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load, root_anywhere
 from part_fast.data.extra import add_extra
-from part_fast.data.memory import Dataset, draw_augmentation, to_float
+from part_fast.data.memory import Dataset, batch_length, draw_augmentation, to_float
 from part_fast.data.mixing import draw_cutmix
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
@@ -46,6 +48,9 @@ from part_fast.training.step import batch_epsilon, train_step
 
 with needs("tqdm", "train"):
     from tqdm import tqdm
+
+# Training images that PGD-10 attacks after an epoch of an attack of one step.
+WATCHED_IMAGES = 256
 
 
 def train(
@@ -96,10 +101,13 @@ def train(
     )
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
-    n = len(data)  # of an epoch
-    data = data if extra is None else add_extra(data, extra)
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
+    # A single step may be all that the model learns to resist: where PGD attacks no other images, it attacks these.
+    watches = config.one_step and held_out is None and attacked_test is None
+    watched = data.subset(min(WATCHED_IMAGES, len(data)), config.seed) if watches else None
+    n = len(data)  # of an epoch
+    data = data if extra is None else add_extra(data, extra)
 
     # A run that was killed before its first state starts as it did.
     state = read_state(out, say) if resume else None
@@ -114,13 +122,18 @@ def train(
         size = (data.images.shape[2], data.images.shape[3])
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
-    rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank)
+    remembered = None
+    if ATTACKS[config.attack].remembers:
+        refuse_pairs(config, len(data))
+        remembered = PerturbationBank(len(data), data.images.shape[1:], config.eps, device, seed=config.seed)
+
+    rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank, remembered)
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
         raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
     refuse_single_images(config, engine.model, data)
     look_every = LOOK_EVERY if device.type == "cuda" else 1
-    checkpoints = Checkpoints(out, engine, bank, rows, save_every)
+    checkpoints = Checkpoints(out, engine, bank, rows, save_every, remembered)
     behind = len(rows) * n + epoch.done * distributed.size()
     with (
         opened(config, out, resume, overwrite),
@@ -148,6 +161,8 @@ def train(
             refreshes = bank is not None and METHODS[method].weighted and since_warmup % config.refresh_epochs == 0
             if bank is not None and refreshes and not epoch.begun:
                 bank.fill(engine.budget, data.images)
+            if remembered is not None and resets(config, epoch):
+                remembered.reset((config.seed * 1_000_003 + epoch.number) % 2**63)
             order = epoch.order(n, config, len(data) - n).to(device)
             model.train()
             for batch in data.batches(config.batch_size, order=order[epoch.done :], join_last=True):
@@ -159,7 +174,8 @@ def train(
                 if epoch.done == 0 and config.precision != "fp32":
                     epoch.agreement = gradient_agreement(model, engine.attack_model, x, y)
                 epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config, mix)
-                loss = train_step(engine, method, x, y, epsilon, epoch.done, len(order), epoch.number)
+                view = None if remembered is None else remembered.at(batch.indices, drawn)
+                loss = train_step(engine, method, x, y, epsilon, epoch.done, len(order), epoch.number, view)
                 epoch.add(loss, seen[-1], y)
                 epoch.seconds = time.perf_counter() - began
                 if not engine.at_update:
@@ -183,7 +199,7 @@ def train(
             progress.phase(epoch.number, "test")
             try:
                 with stop.at_once():
-                    tested = accuracies(engine, test, attacked_test, held_out)
+                    tested = accuracies(engine, test, attacked_test, held_out, watched)
             except (KeyboardInterrupt, SystemExit):
                 checkpoints.save(epoch)  # what was trained is kept; the tests are done again
                 raise
@@ -216,10 +232,14 @@ def train(
 
 
 def accuracies(
-    engine: Engine, test: Dataset, attacked_test: Dataset | None, held_out: Dataset | None
+    engine: Engine,
+    test: Dataset,
+    attacked_test: Dataset | None,
+    held_out: Dataset | None,
+    watched: Dataset | None = None,
 ) -> dict[str, float | None]:
-    """test_natural and test_pgd20 (None without `attacked_test`), those of the averaged model if there is one, and
-    validation_pgd20 if images are held out."""
+    """test_natural and test_pgd20 (None without `attacked_test`), those of the averaged model if there is one,
+    validation_pgd20 if images are held out, and train_pgd10 if training images are watched."""
     config = engine.config
     attack = AttackSettings(config.eps, config.alpha, config.seed)
     models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
@@ -230,9 +250,29 @@ def accuracies(
                 found[f"{name}_{measure}"] = None
             else:
                 found[f"{name}_{measure}"] = float(is_correct(model, images, measure, attack).float().mean())
-    if held_out is not None:
-        found["validation_pgd20"] = float(is_correct(engine.model, held_out, "pgd20", attack).float().mean())
+    for column, measure, images in (("validation_pgd20", "pgd20", held_out), ("train_pgd10", "pgd10", watched)):
+        if images is not None:
+            found[column] = float(is_correct(engine.model, images, measure, attack).float().mean())
     return found
+
+
+def resets(config: TrainConfig, epoch: Epoch) -> bool:
+    """Whether remembered perturbations are drawn anew before an epoch; those of the first one are new."""
+    every = config.perturbation_reset
+    return every > 0 and epoch.number > 0 and epoch.number % every == 0 and not epoch.begun
+
+
+def refuse_pairs(config: TrainConfig, samples: int) -> None:
+    """Errors: ValueError where a process would go over a sample twice in one batch, for which a bank has one place.
+
+    Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
+    """
+    share = -(-samples // distributed.size())
+    if samples % distributed.size() and batch_length(share, config.batch_size) == share:
+        raise BadValueError(
+            f"train_size must be a multiple of the {distributed.size()} processes with attack {config.attack} and one "
+            f"batch an epoch, got {samples} images"
+        )
 
 
 @contextlib.contextmanager
@@ -296,9 +336,8 @@ def _first_line(
     size = "x".join(map(str, data.images.shape[2:]))
     aside = "" if held_out is None else f", {len(held_out)} held out"
     if len(data) > n:
-        aside += (
-            f", {len(data) - n} extra ones, {config.extra_fraction:g} of each batch ({data.images.nbytes / 1e9:.1f} GB)"
-        )
+        size_of_all = f"{data.images.nbytes / 1e9:.1f} GB with these"
+        aside += f", {len(data) - n} extra ones, {config.extra_fraction:g} of each batch, {size_of_all}"
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     several = f"{distributed.size()} processes of " if distributed.size() > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if engine.device.type == "cpu" else ""

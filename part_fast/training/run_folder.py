@@ -15,6 +15,7 @@ import torch
 
 from part_fast import distributed
 from part_fast.budgets.bank import MaskBank
+from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, read_config
 from part_fast.errors import BadValueError, CannotRunError, UsageError
 from part_fast.evaluation.accuracy import KEPT
@@ -154,13 +155,21 @@ def _first_environment(out: Path) -> dict[str, Any]:
 class Checkpoints:
     """Writes the state of a run, everything that resuming needs, into the folder `out`; of finite numbers alone.
 
-    minutes: between two of them within an epoch. rows: those of metrics.csv so far, to which the run adds.
+    minutes: between two of them within an epoch. rows: those of metrics.csv so far, to which the run adds. remembered:
+        perturbations, of which each process has its own.
     """
 
     def __init__(
-        self, out: Path, engine: Engine, bank: MaskBank | None, rows: list[dict[str, Any]], minutes: float
+        self,
+        out: Path,
+        engine: Engine,
+        bank: MaskBank | None,
+        rows: list[dict[str, Any]],
+        minutes: float,
+        remembered: PerturbationBank | None = None,
     ) -> None:
         self.out, self.engine, self.bank, self.rows = out, engine, bank, rows
+        self.remembered = remembered
         self.minutes, self.saved = minutes, time.monotonic()
         self.last = "nothing is saved yet"  # for messages
 
@@ -177,6 +186,8 @@ class Checkpoints:
         own = epoch.state()
         if distributed.size() > 1:
             own["buffers"] = [buffer.cpu() for buffer in self.engine.buffers()]
+        if self.remembered is not None:
+            own["perturbations"] = self.remembered.values.cpu()
         processes = distributed.gathered(own)
         if processes:
             state = {
@@ -199,13 +210,15 @@ class Checkpoints:
         )
 
 
-def load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
+def load_state(
+    state: dict[str, Any], engine: Engine, bank: MaskBank | None, remembered: PerturbationBank | None = None
+) -> tuple[list[dict[str, Any]], Epoch]:
     """Restore what `Checkpoints` saved; returns the rows so far, and the epoch to go on with.
 
     Errors: ValueError where an epoch was begun by another number of processes, or the state is not of such a run.
     """
     try:
-        return _load_state(state, engine, bank)
+        return _load_state(state, engine, bank, remembered)
     except UsageError:
         raise
     # What the file lacks, or holds instead of what `Checkpoints` writes, can raise nearly anything.
@@ -215,7 +228,9 @@ def load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> 
         ) from error
 
 
-def _load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
+def _load_state(
+    state: dict[str, Any], engine: Engine, bank: MaskBank | None, remembered: PerturbationBank | None
+) -> tuple[list[dict[str, Any]], Epoch]:
     processes, number = state["processes"], distributed.size()
     own = dict(processes[distributed.rank() if len(processes) == number else 0])
     if len(processes) != number and own["order_rng"] is not None:
@@ -226,6 +241,9 @@ def _load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) ->
     engine.load_state_dict(state)
     if bank is not None:
         bank.load_bits(state["masks"])
+    if remembered is not None:
+        remembered.load([process["perturbations"] for process in processes])
+    own.pop("perturbations", None)
     with torch.no_grad():
         for buffer, value in zip(engine.buffers(), own.pop("buffers", []), strict=False):
             buffer.copy_(value)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast.attacks.catalogue import ATTACKS
@@ -12,8 +15,17 @@ from part_fast.budgets.controls import control_map
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Augmentation
 from part_fast.data.mixing import CutMix, smooth_labels
+from part_fast.errors import BadValueError
 from part_fast.methods import METHODS
+from part_fast.ops.bank_view import BankView
 from part_fast.training.engine import Engine
+
+
+class Attacked(NamedTuple):
+    """What an attack made of images: adversarial ones like them, and its start, where the loss compares the two."""
+
+    x_adv: Tensor
+    start: Tensor | None = None
 
 
 def batch_epsilon(
@@ -41,31 +53,61 @@ def batch_epsilon(
 
 
 def batch_attack(
-    method: str, model: nn.Module, x: Tensor, y: Tensor, epsilon: float | Tensor | CamBudget, config: TrainConfig
-) -> Tensor:
+    method: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epsilon: float | Tensor | CamBudget,
+    config: TrainConfig,
+    view: BankView | None = None,
+) -> Attacked:
     """Adversarial images like x (N,C,H,W), in [0,1], of labels y (N,); `model` is what is attacked.
 
-    epsilon: as `batch_epsilon` gives it.
+    epsilon: as `batch_epsilon` gives it. view: the batch's places in a PerturbationBank, for an attack that remembers.
     """
     attack, own = ATTACKS[config.attack], METHODS[method].attack
     if attack.of_method and own is not None:
-        return own(model, x, y, epsilon, config.alpha, config.steps)
+        return Attacked(own(model, x, y, epsilon, config.alpha, config.steps))
     eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
-    start = _start(x, config) if attack.random_start else "zero"
-    return attack.run(model, x, y, eps, config.alpha, config.steps, start, config.seed)
+    start: str | Tensor | BankView = "zero"
+    begin = None
+    if attack.remembers:
+        if view is None:
+            raise BadValueError(f"view must be of a PerturbationBank for attack {config.attack}, got None")
+        start = view
+        if attack.regularised and config.pgi_lambda > 0:
+            begin = view.start(x, eps)  # which the attack overwrites
+    elif attack.random_start:
+        start = _start(x, config, attack.reach)
+    return Attacked(attack.run(model, x, y, eps, config.alpha, config.steps, start, config.seed), begin)
 
 
-def batch_loss(method: str, model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, config: TrainConfig) -> Tensor:
-    """The training loss, a scalar, of images x and x_adv (N,C,H,W), labels y, and a model in train mode.
+def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: Tensor, config: TrainConfig) -> Tensor:
+    """The training loss, a scalar, of images x (N,C,H,W), what an attack made of them, labels y, and a model in train
+    mode.
 
     y: class indices (N,) or probabilities (N,classes).
+    Where the attack gives its start, the loss also gets the mean squared difference of its logits there and of those
+    of the adversarial images, times `pgi_lambda`; gradients flow through both.
     """
-    return METHODS[method].objective(model, x, x_adv, y, config.beta)
+    objective = METHODS[method].objective
+    if attacked.start is None:
+        return objective(model, x, attacked.x_adv, y, config.beta)
+    at_start, last = model(attacked.start), None
+
+    def forward(images: Tensor) -> Tensor:
+        nonlocal last
+        last = model(images)
+        return last
+
+    loss = objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with the adversarial images
+    assert last is not None
+    return loss + config.pgi_lambda * F.mse_loss(last.float(), at_start.float())
 
 
-def _start(x: Tensor, config: TrainConfig) -> str | Tensor:
+def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:
     """Where a random attack starts: within each pixel's own eps; as published, within the whole one and not clipped."""
-    return x + (2 * torch.rand_like(x) - 1) * config.eps if config.released else "uniform"
+    return x + (2 * torch.rand_like(x) - 1) * (reach * config.eps) if config.released else "uniform"
 
 
 def train_step(
@@ -77,6 +119,7 @@ def train_step(
     done: int = 0,
     total: int | None = None,
     epoch: int = 0,
+    view: BankView | None = None,
 ) -> Tensor:
     """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y.
 
@@ -84,16 +127,16 @@ def train_step(
         label smoothing makes of it, as in Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021: with
         smoothed labels the attack would also gain by what makes unlikely classes unlikelier.
     epsilon: as `batch_epsilon` gives it. done, total: how many of this process's images of the epoch are behind it, and
-    how many there are; default: the batch is the whole epoch. epoch: counted from 0.
+    how many there are; default: the batch is the whole epoch. epoch: counted from 0. view: as in `batch_attack`.
     """
     engine.begin(done, len(x) if total is None else total, epoch)
     smoothing = engine.config.label_smoothing
     with engine.collecting():
-        x_adv = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config)
+        attacked = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config, view)
         target = smooth_labels(y, engine.classes, smoothing) if smoothing else y
-        with engine.perturbed(lambda: batch_loss(method, engine.model, x, x_adv, target, engine.config), epoch):
-            loss = batch_loss(method, engine.trained, x, x_adv, target, engine.config)
+        with engine.perturbed(lambda: batch_loss(method, engine.model, x, attacked, target, engine.config), epoch):
+            loss = batch_loss(method, engine.trained, x, attacked, target, engine.config)
             engine.backward(loss, len(x))
-        engine.measure(x_adv)
+        engine.measure(attacked.x_adv)
     engine.end()
     return loss.detach()
