@@ -207,8 +207,9 @@ def test_missing_data_set_names_every_place_and_the_cure(capsys, tmp_path):
 
 
 def test_bad_commands(capsys, tmp_path):
-    assert "known: train, evaluate, masks, export, bench, reproduce, study, speedrun, attacks, demo, report, info" in error_of(
-        capsys, "trian"
+    assert (
+        "known: train, evaluate, masks, export, bench, reproduce, study, speedrun, attacks, demo, report, info"
+        in error_of(capsys, "trian")
     )
     assert "--out" in error_of(capsys, "train")
     assert "no run folder or checkpoint at" in error_of(capsys, "evaluate", tmp_path / "absent")

@@ -31,7 +31,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "PGD-10": {"attack": "pgd", "steps": 10},
 }
 CONFIG = dataclasses.replace(
-    PRESETS["fast-resnet18"], model="resnet-small", method="at", epochs=10, train_size=10_000, pgd_test_size=0
+    PRESETS["fast-resnet18"],
+    method="at",
+    warmup_epochs=0,
+    model="resnet-small",
+    epochs=10,
+    train_size=10_000,
+    pgd_test_size=0,
 )
 EQUAL = {"epochs": "as many epochs", "seconds": "as many seconds"}
 ROUNDS = 7  # of timed steps
