@@ -356,19 +356,6 @@ PRESETS = {
     "fashion-mnist": TrainConfig(preset="fashion-mnist", dataset="fashion-mnist"),
     "cifar10-resnet18": TrainConfig(preset="cifar10-resnet18", dataset="cifar10", model="resnet18"),
     "cifar10-wrn34-10": TrainConfig(preset="cifar10-wrn34-10", dataset="cifar10", model="wrn-34-10"),
-    "fast-resnet18": TrainConfig(
-        preset="fast-resnet18",
-        method="at",
-        attack="n-fgsm",
-        dataset="cifar10",
-        model="resnet18",
-        epochs=30,
-        warmup_epochs=0,
-        lr=0.2,
-        schedule="cyclic",
-        weight_decay=5e-4,
-        average="ema:0.999",
-    ),
     "svhn-resnet18": TrainConfig(
         preset="svhn-resnet18", dataset="svhn", model="resnet18", augment=False, alpha=1 / 255, weight_decay=3.5e-3
     ),

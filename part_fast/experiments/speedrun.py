@@ -136,7 +136,7 @@ def seconds_to_goal(result: Result, natural: float, pgd20: float) -> float | Non
     """
     seconds = 0.0
     for row in result.rows:
-        seconds += row["seconds"]
+        seconds += float(row["seconds"])
         for model in ("averaged", "test"):
             on_natural, attacked = row.get(f"{model}_natural"), row.get(f"{model}_pgd20")
             if on_natural is not None and attacked is not None and on_natural >= natural and attacked >= pgd20:
@@ -145,7 +145,7 @@ def seconds_to_goal(result: Result, natural: float, pgd20: float) -> float | Non
 
 
 def _parts(results: Sequence[Result], scale: Scale, slower: float) -> list[dict[str, Any]]:
-    """A row for all together and for each part that is left out. slower: a step without kernels, times one with them."""
+    """A row for all together and for each part that is left out. slower: a step without kernels, in those with them."""
     rows = []
     for name, by in summary(results).items():
         of_arm = [one for one in results if one.arm == name]
