@@ -98,6 +98,50 @@ PF_HD C grad_eps(C grad_out, C side) {
   return side > 0 ? grad_out : (side < 0 ? -grad_out : C(0));
 }
 
+// Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011: four random words for a
+// counter of 128 bits, whose upper half is 0 here, and a key of 64.
+struct Words {
+  uint32_t a, b, c, d;
+};
+
+PF_HD Words philox(uint64_t counter, uint64_t key) {
+  Words w = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+#if defined(__CUDACC__)
+#pragma unroll
+#elif defined(__GNUC__)
+#pragma GCC unroll 10
+#endif
+  for (int turn = 0; turn < 10; ++turn) {
+    const uint64_t first = uint64_t{0xD2511F53u} * w.a, second = uint64_t{0xCD9E8D57u} * w.c;
+    w = {static_cast<uint32_t>(second >> 32) ^ w.b ^ k0, static_cast<uint32_t>(second),
+         static_cast<uint32_t>(first >> 32) ^ w.d ^ k1, static_cast<uint32_t>(first)};
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return w;
+}
+
+// 2u - 1 for u in [0,1) made of a word's upper 24 bits; exact.
+PF_HD float signed_unit(uint32_t word) {
+  return static_cast<float>(static_cast<int32_t>(word >> 8) - (1 << 23)) * (1.0f / (1 << 23));
+}
+
+// x + noise * (scale * eps).
+template <typename C>
+PF_HD C with_noise(C x, C noise, C scale, C eps) {
+  return x + noise * (scale * eps);
+}
+
+// The level of a bank, -127 to 127, that is nearest to `moved`, half to even; 0 for NaN. Adding what leaves no bit for
+// fractions rounds, in every instruction set.
+template <typename C>
+PF_HD C level_of(C moved, C levels) {
+  constexpr C WHOLE = sizeof(C) == 4 ? C(12582912.0) : C(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
+  const C level = clip(moved * levels, C(-127), C(127));
+  return level != level ? C(0) : (level + WHOLE) - WHOLE;
+}
+
 // Bit of row-major pixel `pixel` in packed bits, least significant first.
 PF_HD bool bit_of(const uint8_t* bits, int64_t pixel) { return (bits[pixel >> 3] >> (pixel & 7)) & 1; }
 

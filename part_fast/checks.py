@@ -117,7 +117,7 @@ def _channels(low: Any, high: Any, x: Tensor) -> tuple[Tensor, Tensor]:
             got = tuple(bound.shape)
             raise BadValueError(f"clip must be two numbers, or a number per channel, {shape}, got {got}") from None
         bounds.append(wide.to(compute_dtype(x)).to(x.dtype))
-    if _readable(bounds[0]) and not bool((bounds[0] <= bounds[1]).all()):
+    if readable(bounds[0]) and not bool((bounds[0] <= bounds[1]).all()):
         raise BadValueError(f"clip must have low <= high in every channel, got {low!r} and {high!r}".replace("\n", " "))
     return bounds[0], bounds[1]
 
@@ -213,7 +213,7 @@ def rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def values(name: str, value: Tensor, low: float, high: float = math.inf) -> None:
     """Every value is finite and in [low, high]. Reads CPU tensors; CUDA ones under PART_FAST_CHECK=1."""
-    if _readable(value):
+    if readable(value):
         _within(name, *_extremes(value), _rounded(low, value), _rounded(high, value))
 
 
@@ -224,7 +224,7 @@ def pixels(name: str, value: Any, clip: Any) -> Tensor:
     """
     x = images(name, value)
     low, high = clip_range(clip, x)
-    if not _readable(x):
+    if not readable(x):
         return x
     try:
         _check_pixels(name, x, low, high)
@@ -258,7 +258,7 @@ def image_units(name: str, eps: float | Tensor, clip: Any, stacklevel: int = 2) 
     stacklevel: of the warning; 1 is the caller of this function.
     """
     low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in clip or (-math.inf, math.inf))
-    if not (_readable(low) and _readable(high) and (not isinstance(eps, Tensor) or _readable(eps))):
+    if not (readable(low) and readable(high) and (not isinstance(eps, Tensor) or readable(eps))):
         return
     eps = float(eps.detach().max()) if isinstance(eps, Tensor) else eps
     span = float((high - low).max())
@@ -313,7 +313,7 @@ def labels(name: str, value: Any, x: Tensor, classes: int | None = None, soft: b
         raise BadValueError(f"{name} must have shape ({x.shape[0]},), one class per image, got {tuple(value.shape)}")
     if value.device != x.device:
         raise BadValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
-    if _readable(value):
+    if readable(value):
         least, most = (int(bound) for bound in torch.aminmax(value))
         if least < 0 or (classes is not None and most >= classes):
             takes = "class indices >= 0" if classes is None else f"class indices in [0, {classes})"
@@ -342,7 +342,7 @@ def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> 
     if value.device != x.device:
         raise BadValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
     values(name, value, 0)
-    if _readable(value):
+    if readable(value):
         least, most = _extremes(value.double().sum(1))
         slack = 1e-3 if value.element_size() >= 4 else 2e-2  # rounding changes each value of a row by up to 0.4%
         if not (1 - slack <= least and most <= 1 + slack):
@@ -350,7 +350,7 @@ def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> 
     return value
 
 
-def _readable(value: Tensor) -> bool:
+def readable(value: Tensor) -> bool:
     if value.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return value.device.type == "cpu" or os.environ.get("PART_FAST_CHECK") == "1"

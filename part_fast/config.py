@@ -17,7 +17,7 @@ from typing_extensions import Doc
 
 from part_fast import checks
 from part_fast.attack_model import PRECISIONS
-from part_fast.attacks.catalogue import for_training
+from part_fast.attacks.catalogue import ATTACKS, for_training
 from part_fast.budgets.cam import CAM_CHOICES, native_methods
 from part_fast.budgets.controls import CONTROLS, check_control
 from part_fast.budgets.rules import RULES, find_rule, has_bits
@@ -65,13 +65,19 @@ class TrainConfig:
     ] = False
     augment: bool = True
     """Random crop with padding 4 and random flip."""
+    cutmix: float = 0.0
+    """How probable it is that CutMix mixes a batch: a box of each image shows another one, labels follow by area."""
+    extra: str | None = None
+    """An .npz of extra images: image, uint8 (N,H,W,3), and label (N,); an epoch stays as long as without them."""
+    extra_fraction: float = 0.7
+    """With extra: how much of every batch they are."""
     train_size: int | None = None
     """Train on a balanced subset of so many images; default: all."""
     test_size: int | None = None
     """Test on a balanced subset of so many images; default: all."""
     validation: int = 0
     """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them after each epoch picks
-    best.safetensors. 0: none."""
+    best.safetensors, of plain and averaged weights. 0: none."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
     """A checkpoint to start from; default: random weights."""
@@ -89,6 +95,8 @@ class TrainConfig:
     schedule: Annotated[str, Doc(f"How the learning rate falls: {described(SCHEDULES)}.")] = "piecewise"
     momentum: float = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of the momentum."""
     weight_decay: float = 2e-4
     """Weight decay of SGD."""
     eps: float = 8 / 255
@@ -101,6 +109,12 @@ class TrainConfig:
     steps: int = 10
     """Steps of the attack."""
     beta: Annotated[float, Doc(f"Weight of the robust term of the loss ({_with_beta()}).")] = 6.0
+    pgi_lambda: Annotated[float, Doc(f"Weight of the regulariser in the loss ({_that('regularised')}).")] = 10.0
+    perturbation_reset: Annotated[
+        int, Doc(f"Epochs after which remembered perturbations are drawn anew, 0: never ({_that('remembers')}).")
+    ] = 40
+    label_smoothing: float = 0.0
+    """In the loss, how much of each label is shared evenly among all classes; the attack gets labels as they are."""
     rule: Annotated[str, Doc(f"Which pixels get the full eps, by the class activation map: {described(RULES)}.")] = (
         "zscore"
     )
@@ -115,9 +129,13 @@ class TrainConfig:
     cam: Annotated[str, Doc(f"How the class activation map (CAM) is made: {described(CAM_CHOICES)}.")] = "gradcam"
     target_layer: str | None = None
     """The layer whose output CAMs explain, by its name in the network; default: layer4 or block3."""
+    awp: float = 0.0
+    """Adversarial weight perturbation (AWP) by so much of each weight's norm, 0.005 for example; 0: none."""
+    awp_warmup: int = 0
+    """Epochs before AWP begins."""
     average: str = "none"
-    """A second model of averaged weights, tested too: none, ema:DECAY (after every update) or swa:EPOCH (mean of the
-    ends of epochs, from that one on, counted from 1)."""
+    """A second model of averaged weights, tested too: none, ema:DECAY (after every update, with BatchNorm statistics of
+    its own) or swa:EPOCH (mean of the ends of epochs, from that one on, counted from 1)."""
     precision: Annotated[
         str,
         Doc(
@@ -173,12 +191,29 @@ class TrainConfig:
                 f"refresh must be batch with rule {self.mask_rule}, whose maps are no masks that could be kept"
             )
         checks.image_units("eps", self.eps, (0.0, 1.0), stacklevel=2)
-        for name in ("lr", "momentum", "weight_decay", "alpha", "beta"):
+        if ATTACKS[self.attack].remembers and self.eps == 0:
+            raise BadValueError(f"eps must be > 0 with attack {self.attack}, whose perturbations are stored, got 0")
+        for name in ("lr", "momentum", "weight_decay", "alpha", "beta", "pgi_lambda"):
             checks.number(name, getattr(self, name), 0)
+        if self.nesterov and not self.momentum:
+            raise BadValueError("nesterov takes a momentum > 0, got 0")
+        if checks.number("label_smoothing", self.label_smoothing, 0) >= 1:
+            raise BadValueError(f"label_smoothing must be < 1, got {self.label_smoothing!r}")
+        if checks.number("cutmix", self.cutmix, 0) > 1:
+            raise BadValueError(f"cutmix must be a probability <= 1, got {self.cutmix!r}")
+        attack = ATTACKS[self.attack]
+        if self.cutmix and (attack.remembers or not attack.soft_labels):
+            what = "remembers the perturbations of single images" if attack.remembers else "takes class indices alone"
+            raise BadValueError(f"cutmix must be 0 with attack {self.attack}, which {what}, got {self.cutmix!r}")
+        if checks.number("extra_fraction", self.extra_fraction, 0) >= 1:
+            raise BadValueError(f"extra_fraction must be < 1, got {self.extra_fraction!r}")
+        checks.number("awp", self.awp, 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
-        for name in ("warmup_epochs", "steps", "pgd_test_size", "validation"):
+        for name in ("warmup_epochs", "awp_warmup", "steps", "pgd_test_size", "validation", "perturbation_reset"):
             checks.count(name, getattr(self, name))
+        if ATTACKS[self.attack].remembers:
+            checks.count("steps", self.steps, 1)
         checks.seed("seed", self.seed)
         for name in ("train_size", "test_size"):
             if getattr(self, name) is not None:
@@ -206,6 +241,11 @@ class TrainConfig:
         if not self.refresh.isdecimal() or int(self.refresh) < 1:
             raise BadValueError(f"refresh must be batch or a number of epochs >= 1, got {self.refresh!r}")
         return int(self.refresh)
+
+    @property
+    def one_step(self) -> bool:
+        """Whether the attack takes a single step, which training may learn to resist alone."""
+        return 1 in (ATTACKS[self.attack].steps, self.steps)
 
     @property
     def mask_rule(self) -> str:
@@ -307,7 +347,8 @@ def _shown(value: Any) -> str:
     return repr(value)[:80] if plain else f"a {type(value).__name__}"
 
 
-# Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes.
+# Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes; the last two are
+# recipes of the literature, see docs/train.md.
 PRESETS = {
     "demo": TrainConfig(
         augment=False, epochs=4, warmup_epochs=3, batch_size=64, lr=0.05, lr_drops=(3,), steps=5, pgd_test_size=0
@@ -319,6 +360,36 @@ PRESETS = {
         preset="svhn-resnet18", dataset="svhn", model="resnet18", augment=False, alpha=1 / 255, weight_decay=3.5e-3
     ),
     "tinyimagenet-wrn34-10": TrainConfig(preset="tinyimagenet-wrn34-10", dataset="tinyimagenet", model="wrn-34-10"),
+    "fast-resnet18": TrainConfig(
+        preset="fast-resnet18",
+        dataset="cifar10",
+        model="resnet18",
+        attack="pgi",
+        epochs=30,
+        warmup_epochs=8,
+        lr=0.2,
+        schedule="cyclic",
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        average="ema:0.999",
+    ),
+    "strong-wrn28-10": TrainConfig(
+        preset="strong-wrn28-10",
+        method="part-t",
+        dataset="cifar10",
+        model="wrn-28-10-silu",
+        epochs=400,
+        warmup_epochs=100,
+        batch_size=512,
+        lr=0.2,
+        schedule="cosine",
+        nesterov=True,
+        weight_decay=5e-4,
+        beta=5.0,
+        label_smoothing=0.1,
+        cutmix=1.0,
+        average="ema:0.995",
+    ),
 }
 
 
@@ -408,6 +479,10 @@ def _weighted() -> str:
 
 def _with_beta() -> str:
     return ", ".join(name for name, method in METHODS.items() if method.beta)
+
+
+def _that(field: str) -> str:
+    return ", ".join(name for name, attack in for_training().items() if getattr(attack, field))
 
 
 def downloadable() -> str:

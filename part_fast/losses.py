@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast import checks
-from part_fast.attacks.ascend import ascend, check_images, clean_logits
+from part_fast.attacks.ascend import Model, ascend, check_images, clean_logits
 from part_fast.attacks.objectives import Loss, as_target, objective
 from part_fast.budgets.cam import CamBudget
 from part_fast.checks import Clip
@@ -53,17 +53,23 @@ def trades_loss(
     Errors: TypeError or ValueError that names the argument.
     """
     x_natural, beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance, clip)
-    eps: float | Tensor | PackedEpsilon
-    if isinstance(epsilon, CamBudget):
-        eps, clean = epsilon.with_logits(x_natural)
-    else:
-        eps = epsilon
-        clean = clean_logits(attack_model or model, x_natural.detach())
-    loss = objective("kl", clean)
-    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, clip, *loss)
+    x_adv = trades_attack(attack_model or model, x_natural, y, epsilon, step_size, perturb_steps, clip)
     _begin(model, optimizer)
     logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
     return trades_objective(logits, logits_adv, y, beta)
+
+
+def trades_attack(
+    model: Model, x: Tensor, y: Tensor, epsilon: Epsilon, alpha: float, steps: int, clip: Clip = (0.0, 1.0)
+) -> Tensor:
+    """The attack of `trades_loss`, which has checked its arguments: adversarial images like x."""
+    eps: float | Tensor | PackedEpsilon
+    if isinstance(epsilon, CamBudget):
+        eps, clean = epsilon.with_logits(x)
+    else:
+        eps = epsilon
+        clean = clean_logits(model, x.detach())
+    return _attack(model, x, y, eps, alpha, steps, clip, *objective("kl", clean))
 
 
 def trades_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
@@ -102,12 +108,18 @@ def mart_loss(
     eq. 10.
     """
     x_natural, beta = _check(model, x_natural, y, optimizer, epsilon, perturb_steps, beta, distance, clip)
-    eps = epsilon(x_natural) if isinstance(epsilon, CamBudget) else epsilon
-    loss = objective("ce")
-    x_adv = _attack(attack_model or model, x_natural, y, eps, step_size, perturb_steps, clip, *loss)
+    x_adv = mart_attack(attack_model or model, x_natural, y, epsilon, step_size, perturb_steps, clip)
     _begin(model, optimizer)
     logits, logits_adv = (checks.logits(model(images), images) for images in (x_natural, x_adv))
     return mart_objective(logits, logits_adv, y, beta)
+
+
+def mart_attack(
+    model: Model, x: Tensor, y: Tensor, epsilon: Epsilon, alpha: float, steps: int, clip: Clip = (0.0, 1.0)
+) -> Tensor:
+    """The attack of `mart_loss`, which has checked its arguments: adversarial images like x."""
+    eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
+    return _attack(model, x, y, eps, alpha, steps, clip, *objective("ce"))
 
 
 def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -> Tensor:
@@ -167,11 +179,11 @@ def _check(
 
 
 def _attack(
-    model: nn.Module,
+    model: Model,
     x: Tensor,
     y: Tensor,
     eps: float | Tensor | PackedEpsilon,
-    step_size: float,
+    alpha: float,
     steps: int,
     clip: Clip,
     loss: Loss,
@@ -179,7 +191,7 @@ def _attack(
 ) -> Tensor:
     x = x.detach()
     x_adv = x + (0.001 * torch.randn_like(x, dtype=checks.compute_dtype(x))).to(x.dtype)
-    x_adv = ascend(model, x_adv, x, y, eps, step_size, steps, loss, extra, clip=clip)
+    x_adv = ascend(model, x_adv, x, y, eps, alpha, steps, loss, extra, clip=clip)
     return x_adv.clamp_(*checks.clip_range(clip, x))
 
 

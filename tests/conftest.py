@@ -241,6 +241,15 @@ EPS_FORMS = (
 TENSOR_EPS_FORMS = tuple(form for form in EPS_FORMS if form.startswith("("))
 eps_forms = pytest.mark.parametrize("eps_form", EPS_FORMS)
 
+# (dtype, layout, eps form): each two of them together once, a quarter of all combinations.
+PAIRS = [
+    pytest.param(dtype, layout, form, id=f"{name}-{layout}-{form}")
+    for place, form in enumerate(EPS_FORMS)
+    for turn, layout in enumerate(LAYOUTS)
+    for name, dtype in [list(DTYPES.items())[(place + turn) % len(DTYPES)]]
+]
+pairs = pytest.mark.parametrize(("dtype", "layout", "eps_form"), PAIRS)
+
 
 def make_eps(
     form: str, shape: tuple[int, ...], device: str, dtype: torch.dtype = torch.float32

@@ -126,6 +126,8 @@ def test_ema_and_swa_are_what_they_say(tmp_path):
     train(one, tmp_path / "first", log=silent)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "ema")
     for name, value in weights(tmp_path / "ema", "averaged.safetensors").items():
+        if "running" in name:  # its own, see tests/test_recipe.py
+            continue
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name], rtol=1e-5, atol=1e-6)
         else:

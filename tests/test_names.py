@@ -22,19 +22,28 @@ from part_fast.models.catalogue import MODELS, Model, build_model
 from part_fast.models.resnet import resnet_small
 from part_fast.ops.cam import METHODS as CAM_METHODS
 from part_fast.ops.cam_mask import RULE_HELP, RULES
-from part_fast.training.step import batch_loss
+from part_fast.training.step import batch_attack, batch_loss
+
+
+def attacked_loss(method, model, x, y, epsilon, config):
+    """The loss of a training step, whose attack runs on the model itself."""
+    return batch_loss(method, model, x, batch_attack(method, model, x, y, epsilon, config), y, config)
+
 
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
 def test_names():
-    assert list(for_training()) == ["pgd", "fgsm", "mma"]
-    assert list(for_evaluation()) == ["natural", "pgdSTEPS", "fgsm", "mma", "aa"]
+    assert list(for_training()) == ["pgd", "fgsm", "fgsm-rs", "n-fgsm", "pgi", "warm", "mma"]
+    assert list(for_evaluation()) == ["natural", "pgdSTEPS", "fgsm", "fgsm-rs", "n-fgsm", "mma", "aa"]
     assert list(METHODS) == ["at", "part", "trades", "part-t", "mart", "part-m"]
     assert list(MODELS) == [
         "resnet18",
         "resnet-small",
+        "preact-resnet18",
+        "preact-resnet18-silu",
         "wrn-DEPTH-WIDTH",
+        "wrn-DEPTH-WIDTH-silu",
         "torchvision:NAME",
         "timm:NAME",
         "MODULE:FUNCTION",
@@ -77,7 +86,7 @@ def test_listing():
 
 
 def help_of(capsys, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("COLUMNS", "2000")
     with pytest.raises(SystemExit):
         main([command, "--help"])
     return capsys.readouterr().out
@@ -152,7 +161,7 @@ def test_fgsm_in_training_and_evaluation():
     assert torch.equal(found, model(x_adv).argmax(1) == y)
     config = dataclasses.replace(TINY_RUN, attack="fgsm")
     config.check()
-    loss = batch_loss("at", model, x, y, 8 / 255, config)
+    loss = attacked_loss("at", model, x, y, 8 / 255, config)
     assert torch.equal(loss, torch.nn.functional.cross_entropy(model(x_adv), y))
 
 
@@ -171,15 +180,15 @@ def test_a_row_is_a_new_attack(capsys, monkeypatch):
     config = dataclasses.replace(TINY_RUN, attack="still", steps=3, seed=5)
     config.check()
     x, y = data.images.float() / 255, data.labels
-    loss = batch_loss("at", model, x, y, 8 / 255, config)
+    loss = attacked_loss("at", model, x, y, 8 / 255, config)
     assert torch.equal(loss, torch.nn.functional.cross_entropy(model(x), y))
     check_attacks(["natural", "still"])
     settings = AttackSettings(seed=9)
     found = [is_correct(model.eval(), data, name, settings) for name in ("natural", "still")]
     assert torch.equal(*found)
     assert calls == [(3, "zero", 5), (7, "zero", 9)]
-    for command in ("train", "evaluate", "reproduce"):
-        assert "still (moves nothing)" in help_of(capsys, monkeypatch, command)
+    for command, flag in (("train", "--attack"), ("evaluate", "--attacks"), ("reproduce", "--attacks")):
+        assert "still (moves nothing)" in flag_of(help_of(capsys, monkeypatch, command), flag)
 
 
 def test_a_row_is_a_new_method(capsys, monkeypatch):
@@ -190,7 +199,7 @@ def test_a_row_is_a_new_method(capsys, monkeypatch):
     config = dataclasses.replace(TINY_RUN, method="nothing", warmup_epochs=0, beta=2.5)
     config.check()
     x = torch.rand(2, 3, 32, 32)
-    assert batch_loss("nothing", resnet_small(), x, torch.tensor([0, 1]), 0.1, config).item() == 2.5
+    assert attacked_loss("nothing", resnet_small(), x, torch.tensor([0, 1]), 0.1, config).item() == 2.5
     assert [config.method_at(epoch) for epoch in range(2)] == ["nothing", "nothing"]
     assert "nothing (learns nil)" in help_of(capsys, monkeypatch, "train")
 

@@ -43,6 +43,19 @@ def projection(dtype: torch.dtype, layout: str, form: str) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
+def fast_step(dtype: torch.dtype, layout: str, form: str) -> list[Tensor]:
+    """From noise, from a bank, and a step that writes to it."""
+    x_adv, grad, x, eps = images(dtype, layout, form)
+    bank = torch.randint(-127, 128, (5, *IMAGES[1:]), dtype=torch.int8)
+    places = torch.tensor([(4, 3, -2, 1), (0, -1, 4, 0), (2, 0, 0, 1)])
+    starts = [
+        part_fast.uniform_start(x, eps, seed=2**40 + 1),
+        part_fast.bank_start(x, bank, places, eps, scale=0.1),
+    ]
+    part_fast.eps_step_(x_adv, grad, x, eps, 1.25, bank=bank, places=places, scale=0.1)
+    return [*starts, x_adv, bank.to(torch.int16)]
+
+
 def maps(dtype: torch.dtype) -> Tensor:
     return torch.rand(MAPS).to(dtype)
 
@@ -65,7 +78,7 @@ FORMS = ("float", "(N,1,H,W)", "(N,C,H,W)", "PackedEpsilon M=1", "PackedEpsilon 
 OPS: dict[str, Callable[[], list[Tensor]]] = {
     **{
         f"{name} {dtype} {layout} {form}": (lambda f=f, d=d, layout=layout, form=form: f(d, layout, form))
-        for name, f in {"pgd_step": step, "project_linf": projection}.items()
+        for name, f in {"pgd_step": step, "project_linf": projection, "eps_step_": fast_step}.items()
         for dtype, d in DTYPES.items()
         for layout in ("contiguous", "channels_last")
         for form in (FORMS if dtype == "float32" else FORMS[1:2])

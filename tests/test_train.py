@@ -30,9 +30,14 @@ from part_fast.training.checkpoint import PREVIOUS, STATE
 from part_fast.training.loop import adversarial_logits, train
 from part_fast.training.mask_history import MASKS
 from part_fast.training.run_folder import LOCK, RUN_FILES
-from part_fast.training.step import batch_epsilon, batch_loss
+from part_fast.training.step import batch_attack, batch_epsilon, batch_loss
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+def attacked_loss(method, model, x, y, epsilon, config):
+    """The loss of a training step, whose attack runs on the model itself."""
+    return batch_loss(method, model, x, batch_attack(method, model, x, y, epsilon, config), y, config)
 
 
 def tiny(**changes):
@@ -348,7 +353,7 @@ def test_perturbation_obeys_its_map(method, monkeypatch):
     model.register_forward_pre_hook(keep_input)
     budget = CamBudget(model, config.eps, config.eps_low)
     epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, config)
-    batch_loss(method, model, x, y, epsilon, config)
+    attacked_loss(method, model, x, y, epsilon, config)
     assert model.training
     change = (inputs[-1] - x).abs()
     rounding = 1e-7  # of x + eps near 1 in float32
@@ -372,7 +377,7 @@ def test_robust_accuracy_is_that_of_the_adversarial_forward(method):
     with adversarial_logits(model) as seen:
         budget = CamBudget(model)
         epsilon = batch_epsilon(method, budget, None, torch.arange(len(x)), None, tiny(steps=2))
-        batch_loss(method, model, x, y, epsilon, tiny(steps=2))
+        attacked_loss(method, model, x, y, epsilon, tiny(steps=2))
         logits = seen[-1].clone()
     assert not torch.equal(inputs[-1], x)
     model.train()
@@ -388,7 +393,7 @@ def test_every_method_with_every_attack_gives_gradients(method, attack):
     config = tiny(steps=1, attack=attack, method=method)
     model = build_model("resnet-small", 10)
     epsilon = batch_epsilon(method, CamBudget(model), None, torch.arange(10), None, config)
-    loss = batch_loss(method, model, x, y, epsilon, config)
+    loss = attacked_loss(method, model, x, y, epsilon, config)
     loss.backward()
     assert math.isfinite(loss.item())
     assert all(parameter.grad is not None for parameter in model.parameters())
@@ -449,7 +454,7 @@ def test_released_start_is_neither_within_the_map_nor_clipped(monkeypatch):
     model = build_model("resnet-small", 10)
     config = tiny(method="part", released=True)
     epsilon = torch.zeros(4, 1, 32, 32)
-    batch_loss("part", model, x, torch.arange(4), epsilon, config)
+    attacked_loss("part", model, x, torch.arange(4), epsilon, config)
     moved = (starts[0] - x).abs()
     assert starts[0].max() > 1
     assert 0.9 * config.eps < moved.max() <= config.eps + 1e-6

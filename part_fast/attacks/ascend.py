@@ -13,16 +13,64 @@ from torch.profiler import record_function
 from part_fast import checks
 from part_fast.attack_model import AttackModel
 from part_fast.attack_model.graph import surroundings
-from part_fast.attacks.objectives import Loss
+from part_fast.attacks.objectives import Loss, objective
 from part_fast.checks import Bound, Clip
 from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, input_gradient, uncached_autocast
+from part_fast.ops.bank_view import BankView
+from part_fast.ops.eps_step import eps_step_
 from part_fast.ops.packed_epsilon import PackedEpsilon, eps_arguments
 from part_fast.ops.pgd_step import pgd_step_
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 
 STARTS = ("uniform", "zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class LastStep:
+    """The `eps_step_` that an attack takes in the place of its last PGD step.
+
+    factor: how far a pixel moves in units of its own eps; or alpha, in image units. project: back into its eps.
+    store: the bank that the same launch writes the perturbation to.
+    """
+
+    factor: float | None = None
+    alpha: float | None = None
+    project: bool = True
+    store: BankView | None = None
+
+    @property
+    def key(self) -> Hashable:
+        """Everything but the places that decides what the step does, for the key of a CUDA graph."""
+        bank = None if self.store is None else (self.store.bank.data_ptr(), self.store.bank.shape, self.store.scale)
+        return (self.factor, self.alpha, self.project, bank)
+
+
+def attack(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor | PackedEpsilon,
+    alpha: float,
+    steps: int,
+    begin: Callable[[Tensor], Tensor],
+    loss: str | Loss,
+    clip: Clip,
+    *,
+    last: LastStep | None = None,
+) -> Tensor:
+    """Check what an attack of one batch was given, begin at the images `begin(x)`, and `ascend`; see `pgd`."""
+    x = check_images(x, eps, clip)
+    checks.labels("y", y, x, soft=loss != "margin")
+    checks.count("steps", steps)
+    with torch.inference_mode(False), torch.no_grad():
+        x, y = plain(x), plain(y)
+        x_adv = begin(x)
+        if x.shape[0] == 0:
+            return x_adv
+        clean = clean_logits(model, x) if loss == "kl" else None
+        return ascend(model, x_adv, x, y, eps, alpha, steps, *objective(loss, clean), clip=clip, last=last)
 
 
 def clean_logits(model: Model, x: Tensor) -> Tensor:
@@ -43,8 +91,11 @@ def ascend(
     extra: tuple[Tensor, ...] = (),
     *,
     clip: Clip = (0.0, 1.0),
+    last: LastStep | None = None,
 ) -> Tensor:
     """Take `steps` PGD steps from x_adv, which is overwritten and returned; every attack here runs this loop.
+
+    last: what the last of the steps is in place of a PGD step, for attacks that step by eps or remember what they find.
 
     loss: callable(logits, y, *extra), increased; its result is summed, so that no image's step depends on the batch.
     With an AttackModel that captures CUDA graphs the steps are one launch; `loss` is then hashable, stays the same
@@ -56,6 +107,7 @@ def ascend(
     def run(x_adv: Tensor, x: Tensor, y: Tensor, *rest: Tensor) -> None:
         held, others = _held_eps(eps, rest)
         bounds, others = _held_clip(low, high, others)
+        final, others = _held_places(last, others)
         with eval_mode(model), torch.enable_grad():
             for step in range(steps):
                 leaf = x_adv.detach().requires_grad_()
@@ -71,15 +123,18 @@ def ascend(
                     )
                 del logits, leaf  # the graph is done; x_adv may be overwritten
                 with record_function("part_fast: pgd_step"), torch.no_grad():
-                    pgd_step_(x_adv, grad, x, held, alpha, bounds)
+                    if final is not None and step == steps - 1:
+                        _take(final, x_adv, grad, x, held, bounds)
+                    else:
+                        pgd_step_(x_adv, grad, x, held, alpha, bounds)
 
     forward = model
     if isinstance(model, AttackModel):
         model.refresh_if_changed()  # once per attack
         forward = functools.partial(model, follow=False, kind=loss)
-    rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *extra)
+    rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *_places_tensors(last), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
-        key = _graph_key(model, x, eps, alpha, steps, loss, _clip_numbers(low, high))
+        key = _graph_key(model, x, eps, alpha, steps, loss, (_clip_numbers(low, high), last and last.key))
         with record_function("part_fast: CUDA graph"):
             model.graphs(key, run, x_adv, x, y, *rest)
     else:
@@ -94,12 +149,12 @@ def _graph_key(
     alpha: float,
     steps: int,
     loss: Loss,
-    clip: Hashable,
+    others: Hashable,
 ) -> Hashable:
     """Everything but its tensors that decides what the steps of an attack do."""
     if not isinstance(loss, Hashable):
         raise BadTypeError(f"loss must be hashable where an attack is captured, got {type(loss).__name__}")
-    numbers = (steps, checks.number("alpha", alpha), clip, _eps_numbers(eps))
+    numbers = (steps, checks.number("alpha", alpha), others, _eps_numbers(eps))
     return (loss, numbers, surroundings(model.module, x.device))
 
 
@@ -132,6 +187,25 @@ def _clip_numbers(low: Bound, high: Bound) -> Hashable:
 def _held_clip(low: Bound, high: Bound, tensors: tuple[Tensor, ...]) -> tuple[Clip, tuple[Tensor, ...]]:
     """As `_held_eps`, for a clip argument."""
     return ((tensors[0], tensors[1]), tensors[2:]) if isinstance(low, Tensor) else ((low, high), tensors)
+
+
+def _places_tensors(last: LastStep | None) -> tuple[Tensor, ...]:
+    return () if last is None or last.store is None else (last.store.places,)
+
+
+def _held_places(last: LastStep | None, tensors: tuple[Tensor, ...]) -> tuple[LastStep | None, tuple[Tensor, ...]]:
+    """As `_held_eps`, for a step's places in a bank; the bank itself is written where it lies."""
+    if last is None or last.store is None:
+        return last, tensors
+    return dataclasses.replace(last, store=dataclasses.replace(last.store, places=tensors[0])), tensors[1:]
+
+
+def _take(
+    step: LastStep, x_adv: Tensor, grad: Tensor, x: Tensor, eps: float | Tensor | PackedEpsilon, clip: Clip
+) -> None:
+    view = step.store
+    kept = {} if view is None else {"bank": view.bank, "places": view.places, "scale": view.scale}
+    eps_step_(x_adv, grad, x, eps, step.factor, clip, alpha=step.alpha, project=step.project, **kept)  # type: ignore[arg-type]
 
 
 def _capturing(x: Tensor) -> bool:

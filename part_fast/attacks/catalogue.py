@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from part_fast.attacks.autoattack import autoattack, load_autoattack
+from part_fast.attacks.fast import fgsm_rs, n_fgsm, pgi, warm
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import pgd
 from part_fast.errors import BadValueError
@@ -22,9 +23,15 @@ class Attack:
     run: callable(model, x, y, eps, alpha, steps, start, seed) -> adversarial images like x (N,C,H,W), for class indices
         y (N,). eps, in training a map of each pixel's too, and alpha are in image units; start as in `pgd`.
     trains, evaluates: whether `train --attack` and `evaluate --attacks` take it.
-    steps: of an evaluation; None: its name there ends in their number, as in pgd20. Training gives its own.
+    steps: of an evaluation; None: its name there ends in their number, as in pgd20. Training gives its own, of which
+        an attack of one step reads none.
     random_start: whether `start` is drawn from a random generator; else it is "zero".
+    reach: how far a random start that is a tensor lies from the images, in units of eps.
+    remembers: whether `start` is a BankView of the training images' perturbations, which `run` writes back.
+    regularised: whether the training loss also gets `pgi_lambda` times the mean squared difference between the logits
+        at the start and at the end.
     reads_model: whether it asks the model, so that a faster copy of it pays.
+    soft_labels: whether y may be probabilities (N,classes), as CutMix makes them.
     of_method: whether a method that has an attack of this kind in its own loss runs that instead.
     resumes: whether an evaluation is so slow that each batch is kept, to go on from.
     load: called before anything is written; raises, saying how to get it, where a package is missing.
@@ -36,7 +43,11 @@ class Attack:
     evaluates: bool = True
     steps: int | None = None
     random_start: bool = True
+    reach: float = 1.0
+    remembers: bool = False
+    regularised: bool = False
     reads_model: bool = True
+    soft_labels: bool = True
     of_method: bool = False
     resumes: bool = False
     load: Callable[[], object] | None = None
@@ -58,10 +69,38 @@ ATTACKS: dict[str, Attack] = {
         steps=1,
         random_start=False,
     ),
+    "fgsm-rs": Attack(
+        "one step of 1.25 eps from a random start, projected",
+        lambda model, x, y, eps, alpha, steps, start, seed: fgsm_rs(model, x, y, eps, start=start),
+        steps=1,
+    ),
+    "n-fgsm": Attack(
+        "one step of eps from noise of 2 eps, not projected: it moves pixels by up to 3 eps",
+        lambda model, x, y, eps, alpha, steps, start, seed: n_fgsm(model, x, y, eps, start=start),
+        steps=1,
+        reach=2.0,
+    ),
+    "pgi": Attack(
+        "one step of eps from the image's perturbation of an epoch ago, with a regulariser",
+        lambda model, x, y, eps, alpha, steps, start, seed: pgi(model, x, y, eps, start=start),
+        evaluates=False,
+        steps=1,
+        random_start=False,
+        remembers=True,
+        regularised=True,
+    ),
+    "warm": Attack(
+        "projected gradient descent from the image's perturbation of an epoch ago",
+        lambda model, x, y, eps, alpha, steps, start, seed: warm(model, x, y, eps, alpha, steps, start=start),
+        evaluates=False,
+        random_start=False,
+        remembers=True,
+    ),
     "mma": Attack(
         "minimum margin, three targets",
         lambda model, x, y, eps, alpha, steps, start, seed: mma(model, x, y, eps, alpha, steps, start=start),
         steps=20,
+        soft_labels=False,
     ),
     "aa": Attack(
         "AutoAttack, standard",
@@ -69,6 +108,7 @@ ATTACKS: dict[str, Attack] = {
         trains=False,
         steps=0,
         random_start=False,
+        soft_labels=False,
         resumes=True,
         load=load_autoattack,
     ),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from part_fast import checks
-from part_fast.attacks.ascend import Model, ascend, check_images, clean_logits, plain, starting_point
-from part_fast.attacks.objectives import Loss, objective
+from part_fast.attacks.ascend import Model, attack, starting_point
+from part_fast.attacks.objectives import Loss
 from part_fast.checks import Clip
 from part_fast.ops.packed_epsilon import PackedEpsilon
 
@@ -50,16 +49,7 @@ def pgd(
     "margin" Carlini and Wagner, S&P 2017, f6; per-pixel eps Zhang et al., ICML 2024 (PART), algorithm 2.
     Errors: TypeError or ValueError that names the argument.
     """
-    x = check_images(x, eps, clip)
-    checks.labels("y", y, x, soft=loss != "margin")
-    checks.count("steps", steps)
-    with torch.inference_mode(False), torch.no_grad():
-        x, y = plain(x), plain(y)
-        x_adv = starting_point(x, eps, start, clip)
-        if x.shape[0] == 0:
-            return x_adv
-        clean = clean_logits(model, x) if loss == "kl" else None
-        return ascend(model, x_adv, x, y, eps, alpha, steps, *objective(loss, clean), clip=clip)
+    return attack(model, x, y, eps, alpha, steps, lambda x: starting_point(x, eps, start, clip), loss, clip)
 
 
 class PGD:

@@ -68,10 +68,10 @@ def is_correct(
     """Whether each image of `data` is classified right under the attack called `name`: bool (N,), on the CPU.
 
     name: one that `part_fast.attacks.catalogue` lets an evaluation take, such as natural, which is no attack, or pgd20.
-    An attack that starts at random does so once, uniformly within eps. Random numbers come from `settings.seed`, on the
-    CPU but for AutoAttack, so that a result repeats and the global random state stays as it is. Attacks run on an
-    `AttackModel` of the model; the model itself judges what they found, in eval mode, and gets its mode back. Data and
-    model lie on one device.
+    An attack that starts at random does so once, uniformly within its reach. Random numbers come from `settings.seed`,
+    on the CPU but for AutoAttack, so that a result repeats and the global random state stays as it is. Attacks run on
+    an `AttackModel` of the model; the model itself judges what they found, in eval mode, and gets its mode back. Data
+    and model lie on one device.
     keep: a file to which results are written after every batch, and from which a stopped call goes on.
     Each of several processes does its share of the batches, with the random numbers of a single process, and all get
     the whole result.
@@ -92,7 +92,8 @@ def is_correct(
                 bar.update(len(batch.images))
                 continue
             x = to_float(batch.images)
-            start = "zero" if noise is None else (x + (noise.to(x.device) * 2 - 1) * settings.eps).clamp(0, 1)
+            reach = attack.reach * settings.eps
+            start = "zero" if noise is None else (x + (noise.to(x.device) * 2 - 1) * reach).clamp(0, 1)
             x_adv = attack.run(attacked, x, batch.labels, settings.eps, settings.alpha, steps, start, settings.seed)
             is_correct[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
             bar.update(len(x))

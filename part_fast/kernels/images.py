@@ -40,8 +40,13 @@ class Walk:
     constants: dict[str, Any]
 
 
-def walk(images: Tensor, eps: Tensor | None, eps_high: float, eps_low: float, narrowest: int) -> Walk:
-    """The walk over `images` (N,C,H,W) with `eps` as raw ops take it; `narrowest`: bytes of the shortest element."""
+def walk(
+    images: Tensor, eps: Tensor | None, eps_high: float, eps_low: float, narrowest: int, by_image: bool = False
+) -> Walk:
+    """The walk over `images` (N,C,H,W) with `eps` as raw ops take it; `narrowest`: bytes of the shortest element.
+
+    by_image: no row goes over two images, for `row_tile_of`.
+    """
     n, channels, height, width = images.shape
     pixels, numel = height * width, images.numel()
     last = not images.is_contiguous()
@@ -68,6 +73,8 @@ def walk(images: Tensor, eps: Tensor | None, eps_high: float, eps_low: float, na
             source, span, repeat = PIXEL, pixels, channels
         else:
             source = STRIDED
+    if by_image and source in (SCALAR, LIKE):
+        rows, span = n, channels * pixels
     # Sixteen bytes of the shortest element a thread; at least a whole byte of bits for a program.
     block = max(8, block_size(32 * WARPS * 16 // narrowest, span))
     tiles = triton.cdiv(span, block)
@@ -101,6 +108,13 @@ def tile_of(tiles, SOURCE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexp
     else:
         row, tile = program // tiles, program % tiles
     return row.to(INDEX), tile.to(INDEX) * BLOCK
+
+
+@triton.jit
+def row_tile_of(tiles, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of a walk by images."""
+    program = tl.program_id(0)
+    return (program // tiles).to(INDEX), (program % tiles).to(INDEX) * BLOCK
 
 
 @triton.jit

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from part_fast.errors import BadValueError
 from part_fast.models.external import network_of_function, timm_network, torchvision_network
+from part_fast.models.preact_resnet import preact_resnet18
 from part_fast.models.resnet import resnet18, resnet_small
 from part_fast.models.wideresnet import wideresnet
 
@@ -29,7 +31,10 @@ class Model:
 MODELS = {
     "resnet18": Model("the one for 32x32 images", resnet18),
     "resnet-small": Model("four one-block stages, the demo's", resnet_small),
+    "preact-resnet18": Model("activations before convolutions", preact_resnet18),
+    "preact-resnet18-silu": Model("with SiLU", partial(preact_resnet18, activation="silu")),
     "wrn-DEPTH-WIDTH": Model("wrn-34-10, wrn-28-10, ...", wideresnet),
+    "wrn-DEPTH-WIDTH-silu": Model("wrn-28-10-silu, ...", partial(wideresnet, activation="silu")),
     "torchvision:NAME": Model("torchvision:resnet50, ...", torchvision_network),
     "timm:NAME": Model("timm:convnext_atto, ...", timm_network),
     "MODULE:FUNCTION": Model("your own, called with num_classes=", network_of_function),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from part_fast.atomic import replacing
 from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
+from part_fast.models.preact_resnet import PreActResNet
 from part_fast.models.resnet import ResNet
 from part_fast.models.weights_file import read_weights, write_weights
 from part_fast.models.wideresnet import WideResNet
@@ -38,6 +39,10 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     copies of weights; a normalisation's mean and std that are the model's own (0 and 1 where it has none); and the
     absence of `num_batches_tracked`, which old checkpoints lack. Weights take the dtype and device of the model.
 
+    A WideResNet with SiLU also takes the names of the checkpoints of Gowal et al. and Rebuffi et al.
+    (`init_conv.weight`, `layer.0.block.0.batchnorm_0.weight`, ...), with a warning where neither the file nor the model
+    says how images are normalised.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read safely (it says which objects stand in the way and how to get the weights
@@ -49,7 +54,9 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     else:
         source, raw = str(path_or_state), _read_checkpoint(Path(path_or_state))
     own = model.state_dict()
-    state, others = _match_keys(raw, own, source)
+    theirs = any(isinstance(part, WideResNet) and part.activation == "silu" for part in model.modules())
+    renamed = _renamed(raw) if theirs else raw
+    state, others = _match_keys(renamed, own, source)
 
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     shapes = [
@@ -68,6 +75,12 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     if problems:
         raise BadValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems)}")
     _check_normalisation(model, others, source)
+    if renamed is not raw and not others and not any(isinstance(part, Normalize) for part in model.modules()):
+        warnings.warn(
+            f"{source} does not say how its images are normalised, which published ones of these names are, and the "
+            "model does not normalise: build it with their mean and std",
+            stacklevel=2,
+        )
     broken = [key for key, value in state.items() if not bool(torch.isfinite(value.float()).all())]
     if broken:
         raise BadValueError(f"{source} holds NaN or infinite values, of a training that diverged: {_shorten(broken)}")
@@ -88,7 +101,8 @@ def export_weights(
     """Write the weights of `model` to a file at `path`, at once and whole, and return where they are.
 
     safetensors: every tensor under its name here. robustbench: a file of `torch.save` whose names are those of
-    RobustBench's `ResNet` (for `resnet18`) and `WideResNet`, which load it with `load_state_dict(torch.load(path))`;
+    RobustBench's `ResNet` (for `resnet18`), `PreActResNet` (PreActBlockV2 and `bn_before_fc=True`) and `WideResNet`,
+    which load it with `load_state_dict(torch.load(path))`;
     `resnet_small` keeps the names, but RobustBench has no network of its shape. Tensors are copied to the CPU,
     contiguous, in the model's dtype; `load_weights` reads both formats.
 
@@ -103,9 +117,10 @@ def export_weights(
     Raises:
         FileExistsError: there is a file at `path` and `overwrite` is not set.
         FileNotFoundError: there is no such folder.
-        TypeError: model is no module; or, for robustbench, no ResNet or WideResNet of part_fast.
+        TypeError: model is no module; or, for robustbench, no ResNet, PreActResNet or WideResNet of part_fast.
         ValueError: an unknown format or another ending than its own, `sub_block1` for a model without `block1`, or
-            robustbench for a model that normalises inside: RobustBench's does not, its logits would be others.
+            robustbench for a model that normalises inside or has SiLU: RobustBench's of these names does and has not,
+            its logits would be others.
 
     Source: github.com/RobustBench/robustbench, `robustbench/model_zoo/architectures`.
     """
@@ -125,13 +140,15 @@ def export_weights(
         )
     if sub_block1 and not isinstance(model, WideResNet):
         raise BadValueError(f"sub_block1 takes a WideResNet, got {type(model).__name__}, which has no block1")
-    if format == "robustbench" and not isinstance(model, ResNet | WideResNet):
+    if format == "robustbench" and not isinstance(model, ResNet | PreActResNet | WideResNet):
         raise BadTypeError(
-            "model takes a ResNet or WideResNet of part_fast.models for format robustbench, got "
+            "model takes a ResNet, PreActResNet or WideResNet of part_fast.models for format robustbench, got "
             f"{type(model).__name__}: give a path that ends in .safetensors"
         )
     if format == "robustbench" and not isinstance(model.normalize, nn.Identity):
         raise BadValueError("format robustbench takes a model without mean and std: RobustBench's does not normalise")
+    if format == "robustbench" and getattr(model, "activation", "relu") != "relu":
+        raise BadValueError("format robustbench takes a model with ReLU: RobustBench's of these names has no other")
     if not path.parent.is_dir():
         raise MissingFileError(f"no folder at {path.parent} to write {path.name} in")
     if path.exists() and not overwrite:
@@ -203,6 +220,39 @@ def _is_module(name: str) -> bool:
     module, _, attribute = name.rpartition(".")
     kind = getattr(sys.modules.get(module), attribute, None)
     return isinstance(kind, type) and issubclass(kind, nn.Module)
+
+
+# The names of the WideResNets of Gowal et al., and ours.
+_STEM = "init_conv.weight"
+_PARTS = {"init_conv": "conv1", "batchnorm": "bn1", "logits": "fc"}
+_IN_BLOCK = {
+    "batchnorm_0": "bn1",
+    "conv_0": "conv1",
+    "batchnorm_1": "bn2",
+    "conv_1": "conv2",
+    "shortcut": "convShortcut",
+}
+
+
+def _renamed(raw: Mapping[str, object], depth: int = 3) -> Mapping[str, object]:
+    """`raw` with our names in every mapping that has theirs, under whatever prefix; itself where none has."""
+    inner = {name: _renamed(value, depth - 1) for name, value in raw.items() if depth and isinstance(value, Mapping)}
+    prefixes = [key.removesuffix(_STEM) for key in raw if isinstance(key, str) and key.endswith(_STEM)]
+    if not prefixes:
+        same = all(inner[name] is raw[name] for name in inner)
+        return raw if same else {**raw, **inner}
+    return {_our_name(key, prefixes): value for key, value in {**raw, **inner}.items()}
+
+
+def _our_name(key: str, prefixes: Sequence[str]) -> str:
+    prefix = next((one for one in sorted(prefixes, key=len, reverse=True) if str(key).startswith(one)), "")
+    name, _, kind = str(key).removeprefix(prefix).rpartition(".")
+    block = re.fullmatch(r"layer\.(\d+)\.block\.(\d+)\.(\w+)", name)
+    if name in _PARTS:
+        return f"{prefix}{_PARTS[name]}.{kind}"
+    if block is not None and block[3] in _IN_BLOCK:
+        return f"{prefix}block{int(block[1]) + 1}.layer.{block[2]}.{_IN_BLOCK[block[3]]}.{kind}"
+    return key
 
 
 # Names under which weights usually lie, the plainest first.

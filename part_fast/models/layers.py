@@ -1,11 +1,12 @@
-"""What the networks share: the 3x3 convolution, the normalisation of the input."""
+"""What the networks share: the 3x3 convolution, activations, the normalisation of the input."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast.errors import BadValueError
@@ -13,6 +14,17 @@ from part_fast.errors import BadValueError
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
+
+
+def activation_of(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name; none works in place, so that a hook on any submodule sees its true output.
+
+    Errors: ValueError for an unknown name.
+    """
+    known: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu}
+    if name not in known:
+        raise BadValueError(f"activation takes one of {', '.join(known)}, got {name!r}")
+    return known[name]
 
 
 class Normalize(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.profiler import record_function
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
+from part_fast.awp import awp
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Dataset, batch_length, to_float
@@ -24,19 +25,24 @@ from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
 from part_fast.models.external import check_network, is_external
 
+# At the end of an epoch an average by "ema" takes its BatchNorm statistics from so many batches: by torch's momentum
+# 0.9^50, half a percent, is then left of what was before them.
+AVERAGE_BATCHES = 50
+
 
 class Engine:
     """A model in training as `config` says, on `device`.
 
     model: the weights. trained: what the loss forwards, the model or its DistributedDataParallel. attack_model: its
-    copy that attacks and CAMs run on. averaged: torch's AveragedModel, or None. load: whether config.init is read.
+    copy that attacks and CAMs run on. averaged: torch's AveragedModel, or None. classes: how many the model tells
+    apart. load: whether config.init is read.
 
     Errors: ValueError for a network without a layer that CAMs can explain, if the method needs one.
     """
 
     def __init__(self, config: TrainConfig, num_classes: int, device: torch.device, *, load: bool = True) -> None:
         config = config.on(device)
-        self.config, self.device = config, device
+        self.config, self.device, self.classes = config, device, num_classes
         model = build_model(config.model, num_classes)
         if config.init is not None and load:
             load_weights(model, config.init)
@@ -52,6 +58,7 @@ class Engine:
             config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
             fused=True,
         )
         if config.momentum:
@@ -73,6 +80,7 @@ class Engine:
         self._before: list[Tensor] = []
         self._group = 0
         self._last = True
+        self._measures = False  # whether the average's BatchNorm statistics are of its own forwards now
 
     @property
     def at_update(self) -> bool:
@@ -110,8 +118,10 @@ class Engine:
             self.optimizer.zero_grad()
             self._group = batch_length(total - done, self.config.batch_size, self.config.accumulate)
             if self._skips:
-                self._before = [buffer.clone() for buffer in self.model.buffers()]
-        batch = batch_length(total - done, self.config.batch_size)
+                self._before = [buffer.clone() for buffer in self.buffers()]
+        left, size = total - done, self.config.batch_size
+        self._measures = self.config.averaging[0] == "ema" and batch_length(left, size, AVERAGE_BATCHES) == left
+        batch = batch_length(left, size)
         self._last = (done + batch) % every == 0 or done + batch == total
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(epoch + (done + batch / 2) / total)
@@ -127,10 +137,36 @@ class Engine:
         ):
             yield
 
+    def perturbed(self, loss: Callable[[], Tensor], epoch: int) -> contextlib.AbstractContextManager[None]:
+        """The context of a batch's loss and backward at perturbed weights, if config.awp asks for it in that epoch.
+
+        loss: gives the training loss by a forward of `model`.
+        """
+        if not self.config.awp or epoch < self.config.awp_warmup:
+            return contextlib.nullcontext()
+        return awp(self.model, self.config.awp, lambda: self.scaler.scale(loss()))  # fp16 has no smaller gradients
+
     def backward(self, loss: Tensor, images: int) -> None:
         """Add the gradients of a mean loss over so many images, weighted by their share of the update's images."""
         with record_function("part_fast: training backward"), torch.autocast(self.device.type, enabled=False):
             self.scaler.scale(loss * (images / self._group)).backward()
+
+    @torch.no_grad()
+    def measure(self, x_adv: Tensor) -> None:
+        """In an epoch's last batches let the averaged model forward what the model trains on, so that its BatchNorm
+        statistics are of its own activations. Each of its modules is in the mode of the model's; random generators are
+        as before.
+
+        Errors: whatever the network raises.
+        """
+        if self.averaged is None or not self._measures:
+            return
+        average = self.averaged.module
+        average.train()
+        for module, own in zip(self.model.modules(), average.modules(), strict=True):
+            own.training = module.training  # frozen BatchNorm stays frozen
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            average(x_adv)
 
     @record_function("part_fast: optimizer")
     def end(self) -> None:
@@ -144,7 +180,11 @@ class Engine:
         self.attack_model.tell()
         kind, decay = self.config.averaging
         if self.averaged is not None and kind == "ema":
-            self._average(self.averaged, 1 - decay)
+            weight = 1 - decay if self.averaged.n_averaged else 1.0  # n_averaged lies on the CPU
+            _move(self.averaged.module.parameters(), self.model.parameters(), weight)
+            if not self._measures:
+                _move(self.averaged.module.buffers(), self.model.buffers(), 1.0)
+            self.averaged.n_averaged += 1
 
     @property
     def _skips(self) -> bool:
@@ -161,7 +201,7 @@ class Engine:
         bad = ~torch.isfinite(torch.nn.utils.get_total_norm(gradients, float("inf")))
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.skipped += bad
-        for buffer, before in zip(self.model.buffers(), self._before, strict=True):
+        for buffer, before in zip(self.buffers(), self._before, strict=True):
             buffer.copy_(torch.where(bad, before, buffer))
 
     def end_epoch(self, epoch: int) -> None:
@@ -172,30 +212,13 @@ class Engine:
         if self.averaged is not None and kind == "swa":
             if epoch + 1 <= since:
                 self.averaged.n_averaged.zero_()  # until the mean has begun the average is the model
-            self._average(self.averaged, 1 / (1 + int(self.averaged.n_averaged)))
-
-    @torch.no_grad()
-    def _average(self, averaged: AveragedModel, weight: float) -> None:
-        """Move the averaged model by `weight` of the way to the model, at first all of it; counters are the model's.
-
-        Not `averaged.update_parameters`, which moves a number to the GPU for every tensor, and waits for it.
-        """
-        weight = weight if averaged.n_averaged else 1.0  # n_averaged lies on the CPU
-        pairs = zip(
-            (*averaged.module.parameters(), *averaged.module.buffers()),
-            (*self.model.parameters(), *self.model.buffers()),
-            strict=True,
-        )
-        floating: tuple[list[Tensor], list[Tensor]] = ([], [])
-        counters: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for mean, now in pairs:
-            lists = floating if mean.is_floating_point() else counters
-            lists[0].append(mean)
-            lists[1].append(now)
-        torch._foreach_lerp_(*floating, weight)
-        if counters[0]:
-            torch._foreach_copy_(*counters)
-        averaged.n_averaged += 1
+            average, weight = self.averaged.module, 1 / (1 + int(self.averaged.n_averaged))
+            for means, now in (
+                (average.parameters(), self.model.parameters()),
+                (average.buffers(), self.model.buffers()),
+            ):
+                _move(means, now, weight)
+            self.averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -219,3 +242,21 @@ class Engine:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.skipped.copy_(state["skipped"])
+
+
+@torch.no_grad()
+def _move(means: Iterable[Tensor], now: Iterable[Tensor], weight: float) -> None:
+    """Move tensors by `weight` of the way to others; counters all of it.
+
+    Not AveragedModel.update_parameters, which moves a number to the GPU for every tensor, and waits for it.
+    """
+    floating: tuple[list[Tensor], list[Tensor]] = ([], [])
+    counters: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for mean, value in zip(means, now, strict=True):
+        lists = floating if mean.is_floating_point() else counters
+        lists[0].append(mean)
+        lists[1].append(value)
+    if floating[0]:
+        torch._foreach_lerp_(*floating, weight)
+    if counters[0]:
+        torch._foreach_copy_(*counters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,13 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import checks, distributed
+from part_fast.attacks.catalogue import ATTACKS
 from part_fast.budgets.bank import MaskBank
+from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load, root_anywhere
-from part_fast.data.memory import Dataset, draw_augmentation, to_float
+from part_fast.data.extra import add_extra
+from part_fast.data.memory import Dataset, batch_length, draw_augmentation, to_float
+from part_fast.data.mixing import draw_cutmix
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
-from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
+from part_fast.evaluation.sanity import agreement_warning, gradient_agreement, order_flags
 from part_fast.evaluation.trained import evaluation_data
 from part_fast.methods import METHODS
 from part_fast.optional import needs
@@ -29,14 +34,16 @@ from part_fast.report import figures
 from part_fast.training.checkpoint import PREVIOUS, promote_previous, read_state
 from part_fast.training.engine import Engine
 from part_fast.training.epoch import (
+    JUDGED,
     LOOK_EVERY,
     Epoch,
     epoch_row,
     overfitting_warning,
     refuse_bad_loss,
     refuse_bad_weights,
+    same_rng,
+    seed_generators,
 )
-from part_fast.training.mask_history import keep_masks
 from part_fast.training.progress import Progress
 from part_fast.training.run_folder import Checkpoints, check_folder, export, load_state, mend, opened, refuse_edited
 from part_fast.training.signals import SAVE, Stop
@@ -44,6 +51,9 @@ from part_fast.training.step import batch_epsilon, train_step
 
 with needs("tqdm", "train"):
     from tqdm import tqdm
+
+# Training images that PGD-10 attacks after an epoch of an attack of one step.
+WATCHED_IMAGES = 256
 
 
 def train(
@@ -59,11 +69,12 @@ def train(
     """Train one model and leave a run folder behind, from which a run that was stopped or killed goes on.
 
     `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png,
-    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors with
-    config.validation, and training_state.pt, written after every epoch and every `save_every` minutes, from which
-    `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish and the state be saved
-    first. Nothing is written before everything that can be checked is; `overwrite` replaces a run that is already
-    there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors (the
+    better of both) with config.validation, and training_state.pt, written after every epoch and every `save_every`
+    minutes, from which `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish
+    and the state be saved first. Nothing is written before everything that can be checked is; `overwrite` replaces a
+    run that is already there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    The generators of torch, Python and numpy are seeded by config.seed.
 
     Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
 
@@ -85,14 +96,22 @@ def train(
     config = config.on(device, like=read_config(out) if resume else None)
     check_folder(config, out, resume, overwrite)
     distributed.barrier()  # nobody writes before everybody has checked
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
-    config = dataclasses.replace(config, root=root_anywhere(data, config.root))
+    extra = None if config.extra is None else Path(config.extra).expanduser().absolute()
+    config = dataclasses.replace(
+        config, root=root_anywhere(data, config.root), extra=None if extra is None else str(extra)
+    )
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
+    # A single step may be all that the model learns to resist: where PGD attacks no other images, it attacks these.
+    watches = config.one_step and held_out is None and attacked_test is None
+    watched = data.subset(min(WATCHED_IMAGES, len(data)), config.seed) if watches else None
+    n = len(data)  # of an epoch
+    data = data if extra is None else add_extra(data, extra)
 
     # A run that was killed before its first state starts as it did.
     state = read_state(out, say) if resume else None
@@ -100,6 +119,7 @@ def train(
         refuse_edited(config, out, state)
     engine = Engine(config, data.num_classes, device, load=state is None)
     engine.try_network(data)
+    refuse_single_images(config, engine.model, data)
     model = engine.model
     budget = engine.budget if METHODS[config.method].weighted else None
     bank = None
@@ -107,23 +127,29 @@ def train(
         size = (data.images.shape[2], data.images.shape[3])
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
-    rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank)
+    remembered = None
+    if 0 < len(data) - n < distributed.size():
+        raise BadValueError(f"extra must hold an image for each of {distributed.size()} processes, got {len(data) - n}")
+    if ATTACKS[config.attack].remembers:
+        refuse_pairs(config, n, len(data) - n)
+        remembered = PerturbationBank(len(data), data.images.shape[1:], config.eps, device, seed=config.seed)
+
+    rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank, remembered)
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
         raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
-    refuse_single_images(config, engine.model, data)
     look_every = LOOK_EVERY if device.type == "cuda" else 1
-    checkpoints = Checkpoints(out, engine, bank, rows, save_every)
-    behind = len(rows) * len(data) + epoch.done * distributed.size()
+    checkpoints = Checkpoints(out, engine, bank, rows, save_every, remembered)
+    behind = len(rows) * n + epoch.done * distributed.size()
     with (
         opened(config, out, resume, overwrite),
         algorithms(device, tf32=config.tf32, deterministic=config.deterministic),
-        Progress(config.epochs * len(data), behind, config.epochs, log, shown=main) as progress,
+        Progress(config.epochs * n, behind, config.epochs, log, shown=main) as progress,
         adversarial_logits(model) as seen,
         summary_writer(str(out)) if summary_writer and main else contextlib.nullcontext() as writer,
         Stop() as stop,
     ):
-        say(_first_line(config, engine, data, held_out, test))
+        say(_first_line(config, engine, data, n, held_out, test))
         if state is None:
             checkpoints.save(epoch)  # so that a run killed in its first epoch still knows where it began
         else:
@@ -132,7 +158,7 @@ def train(
             if main:
                 if state["file"] == PREVIOUS:
                     promote_previous(out)
-                mend(out, engine, rows, epoch, say)
+                mend(out, engine, rows, test, epoch, say)
         while epoch.number < config.epochs:
             method = config.method_at(epoch.number)
             progress.phase(epoch.number)
@@ -141,16 +167,22 @@ def train(
             refreshes = bank is not None and METHODS[method].weighted and since_warmup % config.refresh_epochs == 0
             if bank is not None and refreshes and not epoch.begun:
                 bank.fill(engine.budget, data.images)
-            order = epoch.order(len(data), config).to(device)
+            if remembered is not None and resets(config, epoch):
+                remembered.reset((config.seed * 1_000_003 + epoch.number) % 2**63)
+            order = epoch.order(n, config, len(data) - n).to(device)
             model.train()
             for batch in data.batches(config.batch_size, order=order[epoch.done :], join_last=True):
                 drawn = draw_augmentation(len(batch.images), device=device) if config.augment else None
                 x = to_float(batch.images) if drawn is None else drawn.apply(batch.images)
+                mix = draw_cutmix(x, config.cutmix) if config.cutmix else None
+                y = batch.labels if mix is None else mix.labels(batch.labels, data.num_classes)
+                x = x if mix is None else mix.images(x)
                 if epoch.done == 0 and config.precision != "fp32":
-                    epoch.agreement = gradient_agreement(model, engine.attack_model, x, batch.labels)
-                epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config)
-                loss = train_step(engine, method, x, batch.labels, epsilon, epoch.done, len(order), epoch.number)
-                epoch.add(loss, seen[-1], batch.labels)
+                    epoch.agreement = gradient_agreement(model, engine.attack_model, x, y)
+                epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config, mix)
+                view = None if remembered is None else remembered.at(batch.indices, drawn)
+                loss = train_step(engine, method, x, y, epsilon, epoch.done, len(order), epoch.number, view)
+                epoch.add(loss, seen[-1], y)
                 epoch.seconds = time.perf_counter() - began
                 if not engine.at_update:
                     progress.update(len(x) * distributed.size())
@@ -172,8 +204,8 @@ def train(
             images = len(order) * distributed.size()
             progress.phase(epoch.number, "test")
             try:
-                with stop.at_once():
-                    tested = accuracies(engine, test, attacked_test, held_out)
+                with stop.at_once(), same_rng(device):
+                    tested, disordered = accuracies(engine, test, attacked_test, held_out, watched)
             except (KeyboardInterrupt, SystemExit):
                 checkpoints.save(epoch)  # what was trained is kept; the tests are done again
                 raise
@@ -187,14 +219,13 @@ def train(
                     "images_per_second": images / epoch.seconds,
                 }
             )
-            for warning in epoch_warnings(rows, epoch, config):
+            for warning in epoch_warnings(rows, epoch, config, disordered):
                 say(f"warning: epoch {epoch.number + 1}{warning}")
             engine.skipped.zero_()
             epoch = Epoch(epoch.number + 1, device)
             checkpoints.save(epoch)
             if main:
-                keep_masks(out, engine, test, len(rows) - 1)
-                export(out, engine, rows)
+                export(out, engine, rows, test)
                 if writer is not None:
                     _log_scalars(writer, rows[-1])
             say(_line(rows[-1], config.epochs))
@@ -206,23 +237,61 @@ def train(
 
 
 def accuracies(
-    engine: Engine, test: Dataset, attacked_test: Dataset | None, held_out: Dataset | None
-) -> dict[str, float | None]:
-    """test_natural and test_pgd20 (None without `attacked_test`), those of the averaged model if there is one, and
-    validation_pgd20 if images are held out."""
+    engine: Engine,
+    test: Dataset,
+    attacked_test: Dataset | None,
+    held_out: Dataset | None,
+    watched: Dataset | None = None,
+) -> tuple[dict[str, float | None], list[str]]:
+    """test_natural and test_pgd20 (None without `attacked_test`), and validation_pgd20 if images are held out, those of
+    the averaged model too if there is one; and train_pgd10 if training images are watched. And what is said of an order
+    that no sound attack gives."""
     config = engine.config
     attack = AttackSettings(config.eps, config.alpha, config.seed)
     models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
     found: dict[str, float | None] = {}
+    disordered = []
     for name, model in models.items():
-        for measure, images in (("natural", test), ("pgd20", attacked_test)):
-            if images is None:
-                found[f"{name}_{measure}"] = None
-            else:
-                found[f"{name}_{measure}"] = float(is_correct(model, images, measure, attack).float().mean())
+        found[f"{name}_natural"] = float(is_correct(model, test, "natural", attack).float().mean())
+        found[f"{name}_pgd20"] = None
+        if attacked_test is not None:
+            right = {measure: is_correct(model, attacked_test, measure, attack) for measure in ("natural", "pgd20")}
+            found[f"{name}_pgd20"] = float(right["pgd20"].float().mean())
+            which = "" if model is engine.model else ", averaged weights"
+            disordered += [f"{which}: on test images {flag}" for flag in order_flags(right)]
     if held_out is not None:
-        found["validation_pgd20"] = float(is_correct(engine.model, held_out, "pgd20", attack).float().mean())
-    return found
+        for model, column in zip(models.values(), JUDGED.values(), strict=False):
+            found[column] = float(is_correct(model, held_out, "pgd20", attack).float().mean())
+    if watched is not None:
+        found["train_pgd10"] = float(is_correct(engine.model, watched, "pgd10", attack).float().mean())
+    return found, disordered
+
+
+def resets(config: TrainConfig, epoch: Epoch) -> bool:
+    """Whether remembered perturbations are drawn anew before an epoch; those of the first one are new."""
+    every = config.perturbation_reset
+    return every > 0 and epoch.number > 0 and epoch.number % every == 0 and not epoch.begun
+
+
+def refuse_pairs(config: TrainConfig, n: int, extra: int) -> None:
+    """Errors: ValueError where a process could go over a sample twice in one batch, for which a bank has one place.
+
+    n: images of the data set. extra: how many follow them.
+    """
+    processes = distributed.size()
+    share = -(-n // processes)
+    # Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
+    if n % processes and batch_length(share, config.batch_size) == share:
+        raise BadValueError(
+            f"train_size must be a multiple of the {processes} processes with attack {config.attack} and one "
+            f"batch an epoch, got {n} images"
+        )
+    places = math.ceil(share * config.extra_fraction)
+    if extra and extra // processes < places:
+        raise BadValueError(
+            f"extra must hold at least {places * processes} images, as many as an epoch takes of them, with attack "
+            f"{config.attack}, got {extra}"
+        )
 
 
 @contextlib.contextmanager
@@ -266,12 +335,19 @@ def draw(out: Path, rows: list[dict[str, Any]], config: TrainConfig, say: Callab
         say(f"warning: curves.png is not drawn: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def epoch_warnings(rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig) -> Iterator[str]:
-    """What the row of an epoch tells that its reader should not miss."""
+def epoch_warnings(
+    rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig, disordered: list[str]
+) -> Iterator[str]:
+    """What the row of an epoch tells that its reader should not miss. disordered: as `accuracies` says it."""
     if epoch.agreement and (weak := agreement_warning(epoch.agreement)) is not None:
         yield f", {config.precision}: {weak}"
     if (overfitting := overfitting_warning(rows)) is not None:
         yield f": {overfitting}"
+    for flag in disordered:
+        yield (
+            f"{flag}: the attack raises accuracy, so its gradients mislead it and no robust accuracy here counts; "
+            f"look at what the network does to its input, and at evaluate --sanity-images 100"
+        )
     if rows[-1]["skipped"]:
         yield f": {rows[-1]['skipped']} updates were not finite and are skipped"
 
@@ -280,15 +356,20 @@ def _nobody(line: str) -> None:
     """Processes other than the first one say nothing."""
 
 
-def _first_line(config: TrainConfig, engine: Engine, data: Dataset, held_out: Dataset | None, test: Dataset) -> str:
+def _first_line(
+    config: TrainConfig, engine: Engine, data: Dataset, n: int, held_out: Dataset | None, test: Dataset
+) -> str:
     size = "x".join(map(str, data.images.shape[2:]))
     aside = "" if held_out is None else f", {len(held_out)} held out"
+    if len(data) > n:
+        size_of_all = f"{data.images.nbytes / 1e9:.1f} GB with these"
+        aside += f", {len(data) - n} extra ones, {config.extra_fraction:g} of each batch, {size_of_all}"
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     several = f"{distributed.size()} processes of " if distributed.size() > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if engine.device.type == "cpu" else ""
     weights = sum(parameter.numel() for parameter in engine.model.parameters())
     return (
-        f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {len(data)} training images of {size}"
+        f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {n} training images of {size}"
         f"{aside}, {len(test)} test images; {config.model}, {weights:,} weights; epochs: {config.epochs}, batches of "
         f"{several}{config.batch_size}; {config.precision} on {device}{threads}"
     )

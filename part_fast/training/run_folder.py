@@ -14,8 +14,11 @@ from typing import Any, TextIO
 import torch
 
 from part_fast import distributed
+from part_fast.atomic import naming
 from part_fast.budgets.bank import MaskBank
+from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, read_config
+from part_fast.data.memory import Dataset
 from part_fast.errors import BadValueError, CannotRunError, UsageError
 from part_fast.evaluation.accuracy import KEPT
 from part_fast.models.checkpoints import own_copies
@@ -26,9 +29,11 @@ from part_fast.report import files
 from part_fast.report.environment import environment
 from part_fast.training.checkpoint import PREVIOUS, STATE, write_state
 from part_fast.training.engine import Engine
-from part_fast.training.epoch import Epoch, best_epoch, refuse_bad_weights
+from part_fast.training.epoch import Epoch, best_epoch, refuse_bad_weights, same_rng
+from part_fast.training.mask_history import MASKS, keep_masks
 
 WEIGHTS, AVERAGED, BEST = "model.safetensors", "averaged.safetensors", "best.safetensors"
+FILES = {"plain": WEIGHTS, "averaged": AVERAGED}
 LOCK = "run.lock"
 
 RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, PREVIOUS, "environment.json", "curves.png")
@@ -36,7 +41,7 @@ RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, PREVIOUS, "environmen
 # Files of some runs, and those that other commands make of a run, which are stale once it is overwritten.
 DERIVED = (
     AVERAGED,
-    "masks.safetensors",
+    MASKS,
     "sweep.json",
     BEST,
     "evaluation.json",
@@ -111,9 +116,9 @@ def opened(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> Ite
         return
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) as lock:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        with naming(out / LOCK):
+            lock.truncate(0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())  # no rest to flush
         if not resume and not overwrite:  # another one may have begun since it was checked
             refuse_run(out)
         if overwrite:
@@ -154,13 +159,21 @@ def _first_environment(out: Path) -> dict[str, Any]:
 class Checkpoints:
     """Writes the state of a run, everything that resuming needs, into the folder `out`; of finite numbers alone.
 
-    minutes: between two of them within an epoch. rows: those of metrics.csv so far, to which the run adds.
+    minutes: between two of them within an epoch. rows: those of metrics.csv so far, to which the run adds. remembered:
+        perturbations, of which each process has its own.
     """
 
     def __init__(
-        self, out: Path, engine: Engine, bank: MaskBank | None, rows: list[dict[str, Any]], minutes: float
+        self,
+        out: Path,
+        engine: Engine,
+        bank: MaskBank | None,
+        rows: list[dict[str, Any]],
+        minutes: float,
+        remembered: PerturbationBank | None = None,
     ) -> None:
         self.out, self.engine, self.bank, self.rows = out, engine, bank, rows
+        self.remembered = remembered
         self.minutes, self.saved = minutes, time.monotonic()
         self.last = "nothing is saved yet"  # for messages
 
@@ -177,6 +190,8 @@ class Checkpoints:
         own = epoch.state()
         if distributed.size() > 1:
             own["buffers"] = [buffer.cpu() for buffer in self.engine.buffers()]
+        if self.remembered is not None:
+            own["perturbations"] = self.remembered.values.cpu()
         processes = distributed.gathered(own)
         if processes:
             state = {
@@ -199,13 +214,15 @@ class Checkpoints:
         )
 
 
-def load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
+def load_state(
+    state: dict[str, Any], engine: Engine, bank: MaskBank | None, remembered: PerturbationBank | None = None
+) -> tuple[list[dict[str, Any]], Epoch]:
     """Restore what `Checkpoints` saved; returns the rows so far, and the epoch to go on with.
 
     Errors: ValueError where an epoch was begun by another number of processes, or the state is not of such a run.
     """
     try:
-        return _load_state(state, engine, bank)
+        return _load_state(state, engine, bank, remembered)
     except UsageError:
         raise
     # What the file lacks, or holds instead of what `Checkpoints` writes, can raise nearly anything.
@@ -215,7 +232,9 @@ def load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> 
         ) from error
 
 
-def _load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) -> tuple[list[dict[str, Any]], Epoch]:
+def _load_state(
+    state: dict[str, Any], engine: Engine, bank: MaskBank | None, remembered: PerturbationBank | None
+) -> tuple[list[dict[str, Any]], Epoch]:
     processes, number = state["processes"], distributed.size()
     own = dict(processes[distributed.rank() if len(processes) == number else 0])
     if len(processes) != number and own["order_rng"] is not None:
@@ -226,30 +245,44 @@ def _load_state(state: dict[str, Any], engine: Engine, bank: MaskBank | None) ->
     engine.load_state_dict(state)
     if bank is not None:
         bank.load_bits(state["masks"])
+    if remembered is not None:
+        remembered.load([process["perturbations"] for process in processes])
+    own.pop("perturbations", None)
     with torch.no_grad():
         for buffer, value in zip(engine.buffers(), own.pop("buffers", []), strict=False):
             buffer.copy_(value)
     return state["rows"], Epoch.restored(state["epoch"], own, engine.device)
 
 
-def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
-    """After an epoch write model.safetensors, averaged.safetensors if weights are averaged, best.safetensors if this
-    epoch is the best one so far, and metrics.csv, for other programs."""
-    models = {WEIGHTS: engine.model}
-    if engine.averaged is not None:
-        models[AVERAGED] = engine.averaged.module
-    if best_epoch(rows) == len(rows):
-        models[BEST] = engine.model
-    for name, model in models.items():
-        write_weights(out / name, own_copies(model), epoch=len(rows))
+def export(out: Path, engine: Engine, rows: list[dict[str, Any]], test: Dataset) -> None:
+    """After an epoch write what other programs read.
+
+    masks.safetensors (of images of `test`, see `keep_masks`), model.safetensors, averaged.safetensors if weights are
+    averaged, best.safetensors if weights of this epoch are the best so far, which says which, and metrics.csv.
+    """
+    with same_rng(engine.device):
+        keep_masks(out, engine, test, len(rows) - 1)
+    models = {"plain": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
+    for weights, model in models.items():
+        write_weights(out / FILES[weights], own_copies(model), epoch=len(rows))
+    best = best_epoch(rows)
+    if best is not None and best.epoch == len(rows):
+        write_weights(out / BEST, own_copies(models[best.weights]), **best._asdict())
     files.write_csv(out / "metrics.csv", rows)
 
 
-def mend(out: Path, engine: Engine, rows: list[dict[str, Any]], epoch: Epoch, warn: Callable[[str], object]) -> None:
+def mend(
+    out: Path,
+    engine: Engine,
+    rows: list[dict[str, Any]],
+    test: Dataset,
+    epoch: Epoch,
+    warn: Callable[[str], object],
+) -> None:
     """On resume make the files for other programs those of the state: the run may have been killed before it wrote
     them, or may go on from an older state."""
     if rows and not epoch.begun:
-        export(out, engine, rows)
+        export(out, engine, rows, test)
     elif rows:
         files.write_csv(out / "metrics.csv", rows)
     else:
@@ -261,6 +294,9 @@ def mend(out: Path, engine: Engine, rows: list[dict[str, Any]], epoch: Epoch, wa
             about = read_about(out / BEST) if (out / BEST).is_file() else None
         except Exception:  # a damaged file raises nearly anything
             about = None
-        if about is None or about.get("epoch") != best:
+        if about is None or (about.get("epoch"), about.get("weights", "plain")) != best:  # of before: plain
             (out / BEST).unlink(missing_ok=True)
-            warn(f"warning: {out / BEST} is not that of epoch {best}, the best so far: a better one takes its place")
+            warn(
+                f"warning: {out / BEST} does not hold the {best.weights} weights of epoch {best.epoch}, the best so "
+                "far: better ones take its place"
+            )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from part_fast.attacks.catalogue import ATTACKS
@@ -11,8 +14,18 @@ from part_fast.budgets.cam import CamBudget
 from part_fast.budgets.controls import control_map
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Augmentation
+from part_fast.data.mixing import CutMix, smooth_labels
+from part_fast.errors import BadValueError
 from part_fast.methods import METHODS
+from part_fast.ops.bank_view import BankView
 from part_fast.training.engine import Engine
+
+
+class Attacked(NamedTuple):
+    """What an attack made of images: adversarial ones like them, and its start, where the loss compares the two."""
+
+    x_adv: Tensor
+    start: Tensor | None = None
 
 
 def batch_epsilon(
@@ -22,48 +35,79 @@ def batch_epsilon(
     indices: Tensor,
     drawn: Augmentation | None,
     config: TrainConfig,
+    cutmix: CutMix | None = None,
 ) -> float | Tensor | CamBudget:
     """How far the pixels of a batch may move: one eps, the maps kept in the bank, or a budget yet to be asked.
 
-    budget: only a method with weighted pixels needs one.
+    budget: only a method with weighted pixels needs one. drawn, cutmix: what was done to the images, and is to their
+    kept maps.
     """
     if not METHODS[method].weighted:
         return config.eps
     if bank is None:
         assert budget is not None
         return budget
-    return control_map(bank.lookup(indices, drawn), config.mask_control, config.eps, config.eps_low)
+    maps = bank.lookup(indices, drawn)
+    maps = maps if cutmix is None else cutmix.images(maps)
+    return control_map(maps, config.mask_control, config.eps, config.eps_low)
 
 
-def batch_loss(
+def batch_attack(
     method: str,
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     epsilon: float | Tensor | CamBudget,
     config: TrainConfig,
-    *,
-    attack_model: nn.Module | None = None,
-) -> Tensor:
-    """The training loss, a scalar, of images x (N,C,H,W) in [0,1], labels y (N,); the model is left in train mode.
+    view: BankView | None = None,
+) -> Attacked:
+    """Adversarial images like x (N,C,H,W), in [0,1], of labels y (N,); `model` is what is attacked.
 
-    epsilon: as `batch_epsilon` gives it. attack_model: what is attacked in the model's place; default: the model.
+    epsilon: as `batch_epsilon` gives it. view: the batch's places in a PerturbationBank, for an attack that remembers.
     """
-    attack, training = ATTACKS[config.attack], METHODS[method]
-    if attack.of_method and training.loss is not None:
-        return training.loss(
-            model, x, y, None, config.alpha, epsilon, config.steps, config.beta, attack_model=attack_model
-        )
+    attack, own = ATTACKS[config.attack], METHODS[method].attack
+    if attack.of_method and own is not None:
+        return Attacked(own(model, x, y, epsilon, config.alpha, config.steps))
     eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
-    attacked = model if attack_model is None else attack_model
-    start = _start(x, config) if attack.random_start else "zero"
-    x_adv = attack.run(attacked, x, y, eps, config.alpha, config.steps, start, config.seed)
-    return training.objective(model, x, x_adv, y, config.beta)
+    start: str | Tensor | BankView = "zero"
+    begin = None
+    if attack.remembers:
+        if view is None:
+            raise BadValueError(f"view must be of a PerturbationBank for attack {config.attack}, got None")
+        start = view
+        if attack.regularised and config.pgi_lambda > 0:
+            begin = view.start(x, eps)  # which the attack overwrites
+    elif attack.random_start:
+        start = _start(x, config, attack.reach)
+    return Attacked(attack.run(model, x, y, eps, config.alpha, config.steps, start, config.seed), begin)
 
 
-def _start(x: Tensor, config: TrainConfig) -> str | Tensor:
+def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: Tensor, config: TrainConfig) -> Tensor:
+    """The training loss, a scalar, of images x (N,C,H,W), what an attack made of them, labels y, and a model in train
+    mode.
+
+    y: class indices (N,) or probabilities (N,classes).
+    Where the attack gives its start, the loss also gets the mean squared difference of its logits there and of those
+    of the adversarial images, times `pgi_lambda`; gradients flow through both.
+    """
+    objective = METHODS[method].objective
+    if attacked.start is None:
+        return objective(model, x, attacked.x_adv, y, config.beta)
+    logits: list[Tensor] = [model(attacked.start)]
+
+    def forward(images: Tensor) -> Tensor:
+        logits.append(model(images))
+        return logits[-1]
+
+    loss = objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with the adversarial images
+    change: Tensor = F.mse_loss(logits[-1].float(), logits[0].float())
+    total: Tensor = loss + config.pgi_lambda * change
+    return total
+
+
+def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:
     """Where a random attack starts: within each pixel's own eps; as published, within the whole one and not clipped."""
-    return x + (2 * torch.rand_like(x) - 1) * config.eps if config.released else "uniform"
+    return x + (2 * torch.rand_like(x) - 1) * (reach * config.eps) if config.released else "uniform"
 
 
 def train_step(
@@ -75,15 +119,24 @@ def train_step(
     done: int = 0,
     total: int | None = None,
     epoch: int = 0,
+    view: BankView | None = None,
 ) -> Tensor:
-    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y (N,).
+    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y.
 
+    y: class indices (N,), or probabilities (N,classes), as CutMix makes them. The attack is given y, and the loss what
+        label smoothing makes of it, as in Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021: with
+        smoothed labels the attack would also gain by what makes unlikely classes unlikelier.
     epsilon: as `batch_epsilon` gives it. done, total: how many of this process's images of the epoch are behind it, and
-    how many there are; default: the batch is the whole epoch. epoch: counted from 0.
+    how many there are; default: the batch is the whole epoch. epoch: counted from 0. view: as in `batch_attack`.
     """
     engine.begin(done, len(x) if total is None else total, epoch)
+    smoothing = engine.config.label_smoothing
     with engine.collecting():
-        loss = batch_loss(method, engine.trained, x, y, epsilon, engine.config, attack_model=engine.attack_model)
-        engine.backward(loss, len(x))
+        attacked = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config, view)
+        target = smooth_labels(y, engine.classes, smoothing) if smoothing else y
+        with engine.perturbed(lambda: batch_loss(method, engine.model, x, attacked, target, engine.config), epoch):
+            loss = batch_loss(method, engine.trained, x, attacked, target, engine.config)
+            engine.backward(loss, len(x))
+        engine.measure(attacked.x_adv)
     engine.end()
     return loss.detach()
