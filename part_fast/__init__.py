@@ -9,6 +9,7 @@ from part_fast.attack_model import AttackModel
 from part_fast.attacks.fast import fgsm_rs, n_fgsm, pgi, warm
 from part_fast.attacks.mma import mma
 from part_fast.attacks.pgd import PGD, pgd
+from part_fast.awp import awp
 from part_fast.backends import available_backends, backend, current_backend, set_backend
 from part_fast.budgets.cam import CamBudget
 from part_fast.budgets.perturbations import PerturbationBank
@@ -41,6 +42,7 @@ __all__ = [
     "UsageError",
     "attacks",
     "available_backends",
+    "awp",
     "backend",
     "bank_start",
     "cam",

@@ -201,10 +201,10 @@ class TrainConfig:
             raise BadValueError(f"label_smoothing must be < 1, got {self.label_smoothing!r}")
         if checks.number("cutmix", self.cutmix, 0) > 1:
             raise BadValueError(f"cutmix must be a probability <= 1, got {self.cutmix!r}")
-        if self.cutmix and not for_training()[self.attack].soft_labels:
-            raise BadValueError(f"cutmix takes an attack of labels that are probabilities, got {self.attack}")
-        if self.cutmix and ATTACKS[self.attack].remembers:
-            raise BadValueError(f"cutmix takes an attack of whole images, which {self.attack} remembers one by one")
+        attack = ATTACKS[self.attack]
+        if self.cutmix and (attack.remembers or not attack.soft_labels):
+            what = "remembers the perturbations of single images" if attack.remembers else "takes class indices alone"
+            raise BadValueError(f"cutmix must be 0 with attack {self.attack}, which {what}, got {self.cutmix!r}")
         if checks.number("extra_fraction", self.extra_fraction, 0) >= 1:
             raise BadValueError(f"extra_fraction must be < 1, got {self.extra_fraction!r}")
         checks.number("awp", self.awp, 0)
@@ -347,7 +347,8 @@ def _shown(value: Any) -> str:
     return repr(value)[:80] if plain else f"a {type(value).__name__}"
 
 
-# Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes.
+# Numbers of the authors' experiments where they made one; `demo` fits two CPU cores and some minutes; the last two are
+# recipes of the literature, see docs/train.md.
 PRESETS = {
     "demo": TrainConfig(
         augment=False, epochs=4, warmup_epochs=3, batch_size=64, lr=0.05, lr_drops=(3,), steps=5, pgd_test_size=0
@@ -359,6 +360,36 @@ PRESETS = {
         preset="svhn-resnet18", dataset="svhn", model="resnet18", augment=False, alpha=1 / 255, weight_decay=3.5e-3
     ),
     "tinyimagenet-wrn34-10": TrainConfig(preset="tinyimagenet-wrn34-10", dataset="tinyimagenet", model="wrn-34-10"),
+    "fast-resnet18": TrainConfig(
+        preset="fast-resnet18",
+        dataset="cifar10",
+        model="resnet18",
+        attack="pgi",
+        epochs=30,
+        warmup_epochs=8,
+        lr=0.2,
+        schedule="cyclic",
+        weight_decay=5e-4,
+        label_smoothing=0.1,
+        average="ema:0.999",
+    ),
+    "strong-wrn28-10": TrainConfig(
+        preset="strong-wrn28-10",
+        method="part-t",
+        dataset="cifar10",
+        model="wrn-28-10-silu",
+        epochs=400,
+        warmup_epochs=100,
+        batch_size=512,
+        lr=0.2,
+        schedule="cosine",
+        nesterov=True,
+        weight_decay=5e-4,
+        beta=5.0,
+        label_smoothing=0.1,
+        cutmix=1.0,
+        average="ema:0.995",
+    ),
 }
 
 

@@ -70,8 +70,9 @@ def run(folder, processes, tmp_path, **changes):
     [
         {},
         {"method": "part-t", "beta": 2.0, "accumulate": 2, "average": "ema:0.5", "refresh": "1", "schedule": "cosine"},
+        {"method": "at", "accumulate": 2, "awp": 0.02, "label_smoothing": 0.1, "nesterov": True, "average": "ema:0.5"},
     ],
-    ids=["part", "part-t, accumulated, averaged, mask bank"],
+    ids=["part", "part-t, accumulated, averaged, mask bank", "AWP, smoothed labels, Nesterov"],
 )
 def test_two_processes_train_what_one_does_on_batches_of_twice_the_size(changes, tmp_path):
     one = run(tmp_path / "one", 1, tmp_path, batch_size=16, **changes)

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from part_fast import AttackModel, CamBudget
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import export_weights, load_weights
+from part_fast.models.preact_resnet import preact_resnet18
 from part_fast.models.resnet import resnet18, resnet_small
 from part_fast.models.wideresnet import wideresnet
 
@@ -44,6 +46,70 @@ def resnet_forward(state, x, *, stem_stride=1, strides=(1, 2, 2, 2)):
             out = F.relu(inner + out)
             block += 1
     return out.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+def preact_resnet_forward(state, x, activation=F.relu):
+    """PreActResNet-18 of the usual checkpoints (Rice et al. 2020) in eval mode, from nothing but its state_dict."""
+    out = F.conv2d(x, state["conv1.weight"], padding=1)
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            active = activation(bn(state, f"{name}.bn1", out))
+            inner = F.conv2d(active, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+            inner = F.conv2d(activation(bn(state, f"{name}.bn2", inner)), state[f"{name}.conv2.weight"], padding=1)
+            if f"{name}.shortcut.0.weight" in state:
+                out = F.conv2d(active, state[f"{name}.shortcut.0.weight"], stride=stride)
+            out = out + inner
+    return activation(bn(state, "bn", out)).mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+def same_padded(x, weight, stride):
+    """A convolution as TensorFlow and JAX pad it for "SAME": the larger half of what is missing comes last."""
+    pads = []
+    for length, kernel in ((x.shape[3], weight.shape[3]), (x.shape[2], weight.shape[2])):
+        missing = max((math.ceil(length / stride) - 1) * stride + kernel - length, 0)
+        pads += [missing // 2, missing - missing // 2]
+    return F.conv2d(F.pad(x, pads), weight, stride=stride)
+
+
+def silu(x):
+    return x * torch.sigmoid(x)
+
+
+def gowal_forward(state, x):
+    """The WideResNet of Gowal et al. 2020 in eval mode, from its state_dict, of images that are normalised already."""
+    out = same_padded(x, state["init_conv.weight"], 1)
+    for stage in (0, 1, 2):
+        block = 0
+        while f"layer.{stage}.block.{block}.conv_0.weight" in state:
+            name, stride = f"layer.{stage}.block.{block}", 2 if stage > 0 and block == 0 else 1
+            active = silu(bn(state, f"{name}.batchnorm_0", out))
+            inner = same_padded(active, state[f"{name}.conv_0.weight"], stride)
+            inner = same_padded(silu(bn(state, f"{name}.batchnorm_1", inner)), state[f"{name}.conv_1.weight"], 1)
+            if f"{name}.shortcut.weight" in state:
+                out = same_padded(active, state[f"{name}.shortcut.weight"], stride)
+            out = out + inner
+            block += 1
+    out = silu(bn(state, "batchnorm", out))
+    return out.mean((2, 3)) @ state["logits.weight"].T + state["logits.bias"]
+
+
+# Where each part of ours stands under the published names.
+GOWAL = (
+    (r"^conv1\.", "init_conv."), (r"^bn1\.", "batchnorm."), (r"^fc\.", "logits."),
+    (r"^block(\d)\.layer\.(\d+)\.", lambda found: f"layer.{int(found[1]) - 1}.block.{found[2]}."),
+    (r"(block\.\d+\.)bn1", r"\1batchnorm_0"), (r"(block\.\d+\.)conv1", r"\1conv_0"),
+    (r"(block\.\d+\.)bn2", r"\1batchnorm_1"), (r"(block\.\d+\.)conv2", r"\1conv_1"), (r"convShortcut", "shortcut"),
+)  # fmt: skip
+
+
+def of_gowal(state):
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in GOWAL:
+            key = re.sub(ours, theirs, key)
+        renamed[key] = value
+    return renamed
 
 
 def wideresnet_forward(state, x):
@@ -84,6 +150,15 @@ MODELS = {
     ),
     "wrn-10-2": (lambda **kw: wideresnet(10, 2, **kw), wideresnet_forward),
     "wrn-16-1": (lambda **kw: wideresnet(16, 1, **kw), wideresnet_forward),
+    "preact-resnet18": (preact_resnet18, preact_resnet_forward),
+    "preact-resnet18-silu": (
+        lambda **kw: preact_resnet18(activation="silu", **kw),
+        lambda state, x: preact_resnet_forward(state, x, silu),
+    ),
+    "wrn-16-2-silu": (
+        lambda **kw: wideresnet(16, 2, activation="silu", **kw),
+        lambda state, x: gowal_forward(of_gowal(state), x),
+    ),
 }
 
 
@@ -127,6 +202,17 @@ def test_parameter_counts():
     with torch.device("meta"):
         assert sum(p.numel() for p in resnet18().parameters()) == expected
 
+    # PreActResNet-18: a BatchNorm before each convolution but stem and shortcuts, and one before the last layer.
+    expected, cin = 27 * 64, 64
+    for w in widths:
+        expected += block_parameters(cin, w, 0 if cin == w else cin * w) + block_parameters(w, w, 0) + 2 * cin + 6 * w
+        cin = w
+    expected += 2 * 512 + 512 * 10 + 10
+    assert expected == 11_172_170
+    for activation in ("relu", "silu"):
+        with torch.device("meta"):
+            assert sum(p.numel() for p in preact_resnet18(activation=activation).parameters()) == expected
+
     # WRN-34-10: five blocks a stage, BatchNorm before each convolution, a bare 1x1 shortcut where widths change.
     expected, cin = 27 * 16, 16
     for w in (160, 320, 640):
@@ -135,7 +221,9 @@ def test_parameter_counts():
     expected += 2 * 640 + 640 * 10 + 10
     assert expected == 46_160_474
     with torch.device("meta"):
+        assert sum(p.numel() for p in wideresnet(34, 10, activation="silu").parameters()) == expected
         assert sum(p.numel() for p in wideresnet(34, 10).parameters()) == expected
+        assert sum(p.numel() for p in wideresnet(28, 10, activation="silu").parameters()) == 36_479_194
         assert sum(p.numel() for p in resnet_small().parameters()) < 200_000
 
 
@@ -161,6 +249,18 @@ def test_checkpoint_keys():
             expected |= {f"{name}.{b}.{k}" for b in ("bn1", "bn2") for k in norm}
     with torch.device("meta"):
         assert set(wideresnet(34, 10).state_dict()) == expected
+        assert set(wideresnet(34, 10, activation="silu").state_dict()) == expected
+
+    expected = {"conv1.weight", "linear.weight", "linear.bias", *(f"bn.{k}" for k in norm)}
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            name = f"layer{stage}.{block}"
+            expected |= {f"{name}.conv1.weight", f"{name}.conv2.weight"}
+            expected |= {f"{name}.{b}.{k}" for b in ("bn1", "bn2") for k in norm}
+        if stage > 1:
+            expected.add(f"layer{stage}.0.shortcut.0.weight")
+    with torch.device("meta"):
+        assert set(preact_resnet18().state_dict()) == expected
 
 
 def test_initialisation():
@@ -184,6 +284,8 @@ def test_initialisation():
         ("resnet18", "layer4", (2, 512, 4, 4)),
         ("resnet_small", "layer4", (2, 64, 8, 8)),
         ("wrn-10-2", "block3", (2, 128, 8, 8)),
+        ("wrn-16-2-silu", "block3", (2, 128, 8, 8)),
+        ("preact-resnet18", "layer4", (2, 512, 4, 4)),
     ],
 )
 def test_cam_layer_keeps_its_true_output(name, layer, shape):
@@ -263,10 +365,13 @@ def test_compiles_without_a_graph_break():
         (lambda: resnet_small(mean=(0, 0, 0), std=(1, 1, 0)), "std takes three numbers > 0, got (1, 1, 0)"),
         (
             lambda: build_model("resnet19"),
-            "model takes one of resnet18, resnet-small, wrn-DEPTH-WIDTH (wrn-34-10, wrn-28-10, ...), torchvision:NAME "
+            "model takes one of resnet18, resnet-small, preact-resnet18, preact-resnet18-silu, wrn-DEPTH-WIDTH "
+            "(wrn-34-10, wrn-28-10, ...), wrn-DEPTH-WIDTH-silu (wrn-28-10-silu, ...), torchvision:NAME "
             "(torchvision:resnet50, ...), timm:NAME (timm:convnext_atto, ...), MODULE:FUNCTION (your own, called with "
             "num_classes=), got 'resnet19'",
         ),
+        (lambda: wideresnet(10, 1, activation="swish"), "activation takes one of relu, silu, got 'swish'"),
+        (lambda: preact_resnet18(activation="gelu"), "activation takes one of relu, silu, got 'gelu'"),
         (lambda: build_model("wrn-33-2"), "depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got 33"),
     ],
 )
@@ -282,9 +387,77 @@ def test_build_model():
             ("resnet-small", resnet_small(5)),
             ("wrn-34-10", wideresnet(34, 10, 5)),
             ("wrn-16-4", wideresnet(16, 4, 5)),
+            ("preact-resnet18", preact_resnet18(5)),
+            ("preact-resnet18-silu", preact_resnet18(5, activation="silu")),
+            ("wrn-16-4-silu", wideresnet(16, 4, 5, activation="silu")),
         ):
+            assert getattr(build_model(name, 5), "activation", None) == getattr(other, "activation", None)
             state = build_model(name, 5).state_dict()
             assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.state_dict().items()}
+
+
+# --- checkpoints under the names of Gowal et al. ----------------------------------------------------------------------
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("container", [None, "model_state_dict"])
+def test_published_checkpoints_of_silu_networks_give_their_logits(prefix, buffers, container, tmp_path):
+    """Computed from the published definition, with its asymmetric padding; the networks normalise."""
+    torch.manual_seed(1)
+    theirs = of_gowal(randomize(wideresnet(16, 2, 7, activation="silu")).state_dict())
+    if buffers:
+        theirs |= {"mean": torch.tensor(CIFAR_MEAN).view(3, 1, 1), "std": torch.tensor(CIFAR_STD).view(3, 1, 1)}
+    stored = {prefix + key: value for key, value in theirs.items()}
+    torch.save(stored if container is None else {container: stored, "epoch": 3}, tmp_path / "published.pt")
+    model = build_model("wrn-16-2-silu", 7, mean=CIFAR_MEAN, std=CIFAR_STD).eval()
+    load_weights(model, tmp_path / "published.pt")
+    x = torch.rand(3, 3, 32, 32)
+    shifted = (x - torch.tensor(CIFAR_MEAN).view(3, 1, 1)) / torch.tensor(CIFAR_STD).view(3, 1, 1)
+    with torch.no_grad():
+        # float32 sums in another order
+        torch.testing.assert_close(model(x), gowal_forward(theirs, shifted), rtol=1e-4, atol=1e-4)
+
+
+def test_published_checkpoints_go_into_no_other_network():
+    theirs = of_gowal(randomize(wideresnet(16, 2, activation="silu")).state_dict())
+    for other in (wideresnet(16, 2), preact_resnet18(activation="silu")):
+        with pytest.raises(ValueError, match="does not fit") as caught:
+            load_weights(other, theirs)
+        assert "\n" not in str(caught.value)
+    broken = {key: value for key, value in theirs.items() if key != "layer.0.block.0.batchnorm_1.bias"}
+    with pytest.raises(ValueError, match=r"does not fit WideResNet: missing block1\.layer\.0\.bn2\.bias"):
+        load_weights(wideresnet(16, 2, activation="silu"), broken)
+    with pytest.warns(UserWarning, match="does not say how its images are normalised"):
+        load_weights(wideresnet(16, 2, activation="silu"), theirs)
+    with pytest.raises(ValueError, match=r"normalises its images, mean .* and the model does not normalise"):
+        load_weights(
+            wideresnet(16, 2, activation="silu"),
+            theirs | {"mean": torch.tensor(CIFAR_MEAN), "std": torch.tensor(CIFAR_STD)},
+        )
+
+
+@pytest.mark.parametrize("name", ["preact-resnet18", "preact-resnet18-silu", "wrn-16-2-silu"])
+def test_the_copy_that_is_attacked_and_the_cams_are_the_model_s(name):
+    """SiLU has no fused form on a CPU; it runs as it is."""
+    model = randomize(MODELS[name][0]()).eval()
+    fast = AttackModel(model)
+    x = torch.rand(4, 3, 32, 32)
+    assert fast.folded > 0
+    assert fast.fused > 0  # of a SiLU network the sums alone
+    for of, to in ((model, "model"), (fast, "fast")):
+        leaf = x.clone().requires_grad_()
+        logits = of(leaf)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, torch.arange(4)), leaf)
+        if to == "model":
+            expected, expected_gradient = logits.detach(), gradient
+    torch.testing.assert_close(logits.detach(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-2, atol=1e-2 * float(expected_gradient.abs().max()))
+    maps, _ = CamBudget(fast, rule="soft").evidence(x)
+    plain, _ = CamBudget(model, rule="soft", target_layer="block3" if "wrn" in name else "layer4").evidence(x)
+    torch.testing.assert_close(maps, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max()))
 
 
 @pytest.fixture
@@ -475,6 +648,19 @@ def robustbench_resnet18_keys():
     return keys
 
 
+def robustbench_preact_keys():
+    """Of RobustBench's PreActResNet of PreActBlockV2, with bn_before_fc, written out."""
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    keys = ["conv1.weight"]
+    for stage in (1, 2, 3, 4):
+        for block in (0, 1):
+            name = f"layer{stage}.{block}"
+            keys += [f"{name}.bn1.{k}" for k in norm] + [f"{name}.conv1.weight"]
+            keys += [f"{name}.bn2.{k}" for k in norm] + [f"{name}.conv2.weight"]
+            keys += [f"{name}.shortcut.0.weight"] if stage > 1 and block == 0 else []
+    return {*keys, *(f"bn.{k}" for k in norm), "linear.weight", "linear.bias"}
+
+
 def robustbench_wideresnet_keys(blocks, width, sub_block1):
     keys = {"conv1.weight", "fc.weight", "fc.bias"} | {f"bn1.{k}" for k in NORM}
     for stage in ("block1", "block2", "block3", *(["sub_block1"] if sub_block1 else [])):
@@ -491,6 +677,7 @@ def robustbench_wideresnet_keys(blocks, width, sub_block1):
     ("name", "sub_block1", "keys"),
     [
         ("resnet18", False, robustbench_resnet18_keys()),
+        ("preact-resnet18", False, robustbench_preact_keys()),
         ("wrn-10-2", False, robustbench_wideresnet_keys(1, 2, False)),
         ("wrn-16-1", True, robustbench_wideresnet_keys(2, 1, True)),
         ("wrn-10-2", True, robustbench_wideresnet_keys(1, 2, True)),
@@ -563,6 +750,9 @@ def test_export_leaves_the_model_alone(tmp_path):
 
 def test_export_of_a_normalised_model(tmp_path):
     model = resnet_small(mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+    for network in (preact_resnet18(activation="silu"), wideresnet(10, 1, activation="silu")):
+        with pytest.raises(ValueError, match=r"^format robustbench takes a model with ReLU"):
+            export_weights(network, tmp_path / "silu.pt")
     with pytest.raises(ValueError, match=r"^format robustbench takes a model without mean and std"):
         export_weights(model, tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
@@ -587,7 +777,12 @@ def test_export_of_a_normalised_model(tmp_path):
         ("m.safetensors", {"format": "robustbench"}, "ends in .pt or .pth for robustbench, got ", ValueError),
         ("m.pt", {"sub_block1": True}, "sub_block1 takes a WideResNet, got ResNet, which has no block1", ValueError),
         ("none/m.pt", {}, "no folder at .*none to write m.pt in", FileNotFoundError),
-        ("m.pt", {"model": torch.nn.Linear(2, 2)}, "model takes a ResNet or WideResNet .*, got Linear", TypeError),
+        (
+            "m.pt",
+            {"model": torch.nn.Linear(2, 2)},
+            "model takes a ResNet, PreActResNet or WideResNet .*, got Linear",
+            TypeError,
+        ),
     ],
 )
 def test_export_refuses_in_one_line(tmp_path, file, options, message, error):

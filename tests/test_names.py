@@ -40,7 +40,10 @@ def test_names():
     assert list(MODELS) == [
         "resnet18",
         "resnet-small",
+        "preact-resnet18",
+        "preact-resnet18-silu",
         "wrn-DEPTH-WIDTH",
+        "wrn-DEPTH-WIDTH-silu",
         "torchvision:NAME",
         "timm:NAME",
         "MODULE:FUNCTION",
@@ -184,8 +187,8 @@ def test_a_row_is_a_new_attack(capsys, monkeypatch):
     found = [is_correct(model.eval(), data, name, settings) for name in ("natural", "still")]
     assert torch.equal(*found)
     assert calls == [(3, "zero", 5), (7, "zero", 9)]
-    for command in ("train", "evaluate", "reproduce"):
-        assert "still (moves nothing)" in help_of(capsys, monkeypatch, command)
+    for command, flag in (("train", "--attack"), ("evaluate", "--attacks"), ("reproduce", "--attacks")):
+        assert "still (moves nothing)" in flag_of(help_of(capsys, monkeypatch, command), flag)
 
 
 def test_a_row_is_a_new_method(capsys, monkeypatch):

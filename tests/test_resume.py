@@ -255,7 +255,6 @@ SHARED = """
     import torch
     from part_fast.config import TrainConfig
     from part_fast.training.loop import train
-from part_fast.training.mask_history import MASKS
     from pathlib import Path
 
     torch.set_num_threads(1)
@@ -393,6 +392,20 @@ def test_reduced_precision_and_rows_beyond_the_state(tmp_path, monkeypatch):
     train(config, tmp_path / "cut", resume=True, log=silent)
     assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
     assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize(("at", "rows"), [(2, 0), (6, 1)])
+def test_rows_beyond_the_state_go_as_soon_as_the_run_goes_on(at, rows, tmp_path, monkeypatch):
+    """Not at the end of the epoch, until when a reader would take them for rows of this run."""
+    cut(monkeypatch, small(), tmp_path / "cut", at, saves=range(100))
+    (tmp_path / "cut" / "metrics.csv").write_text("epoch\n1\n2\n3\n")
+    cut(monkeypatch, small(), tmp_path / "cut", 0, saves=(), resume=True)
+    if rows:
+        with (tmp_path / "cut" / "metrics.csv").open(newline="") as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    else:
+        assert not (tmp_path / "cut" / "metrics.csv").exists()
 
 
 @pytest.mark.usefixtures("quick_runs")

@@ -108,6 +108,7 @@ ATTACKS: dict[str, Attack] = {
         trains=False,
         steps=0,
         random_start=False,
+        soft_labels=False,
         resumes=True,
         load=load_autoattack,
     ),

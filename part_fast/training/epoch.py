@@ -120,35 +120,40 @@ def epoch_order(n: int, config: TrainConfig, epoch: int, extra: int = 0) -> Tens
 
     With an attack that remembers, each process goes over the samples whose perturbations it keeps, and no others.
     """
-    processes = distributed.size()
-    if processes == 1:
-        return _with_extra(torch.randperm(n), torch.arange(n, n + extra), config.extra_fraction)
+    order = _order(n, config, epoch)
+    return _with_extra(order, n, extra, config) if extra and config.extra_fraction else order
+
+
+def _order(n: int, config: TrainConfig, epoch: int) -> Tensor:
+    """The order of the data set's own n images."""
+    if distributed.size() == 1:
+        return torch.randperm(n)
     # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
     seed_generators(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
-    longest = -(-n // processes)
+    longest = -(-n // distributed.size())
     if ATTACKS[config.attack].remembers:
-        own = torch.arange(n + extra)[distributed.shares(n + extra)]
-        ours, others = own[own < n], own[own >= n]
-        order = ours[torch.randperm(len(ours))][torch.arange(longest) % len(ours)]
-        return _with_extra(order, others, config.extra_fraction)
-    order = distributed.same_(torch.randperm(n))[torch.arange(longest * processes) % n]
-    others = torch.arange(n, n + extra)
-    return _with_extra(order, others, config.extra_fraction, processes)[distributed.shares(len(order))]
+        own = torch.arange(n)[distributed.shares(n)]
+        return own[torch.randperm(len(own))][torch.arange(longest) % len(own)]
+    order = distributed.same_(torch.randperm(n))
+    every = longest * distributed.size()
+    return order[torch.arange(every) % n][distributed.shares(every)]
 
 
-def _with_extra(order: Tensor, others: Tensor, fraction: float, processes: int = 1) -> Tensor:
-    """`order` with samples of `others` in the place of a fraction of it; processes: how many share it, evenly in each.
+def _with_extra(order: Tensor, n: int, extra: int, config: TrainConfig) -> Tensor:
+    """A process's order with samples from n to n + extra in the place of a fraction of it, evenly spread.
 
-    Each of them stands there once, unless there are fewer of them than places.
+    Each of them stands in one place of all orders, unless there are fewer of them than places.
     """
-    if not len(others):
-        return order
-    place = (torch.arange(len(order)) // processes).double()
-    replaced = ((place + 1) * fraction).floor() > (place * fraction).floor()
-    count = int(replaced.sum())
-    drawn = torch.cat([torch.randperm(len(others)) for _ in range(-(-count // len(others)))] or [order[:0]])[:count]
-    drawn = distributed.same_(drawn.contiguous()) if processes > 1 else drawn
-    return order.masked_scatter(replaced, others[drawn])
+    # How many stand in front of each place; 0.7 * 90 is a little below 63.
+    before = (torch.arange(len(order) + 1, dtype=torch.float64) * config.extra_fraction + 1e-9).floor()
+    replaced = before[1:] > before[:-1]
+    if ATTACKS[config.attack].remembers:
+        kept = torch.arange(n + extra)[distributed.shares(n + extra)]
+        own = kept[kept >= n]
+        own = own[torch.randperm(len(own))]
+    else:
+        own = n + distributed.same_(torch.randperm(extra))[distributed.shares(extra)]
+    return order.masked_scatter(replaced, own[torch.arange(int(replaced.sum())) % len(own)])
 
 
 def seed_generators(seed: int) -> None:

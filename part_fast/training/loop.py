@@ -105,13 +105,13 @@ def train(
     )
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
-    n = len(data)  # of an epoch
-    data = data if extra is None else add_extra(data, extra)
     test = evaluation_data(config).to(device)
     attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
     # A single step may be all that the model learns to resist: where PGD attacks no other images, it attacks these.
     watches = config.one_step and held_out is None and attacked_test is None
     watched = data.subset(min(WATCHED_IMAGES, len(data)), config.seed) if watches else None
+    n = len(data)  # of an epoch
+    data = data if extra is None else add_extra(data, extra)
 
     # A run that was killed before its first state starts as it did.
     state = read_state(out, say) if resume else None
@@ -128,6 +128,8 @@ def train(
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
     remembered = None
+    if 0 < len(data) - n < distributed.size():
+        raise BadValueError(f"extra must hold an image for each of {distributed.size()} processes, got {len(data) - n}")
     if ATTACKS[config.attack].remembers:
         refuse_pairs(config, n, len(data) - n)
         remembered = PerturbationBank(len(data), data.images.shape[1:], config.eps, device, seed=config.seed)
@@ -360,9 +362,8 @@ def _first_line(
     size = "x".join(map(str, data.images.shape[2:]))
     aside = "" if held_out is None else f", {len(held_out)} held out"
     if len(data) > n:
-        aside += (
-            f", {len(data) - n} extra ones, {config.extra_fraction:g} of each batch ({data.images.nbytes / 1e9:.1f} GB)"
-        )
+        size_of_all = f"{data.images.nbytes / 1e9:.1f} GB with these"
+        aside += f", {len(data) - n} extra ones, {config.extra_fraction:g} of each batch, {size_of_all}"
     device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
     several = f"{distributed.size()} processes of " if distributed.size() > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if engine.device.type == "cpu" else ""

@@ -93,7 +93,7 @@ def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: 
     objective = METHODS[method].objective
     if attacked.start is None:
         return objective(model, x, attacked.x_adv, y, config.beta)
-    logits = [model(attacked.start)]
+    logits: list[Tensor] = [model(attacked.start)]
 
     def forward(images: Tensor) -> Tensor:
         logits.append(model(images))
