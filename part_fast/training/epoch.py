@@ -172,7 +172,7 @@ def get_rng(device: torch.device) -> tuple[Any, ...]:
     They are tensors, numbers and containers, which a file holds without code.
     """
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), gpu, random.getstate(), _tensors(np.random.get_state(legacy=False))
+    return torch.get_rng_state(), gpu, random.getstate(), _plain(np.random.get_state(legacy=False))
 
 
 def set_rng(states: tuple[Any, ...], device: torch.device) -> None:
@@ -184,7 +184,7 @@ def set_rng(states: tuple[Any, ...], device: torch.device) -> None:
     if python is not None:
         random.setstate(python)
     if numpy is not None:
-        np.random.set_state(_arrays(numpy))
+        np.random.set_state(numpy)
 
 
 @contextlib.contextmanager
@@ -197,17 +197,11 @@ def same_rng(device: torch.device) -> Iterator[None]:
         set_rng(states, device)
 
 
-def _tensors(value: Any) -> Any:
-    """Arrays in dictionaries as tensors of their own, in int64: processes cannot send each other those of uint32."""
+def _plain(value: Any) -> Any:
+    """Arrays in dictionaries as lists, which numpy takes back; processes cannot send each other uint32 tensors."""
     if isinstance(value, dict):
-        return {key: _tensors(item) for key, item in value.items()}
-    return torch.from_numpy(value.astype(np.int64)) if isinstance(value, np.ndarray) else value
-
-
-def _arrays(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _arrays(item) for key, item in value.items()}
-    return value.numpy() if isinstance(value, Tensor) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def refuse_bad_loss(epoch: Epoch, order: Tensor, config: TrainConfig, checkpoint: str) -> None:
