@@ -23,8 +23,9 @@ from part_fast.data.memory import Augmentation, draw_augmentation
 from part_fast.methods import METHODS
 from part_fast.training import loop, step
 from part_fast.training.checkpoint import STATE, write_state
-from part_fast.training.epoch import overfitting_warning
-from part_fast.training.loop import resets, train
+from part_fast.training.epoch import resets
+from part_fast.training.loop import train
+from part_fast.training.measures import overfitting_warning
 from part_fast.training.step import batch_attack, batch_loss
 
 X, Y, EPS_MAP = EXPECTED["x"], EXPECTED["y"], EXPECTED["eps"]

@@ -240,7 +240,7 @@ USES = {
     "experiments/reproduce.py": "the published rows and columns",
     "experiments/speedrun.py": "what a part of it is replaced by",
     "experiments/study.py": "what the study compares",
-    "training/loop.py": "columns of metrics.csv",
+    "training/measures.py": "columns of metrics.csv",
 }
 
 

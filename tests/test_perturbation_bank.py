@@ -7,8 +7,7 @@ from part_fast import PerturbationBank, distributed
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Augmentation, draw_augmentation
 from part_fast.ops import eps_step_
-from part_fast.training.epoch import epoch_order
-from part_fast.training.loop import refuse_pairs
+from part_fast.training.epoch import epoch_order, refuse_uneven
 
 EPS = 8 / 255
 # Every crop that padding by 4 has, straight and flipped: a sample for each.
@@ -194,17 +193,17 @@ def test_the_order_of_other_attacks_is_what_it_was(process, monkeypatch):
 
 def test_a_sample_twice_in_a_batch_is_refused(process):
     process(0, 2)
-    refuse_pairs(TrainConfig(attack="pgi", batch_size=32), 64, 0)
-    refuse_pairs(TrainConfig(attack="pgi", batch_size=16), 63, 0)  # twice in the epoch, in two batches
+    refuse_uneven(TrainConfig(attack="pgi", batch_size=32), 64, 0)
+    refuse_uneven(TrainConfig(attack="pgi", batch_size=16), 63, 0)  # twice in the epoch, in two batches
     with pytest.raises(ValueError, match="train_size must be a multiple of the 2 processes with attack pgi and one ba"):
-        refuse_pairs(TrainConfig(attack="pgi", batch_size=32), 63, 0)
+        refuse_uneven(TrainConfig(attack="pgi", batch_size=32), 63, 0)
     with pytest.raises(
         ValueError, match="extra must hold at least 46 images, as many as an epoch takes of them, with att"
     ):
-        refuse_pairs(TrainConfig(attack="pgi", batch_size=16), 64, 45)
-    refuse_pairs(TrainConfig(attack="pgi", batch_size=16), 64, 46)
+        refuse_uneven(TrainConfig(attack="pgi", batch_size=16), 64, 45)
+    refuse_uneven(TrainConfig(attack="pgi", batch_size=16), 64, 46)
     process(0, 1)
-    refuse_pairs(TrainConfig(attack="pgi", batch_size=64), 63, 0)
+    refuse_uneven(TrainConfig(attack="pgi", batch_size=64), 63, 0)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from fake_gpu import net
 from part_fast.data.memory import Dataset
 from part_fast.training import engine as engines
 from part_fast.training import epoch as epochs
-from part_fast.training import loop, progress, run_folder
+from part_fast.training import loop, measures, progress, run_folder
 from part_fast.training.progress import Progress
 
 
@@ -179,7 +179,7 @@ def test_a_gpu_is_asked_for_the_loss_at_every_50th_step_alone(gpu, tmp_path, mon
     monkeypatch.setattr(loop, "find_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "imagined")
     monkeypatch.setattr(loop, "load", lambda *given: data)
-    monkeypatch.setattr(loop, "evaluation_data", lambda config: data)
+    monkeypatch.setattr(measures, "evaluation_data", lambda config: data)
     monkeypatch.setattr(engines, "build_model", lambda *given: gpu.put(net(10)))
     monkeypatch.setattr(run_folder, "write_state", lambda *given: None)
     for name in ("export", "draw"):

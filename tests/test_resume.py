@@ -42,9 +42,10 @@ from part_fast.models.checkpoints import load_weights
 from part_fast.models.weights_file import read_about, read_weights, write_weights
 from part_fast.training import checkpoint, loop, run_folder, step
 from part_fast.training.checkpoint import PREVIOUS, STATE, read_state, write_state
-from part_fast.training.epoch import best_epoch, get_rng, overfitting_warning, set_rng
+from part_fast.training.epoch import get_rng, set_rng
 from part_fast.training.loop import train
 from part_fast.training.mask_history import MASKS
+from part_fast.training.measures import best_epoch, overfitting_warning
 from part_fast.training.run_folder import AVERAGED, BEST, WEIGHTS, locked
 
 TINY = dataclasses.replace(

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from part_fast import distributed
 from part_fast.attacks.catalogue import ATTACKS
 from part_fast.config import TrainConfig
-from part_fast.data.memory import batch_length
-from part_fast.errors import CannotRunError
+from part_fast.data.memory import Dataset, batch_length, to_float
+from part_fast.errors import BadValueError, CannotRunError
 from part_fast.training.engine import Engine
 
 # Updates of a GPU between two looks at the loss, each of which waits for it; a CPU has the number at once.
@@ -246,54 +247,46 @@ def epoch_row(epoch: Epoch, engine: Engine, method: str, images: int) -> dict[st
     }
 
 
-# The columns of metrics.csv that judge weights of an epoch: those that are trained, and their average.
-JUDGED = {"plain": "validation_pgd20", "averaged": "validation_averaged_pgd20"}
+def resets(config: TrainConfig, epoch: Epoch) -> bool:
+    """Whether remembered perturbations are drawn anew before an epoch; those of the first one are new."""
+    every = config.perturbation_reset
+    return every > 0 and epoch.number > 0 and epoch.number % every == 0 and not epoch.begun
 
 
-class Best(NamedTuple):
-    """epoch: counted from 1. weights: which of it, "plain" or "averaged"."""
+def refuse_uneven(config: TrainConfig, n: int, extra: int) -> None:
+    """Errors: ValueError, before the first epoch, where processes cannot share the images as they must.
 
-    epoch: int
-    weights: str
-
-
-def best_epoch(rows: Sequence[Mapping[str, Any]]) -> Best | None:
-    """The weights with the highest PGD-20 accuracy on the validation images; of equals the first, the plain ones."""
-    judged = [
-        (row[column], Best(row["epoch"], weights))
-        for row in rows
-        for weights, column in JUDGED.items()
-        if row.get(column) is not None
-    ]
-    return max(judged, key=lambda pair: pair[0])[1] if judged else None
-
-
-# What tells whether a model still resists PGD, the first of them that is measured.
-WATCHED = {
-    "validation_pgd20": "PGD-20 on the validation images",
-    "test_pgd20": "PGD-20 on the test images",
-    "train_pgd10": "PGD-10 on training images",
-}
-
-
-def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD.
-
-    That is: PGD on the images watched has fallen to less than half of its best, while training accuracy under attack
-    has risen since then and is more than twice as high; both of the plain weights.
-    Source: Wong et al., "Fast is better than free", ICLR 2020, where it is called catastrophic overfitting.
+    n: images of the data set. extra: how many follow them, at least one for each process. With an attack that remembers
+    no process may go over a sample twice in one batch, for which a bank has one place.
     """
-    judge = next((name for name in WATCHED if rows[-1].get(name) is not None), None)
-    if judge is None:
-        return None
-    best = max((row for row in rows if row.get(judge) is not None), key=lambda row: row[judge])
-    resists, trained = rows[-1][judge], rows[-1]["train_robust"]
-    if not (resists < best[judge] / 2 and trained > best["train_robust"] and trained > 2 * resists):
-        return None
-    kept = "take --weights best" if judge == "validation_pgd20" else "keep the best epoch by --validation"
-    return (
-        f"{WATCHED[judge]} has fallen from {100 * best[judge]:.1f}% in epoch {best['epoch']} to "
-        f"{100 * resists:.1f}%, while training accuracy under attack has risen from "
-        f"{100 * best['train_robust']:.1f}% to {100 * trained:.1f}%: catastrophic overfitting to a weak attack; train "
-        f"with --attack pgi, more --steps or a smaller --alpha, and {kept}"
-    )
+    processes = distributed.size()
+    if 0 < extra < processes:
+        raise BadValueError(f"extra must hold an image for each of {processes} processes, got {extra}")
+    if not ATTACKS[config.attack].remembers:
+        return
+    share = -(-n // processes)
+    # Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
+    if n % processes and batch_length(share, config.batch_size) == share:
+        raise BadValueError(
+            f"train_size must be a multiple of the {processes} processes with attack {config.attack} and one "
+            f"batch an epoch, got {n} images"
+        )
+    places = math.ceil(share * config.extra_fraction)
+    if extra and extra // processes < places:
+        raise BadValueError(
+            f"extra must hold at least {places * processes} images, as many as an epoch takes of them, with attack "
+            f"{config.attack}, got {extra}"
+        )
+
+
+def refuse_single_images(config: TrainConfig, model: nn.Module, data: Dataset) -> None:
+    """Errors: ValueError, before the first epoch, where batches are single images and BatchNorm cannot take one."""
+    if config.batch_size > 1 and len(data) > distributed.size():
+        return
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).train()(to_float(data.images[:1]))
+    except ValueError as error:
+        name = "batch_size" if config.batch_size == 1 else "train_size"
+        size = "x".join(map(str, data.images.shape[2:]))
+        raise BadValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error

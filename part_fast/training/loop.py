@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +19,10 @@ from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load, root_anywhere
 from part_fast.data.extra import add_extra
-from part_fast.data.memory import Dataset, batch_length, draw_augmentation, to_float
+from part_fast.data.memory import Dataset, draw_augmentation, to_float
 from part_fast.data.mixing import draw_cutmix
 from part_fast.errors import BadValueError
-from part_fast.evaluation.accuracy import AttackSettings, is_correct
-from part_fast.evaluation.sanity import agreement_warning, gradient_agreement, order_flags
-from part_fast.evaluation.trained import evaluation_data
+from part_fast.evaluation.sanity import gradient_agreement
 from part_fast.methods import METHODS
 from part_fast.optional import needs
 from part_fast.precision import algorithms
@@ -34,16 +30,18 @@ from part_fast.report import figures
 from part_fast.training.checkpoint import PREVIOUS, promote_previous, read_state
 from part_fast.training.engine import Engine
 from part_fast.training.epoch import (
-    JUDGED,
     LOOK_EVERY,
     Epoch,
     epoch_row,
-    overfitting_warning,
     refuse_bad_loss,
     refuse_bad_weights,
+    refuse_single_images,
+    refuse_uneven,
+    resets,
     same_rng,
     seed_generators,
 )
+from part_fast.training.measures import Tested, accuracies, epoch_warnings
 from part_fast.training.progress import Progress
 from part_fast.training.run_folder import Checkpoints, check_folder, export, load_state, mend, opened, refuse_edited
 from part_fast.training.signals import SAVE, Stop
@@ -51,9 +49,6 @@ from part_fast.training.step import batch_epsilon, train_step
 
 with needs("tqdm", "train"):
     from tqdm import tqdm
-
-# Training images that PGD-10 attacks after an epoch of an attack of one step.
-WATCHED_IMAGES = 256
 
 
 def train(
@@ -105,11 +100,7 @@ def train(
     )
     data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
     data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
-    test = evaluation_data(config).to(device)
-    attacked_test = test.subset(min(config.pgd_test_size, len(test))) if config.pgd_test_size else None
-    # A single step may be all that the model learns to resist: where PGD attacks no other images, it attacks these.
-    watches = config.one_step and held_out is None and attacked_test is None
-    watched = data.subset(min(WATCHED_IMAGES, len(data)), config.seed) if watches else None
+    tested = Tested.of(config, data, held_out)
     n = len(data)  # of an epoch
     data = data if extra is None else add_extra(data, extra)
 
@@ -120,6 +111,7 @@ def train(
     engine = Engine(config, data.num_classes, device, load=state is None)
     engine.try_network(data)
     refuse_single_images(config, engine.model, data)
+    refuse_uneven(config, n, len(data) - n)
     model = engine.model
     budget = engine.budget if METHODS[config.method].weighted else None
     bank = None
@@ -128,10 +120,7 @@ def train(
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
     remembered = None
-    if 0 < len(data) - n < distributed.size():
-        raise BadValueError(f"extra must hold an image for each of {distributed.size()} processes, got {len(data) - n}")
     if ATTACKS[config.attack].remembers:
-        refuse_pairs(config, n, len(data) - n)
         remembered = PerturbationBank(len(data), data.images.shape[1:], config.eps, device, seed=config.seed)
 
     rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank, remembered)
@@ -149,7 +138,7 @@ def train(
         summary_writer(str(out)) if summary_writer and main else contextlib.nullcontext() as writer,
         Stop() as stop,
     ):
-        say(_first_line(config, engine, data, n, held_out, test))
+        say(_first_line(config, engine, data, n, tested))
         if state is None:
             checkpoints.save(epoch)  # so that a run killed in its first epoch still knows where it began
         else:
@@ -158,7 +147,7 @@ def train(
             if main:
                 if state["file"] == PREVIOUS:
                     promote_previous(out)
-                mend(out, engine, rows, test, epoch, say)
+                mend(out, engine, rows, tested.test, epoch, say)
         while epoch.number < config.epochs:
             method = config.method_at(epoch.number)
             progress.phase(epoch.number)
@@ -205,14 +194,14 @@ def train(
             progress.phase(epoch.number, "test")
             try:
                 with stop.at_once(), same_rng(device):
-                    tested, disordered = accuracies(engine, test, attacked_test, held_out, watched)
+                    measured, disordered = accuracies(engine, tested)
             except (KeyboardInterrupt, SystemExit):
                 checkpoints.save(epoch)  # what was trained is kept; the tests are done again
                 raise
             rows.append(
                 {
                     **epoch_row(epoch, engine, method, images),
-                    **tested,
+                    **measured,
                     **epoch.agreement,
                     "skipped": int(engine.skipped),
                     "seconds": epoch.seconds,
@@ -225,7 +214,7 @@ def train(
             epoch = Epoch(epoch.number + 1, device)
             checkpoints.save(epoch)
             if main:
-                export(out, engine, rows, test)
+                export(out, engine, rows, tested.test)
                 if writer is not None:
                     _log_scalars(writer, rows[-1])
             say(_line(rows[-1], config.epochs))
@@ -234,64 +223,6 @@ def train(
     if main:
         draw(out, rows, config, say)
     return rows
-
-
-def accuracies(
-    engine: Engine,
-    test: Dataset,
-    attacked_test: Dataset | None,
-    held_out: Dataset | None,
-    watched: Dataset | None = None,
-) -> tuple[dict[str, float | None], list[str]]:
-    """test_natural and test_pgd20 (None without `attacked_test`), and validation_pgd20 if images are held out, those of
-    the averaged model too if there is one; and train_pgd10 if training images are watched. And what is said of an order
-    that no sound attack gives."""
-    config = engine.config
-    attack = AttackSettings(config.eps, config.alpha, config.seed)
-    models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
-    found: dict[str, float | None] = {}
-    disordered = []
-    for name, model in models.items():
-        found[f"{name}_natural"] = float(is_correct(model, test, "natural", attack).float().mean())
-        found[f"{name}_pgd20"] = None
-        if attacked_test is not None:
-            right = {measure: is_correct(model, attacked_test, measure, attack) for measure in ("natural", "pgd20")}
-            found[f"{name}_pgd20"] = float(right["pgd20"].float().mean())
-            which = "" if model is engine.model else ", averaged weights"
-            disordered += [f"{which}: on test images {flag}" for flag in order_flags(right)]
-    if held_out is not None:
-        for model, column in zip(models.values(), JUDGED.values(), strict=False):
-            found[column] = float(is_correct(model, held_out, "pgd20", attack).float().mean())
-    if watched is not None:
-        found["train_pgd10"] = float(is_correct(engine.model, watched, "pgd10", attack).float().mean())
-    return found, disordered
-
-
-def resets(config: TrainConfig, epoch: Epoch) -> bool:
-    """Whether remembered perturbations are drawn anew before an epoch; those of the first one are new."""
-    every = config.perturbation_reset
-    return every > 0 and epoch.number > 0 and epoch.number % every == 0 and not epoch.begun
-
-
-def refuse_pairs(config: TrainConfig, n: int, extra: int) -> None:
-    """Errors: ValueError where a process could go over a sample twice in one batch, for which a bank has one place.
-
-    n: images of the data set. extra: how many follow them.
-    """
-    processes = distributed.size()
-    share = -(-n // processes)
-    # Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
-    if n % processes and batch_length(share, config.batch_size) == share:
-        raise BadValueError(
-            f"train_size must be a multiple of the {processes} processes with attack {config.attack} and one "
-            f"batch an epoch, got {n} images"
-        )
-    places = math.ceil(share * config.extra_fraction)
-    if extra and extra // processes < places:
-        raise BadValueError(
-            f"extra must hold at least {places * processes} images, as many as an epoch takes of them, with attack "
-            f"{config.attack}, got {extra}"
-        )
 
 
 @contextlib.contextmanager
@@ -313,19 +244,6 @@ def adversarial_logits(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def refuse_single_images(config: TrainConfig, model: nn.Module, data: Dataset) -> None:
-    """Errors: ValueError, before the first epoch, where batches are single images and BatchNorm cannot take one."""
-    if config.batch_size > 1 and len(data) > distributed.size():
-        return
-    try:
-        with torch.no_grad():
-            copy.deepcopy(model).train()(to_float(data.images[:1]))
-    except ValueError as error:
-        name = "batch_size" if config.batch_size == 1 else "train_size"
-        size = "x".join(map(str, data.images.shape[2:]))
-        raise BadValueError(f"{name} must be >= 2 for {config.model} on images of {size}: {error}") from error
-
-
 def draw(out: Path, rows: list[dict[str, Any]], config: TrainConfig, say: Callable[[str], None]) -> None:
     """curves.png; whatever goes wrong with it is said, since the run itself is done."""
     title = f"{config.method} on {config.dataset}, {config.model}, seed {config.seed}"
@@ -335,32 +253,13 @@ def draw(out: Path, rows: list[dict[str, Any]], config: TrainConfig, say: Callab
         say(f"warning: curves.png is not drawn: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def epoch_warnings(
-    rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig, disordered: list[str]
-) -> Iterator[str]:
-    """What the row of an epoch tells that its reader should not miss. disordered: as `accuracies` says it."""
-    if epoch.agreement and (weak := agreement_warning(epoch.agreement)) is not None:
-        yield f", {config.precision}: {weak}"
-    if (overfitting := overfitting_warning(rows)) is not None:
-        yield f": {overfitting}"
-    for flag in disordered:
-        yield (
-            f"{flag}: the attack raises accuracy, so its gradients mislead it and no robust accuracy here counts; "
-            f"look at what the network does to its input, and at evaluate --sanity-images 100"
-        )
-    if rows[-1]["skipped"]:
-        yield f": {rows[-1]['skipped']} updates were not finite and are skipped"
-
-
 def _nobody(line: str) -> None:
     """Processes other than the first one say nothing."""
 
 
-def _first_line(
-    config: TrainConfig, engine: Engine, data: Dataset, n: int, held_out: Dataset | None, test: Dataset
-) -> str:
+def _first_line(config: TrainConfig, engine: Engine, data: Dataset, n: int, tested: Tested) -> str:
     size = "x".join(map(str, data.images.shape[2:]))
-    aside = "" if held_out is None else f", {len(held_out)} held out"
+    aside = "" if tested.held_out is None else f", {len(tested.held_out)} held out"
     if len(data) > n:
         size_of_all = f"{data.images.nbytes / 1e9:.1f} GB with these"
         aside += f", {len(data) - n} extra ones, {config.extra_fraction:g} of each batch, {size_of_all}"
@@ -370,7 +269,7 @@ def _first_line(
     weights = sum(parameter.numel() for parameter in engine.model.parameters())
     return (
         f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {n} training images of {size}"
-        f"{aside}, {len(test)} test images; {config.model}, {weights:,} weights; epochs: {config.epochs}, batches of "
+        f"{aside}, {len(tested.test)} test images; {config.model}, {weights:,} weights; epochs: {config.epochs}, batches of "
         f"{several}{config.batch_size}; {config.precision} on {device}{threads}"
     )
 

@@ -29,8 +29,9 @@ from part_fast.report import files
 from part_fast.report.environment import environment
 from part_fast.training.checkpoint import PREVIOUS, STATE, write_state
 from part_fast.training.engine import Engine
-from part_fast.training.epoch import Epoch, best_epoch, refuse_bad_weights, same_rng
+from part_fast.training.epoch import Epoch, refuse_bad_weights, same_rng
 from part_fast.training.mask_history import MASKS, keep_masks
+from part_fast.training.measures import best_epoch
 
 WEIGHTS, AVERAGED, BEST = "model.safetensors", "averaged.safetensors", "best.safetensors"
 FILES = {"plain": WEIGHTS, "averaged": AVERAGED}
