@@ -92,7 +92,10 @@ def test_train_evaluate_and_masks_end_to_end(tmp_path, capsys):
 def test_bad_input_in_a_process_is_one_line_and_code_2(tmp_path):
     done = process("train", "--out", tmp_path / "run", "--preset", "imagenet")
     assert (done.returncode, done.stdout) == (2, "")
-    known = "demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10, svhn-resnet18, tinyimagenet-wrn34-10"
+    known = (
+        "demo, fashion-mnist, cifar10-resnet18, cifar10-wrn34-10, svhn-resnet18, tinyimagenet-wrn34-10, fast-resnet18, "
+        "strong-wrn28-10"
+    )
     assert done.stderr == f"part-fast: error: preset must be one of {known}, got 'imagenet'\n"
     assert not (tmp_path / "run").exists()
 
@@ -136,10 +139,10 @@ def test_flags_change_the_preset(name, trained, tmp_path):
 
 def test_every_number_takes_a_fraction(trained, tmp_path):
     floats = [name for name, kind in get_type_hints(TrainConfig).items() if kind is float]
-    assert len(floats) == 7
+    assert len(floats) == 12
     flags = [part for name in floats for part in (f"--{name.replace('_', '-')}", "3/255")]
     assert main(["train", f"--out={tmp_path}", "--preset=demo", *flags]) == 0
-    assert [getattr(trained[0][0], name) for name in floats] == [3 / 255] * 7
+    assert [getattr(trained[0][0], name) for name in floats] == [3 / 255] * 12
 
 
 def test_evaluate_takes_fractions(monkeypatch, tmp_path):
