@@ -19,8 +19,9 @@ from tools import browser
 
 from part_fast import cli
 from part_fast.experiments.report import report
-from part_fast.experiments.runs import find_runs, group_runs
+from part_fast.experiments.runs import find_runs, group_runs, read_rows
 from part_fast.report import charts, files, page
+from part_fast.training.loop import train
 from part_fast.training.mask_history import MASKS
 
 ENVIRONMENT = {"part_fast": "0.1.0", "torch": "2.14.1", "threads": 1, "gpus": [], "backends": {"cpu": ["cpp"]}}
@@ -276,6 +277,15 @@ def test_texts_of_files_are_escaped(tmp_path):
     assert "<b>" not in text
     assert html.escape(name, quote=False).replace("/", "|").split('"')[0] in text
     assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 2
+
+
+def test_a_run_with_every_column_is_read_as_it_was_written(tmp_path):
+    config = dataclasses.replace(TINY_RUN, pgd_test_size=4, average="ema:0.5", precision="bf16")
+    plain = train(config, tmp_path / "plain", log=lambda line: None)
+    judged = train(dataclasses.replace(config, validation=20), tmp_path / "judged", log=lambda line: None)
+    for name, rows in (("plain", plain), ("judged", judged)):
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        assert read_rows(tmp_path / name / "metrics.csv") == [{key: row.get(key) for key in names} for row in rows]
 
 
 ROWS = "epoch,method,train_loss,test_natural,seconds,images_per_second\n1,at,2.25,0.5,1.0,9.0\n"
