@@ -16,7 +16,8 @@ DOCS ?= build/docs
 WHEEL ?= build/wheel
 GPU_ARGS ?=
 # What `make sanitize` runs by each number of threads: tests of the C++ ops; with SANITIZE_ARGS=-m '' the slow too.
-SANITIZED := cam cam_mask epsilon_map packed_epsilon pgd_step project_linf sanitize threads upsample_cam winograd
+SANITIZED := bank_start cam cam_mask eps_step epsilon_map packed_epsilon pgd_step project_linf sanitize threads \
+    uniform_start upsample_cam winograd
 SANITIZE_THREADS ?= 1 2
 SANITIZE_ARGS ?= -k "(cpp or winograd or sanitize) and not other_instruction_sets"
 export PART_FAST_CUDA
@@ -31,7 +32,7 @@ FORMATTED := $(SOURCES) $(wildcard part_fast/include/*.h examples/cpp/*.cpp test
 INSTALLED := $(VENV)/part_fast$(subst /,-,$(CURDIR)).stamp
 BUILT := build/built-$(PART_FAST_CUDA).stamp
 
-.PHONY: help install build demo docs test test-slow test-examples test-wheel test-versions sanitize sanitize-threads gpu bench lint format lock clean
+.PHONY: help install build demo docs test test-slow test-examples test-wheel test-versions sanitize sanitize-threads gpu bench lint analyze format lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -91,7 +92,8 @@ test-examples: install ## the examples, with the libraries that they are for in 
 
 # The environment takes torch and the rest from VENV, whose own part_fast pip is to ignore. The tests lie outside the checkout, so that what they import are
 # the files of the wheel.
-OPS := backends cam cam_mask epsilon_map packed_epsilon pgd_step project_linf upsample_cam winograd
+OPS := backends bank_start cam cam_mask eps_step epsilon_map packed_epsilon pgd_step project_linf uniform_start \
+    upsample_cam winograd
 test-wheel: install ## the tests of the ops on an installed wheel, in an environment of its own: WHEEL
 	rm -rf $(WHEEL)
 	$(PY) -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir $(WHEEL) .
@@ -167,6 +169,10 @@ lint: install ## ruff, mypy, clang-format, cppcheck, clang-tidy: checks only
 	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 	$(VENV)/bin/cppcheck $(CPPCHECK) csrc/*.cpp
 	$(VENV)/bin/clang-tidy --quiet csrc/*.cpp -- $$($(PY) -c '$(TIDY)')
+
+# What it finds that cppcheck does not is rare, and it takes minutes.
+analyze: install ## clang's static analyzer on the C++ sources: 10 minutes
+	$(VENV)/bin/clang-tidy --quiet --checks='-*,clang-analyzer-*' csrc/*.cpp -- $$($(PY) -c '$(TIDY)')
 
 format: install ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix .

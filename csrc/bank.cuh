@@ -53,4 +53,44 @@ struct BankView {
   }
 };
 
+// Levels of a warp's tile. They are read in the order in which the lanes lie, so that neighbours in a row share
+// sectors, then taken from shared memory in runs of N.
+template <typename C, int N>
+class LevelsTile {
+ public:
+  // To be called by the whole warp. `count`: elements of the tile, at most TILE.
+  __device__ __forceinline__ LevelsTile(const BankView& bank, int64_t tile, int count) {
+    __shared__ alignas(16) int16_t room[IMAGES_BLOCK / 32][TILE];
+    shared_ = room[threadIdx.x / 32];
+#pragma unroll 1
+    for (int i = threadIdx.x % 32; i < count; i += 32) {
+      const int64_t place = bank.place_of(tile + i);
+      int16_t level = place == BankView::UNKNOWN ? NOT_A_LEVEL : 0;
+      if (place >= 0) level = bank.values[place];
+      shared_[i] = level;
+    }
+    __syncwarp();
+  }
+
+  // Of element `i` of the tile; NaN where the sample is unknown.
+  __device__ __forceinline__ C operator[](int i) const { return of(shared_[i]); }
+
+  // Of this lane's run number `run`.
+  __device__ __forceinline__ void read(int run, C (&to)[N]) const {
+    int16_t levels[N];
+    load_run(shared_ + (run * 32 + static_cast<int>(threadIdx.x % 32)) * N, levels);
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = of(levels[i]);
+  }
+
+ private:
+  static constexpr int16_t NOT_A_LEVEL = 1 << 8;
+
+  __device__ __forceinline__ static C of(int16_t level) {
+    return level == NOT_A_LEVEL ? static_cast<C>(nanf("")) : static_cast<C>(level);
+  }
+
+  int16_t* shared_;
+};
+
 }  // namespace part_fast

@@ -33,7 +33,7 @@ void take(const int8_t* from, int64_t along, int8_t* to, int64_t step, int64_t c
   if (step == 1 && along == 1) {
     std::copy_n(from, count, to);
   } else if (step == 1) {
-    std::reverse_copy(from - count + 1, from + 1, to);
+    reversed(from - count + 1, to, count);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i * step] = from[i * along];
   }
@@ -54,18 +54,22 @@ Tensor bank_start(const Tensor& x, const Tensor& bank, const Tensor& places, con
     for_each_chunk<C>(images, eps_of(eps, eps_high, eps_low), [&](int64_t at, int64_t count, const C* bound) {
       alignas(64) C buffer[2][CHUNK];
       alignas(64) int8_t stored[CHUNK] = {};
-      const auto nothing = [](int64_t, int64_t) {};
+      bool all_known = true;
       rows.for_each_run(
           at, count,
           [&](int64_t begin, int64_t step, int64_t length, int64_t from, int64_t along) {
             take(values + from, along, stored + begin, step, length);
           },
-          nothing);
+          [&](int64_t, int64_t) { all_known = false; });
       C* to = place(out_data + at, buffer[1]);
       start_chunk(decoded(x_data + at, buffer[0], count), stored, bound, start, to, count);
-      rows.for_each_run(
-          at, count, [](int64_t, int64_t, int64_t, int64_t, int64_t) {},
-          [&](int64_t begin, int64_t length) { std::fill_n(to + begin, length, std::numeric_limits<C>::quiet_NaN()); });
+      if (!all_known) {
+        rows.for_each_run(
+            at, count, [](int64_t, int64_t, int64_t, int64_t, int64_t) {},
+            [&](int64_t begin, int64_t length) {
+              std::fill_n(to + begin, length, std::numeric_limits<C>::quiet_NaN());
+            });
+      }
       write(to, out_data + at, count);
     });
   });

@@ -15,33 +15,32 @@ struct Start {
   C unit, clip_low, clip_high;
   bool aligned;
 
-  __device__ __forceinline__ T moved(int64_t at, T x, C bound) const {
-    const int64_t place = bank.place_of(at);
-    // An unknown sample has 0 / 0.
-    const C level = place >= 0 ? static_cast<C>(bank.values[place]) : C(0);
-    const C moved = place == BankView::UNKNOWN ? level / level : level * unit;
-    return store<T>(clip(project(moved, load(x), bound), clip_low, clip_high));
+  __device__ __forceinline__ T moved(T x, C level, C bound) const {
+    return store<T>(clip(project(level * unit, load(x), bound), clip_low, clip_high));
   }
 };
 
 template <typename T>
-__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) bank_start_kernel(const __grid_constant__ Start<T> a) {
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BWD_BLOCKS<T>)
+    bank_start_kernel(const __grid_constant__ Start<T> a) {
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   const int64_t tile = this_tile();
   const int count = static_cast<int>(min(int64_t{TILE}, a.numel - tile));
   if (count <= 0) return;
   const EpsTile<C, N> bound(a.eps, tile, count);
+  const LevelsTile<C, N> levels(a.bank, tile, count);
   if (a.aligned && count == TILE) {
 #pragma unroll
     for (int run = 0; run < EACH / N; ++run) {
       const int64_t at = this_run<T>(tile, run);
       T x[N];
       load_run(a.x + at, x);
-      C eps[N];
+      C eps[N], level[N];
       bound.read(run, eps);
+      levels.read(run, level);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = a.moved(at + i, x[i], eps[i]);
+      for (int i = 0; i < N; ++i) x[i] = a.moved(x[i], level[i], eps[i]);
       store_run(a.out + at, x);
     }
     return;
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) bank_start_kernel
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < count; i += 32) {
     const int64_t at = tile + i;
-    a.out[at] = a.moved(at, a.x[at], bound[i]);
+    a.out[at] = a.moved(a.x[at], levels[i], bound[i]);
   }
 }
 

@@ -52,7 +52,7 @@ void give(const int8_t* from, int64_t step, int8_t* to, int64_t along, int64_t c
   if (step == 1 && along == 1) {
     std::copy_n(from, count, to);
   } else if (step == 1) {
-    std::reverse_copy(from, from + count, to - count + 1);
+    reversed(from, to - count + 1, count);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i * along] = from[i * step];
   }

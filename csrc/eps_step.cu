@@ -29,14 +29,9 @@ struct Stored {
   Step<T> step;
   BankView bank;
   compute_t<T> levels;
-
-  __device__ __forceinline__ void keep(int64_t at, T x_adv, T x) const {
-    const int64_t place = bank.place_of(at);
-    if (place >= 0) bank.values[place] = static_cast<int8_t>(level_of(load(x_adv) - load(x), levels));
-  }
 };
 
-// kept(element, its new value, x) is called for each element, by the lane that has it.
+// kept(i, its new value, x) is called for each element i of the warp's tile, by the lane that has it.
 template <typename T, typename F>
 __device__ __forceinline__ void step_tile(const Step<T>& s, const F& kept) {
   using C = compute_t<T>;
@@ -59,7 +54,7 @@ __device__ __forceinline__ void step_tile(const Step<T>& s, const F& kept) {
       for (int i = 0; i < N; ++i) x_adv[i] = s.moved(x_adv[i], sign_at<C>(signs, run * N + i), x[i], eps[i]);
       store_run(s.x_adv + at, x_adv);
 #pragma unroll
-      for (int i = 0; i < N; ++i) kept(at + i, x_adv[i], x[i]);
+      for (int i = 0; i < N; ++i) kept(static_cast<int>(at - tile) + i, x_adv[i], x[i]);
     }
     return;
   }
@@ -68,19 +63,32 @@ __device__ __forceinline__ void step_tile(const Step<T>& s, const F& kept) {
     const int64_t at = tile + i;
     const T x = s.x[at], result = s.moved(s.x_adv[at], sign_of<C>(s.grad, s.grad_dtype, at), x, bound[i]);
     s.x_adv[at] = result;
-    kept(at, result, x);
+    kept(i, result, x);
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) eps_step_kernel(const __grid_constant__ Step<T> a) {
-  step_tile(a, [](int64_t, T, T) {});
+  step_tile(a, [](int, T, T) {});
 }
 
 template <typename T>
 __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BWD_BLOCKS<T>)
     eps_step_bank_kernel(const __grid_constant__ Stored<T> a) {
-  step_tile(a.step, [&](int64_t at, T x_adv, T x) { a.keep(at, x_adv, x); });
+  // Levels go to the bank in the order in which the lanes lie, so that neighbours in a row share sectors.
+  __shared__ alignas(16) int8_t room[IMAGES_BLOCK / 32][TILE];
+  int8_t* levels = room[threadIdx.x / 32];
+  step_tile(a.step, [&](int i, T x_adv, T x) {
+    levels[i] = static_cast<int8_t>(static_cast<int>(level_of(load(x_adv) - load(x), a.levels)));
+  });
+  __syncwarp();
+  const int64_t tile = this_tile();
+  const int count = static_cast<int>(min(int64_t{TILE}, a.step.numel - tile));
+#pragma unroll 2
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const int64_t place = a.bank.place_of(tile + i);
+    if (place >= 0) a.bank.values[place] = levels[i];
+  }
 }
 
 void eps_step_(const Tensor& x_adv, const Tensor& grad, const Tensor& x, const std::optional<Tensor>& eps,

@@ -31,8 +31,9 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
         if synced:
             _sync(path.parent)
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # of a write to a full disk
-            error.filename = str(path)
+        if str(error.filename) == str(temporary) and error.filename2 is None:  # the folder may not be written to
+            error.filename = None
+        _name(error, path)
         raise
     except Exception as error:
         if type(error).__name__ != "SafetensorError" and "inline_container.cc" not in str(error):  # torch.save's
@@ -41,6 +42,21 @@ def replacing(path: Path, *, synced: bool = False) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # of a folder that may not be written to
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block that names no file, as that of a write to a full disk, names `path`."""
+    try:
+        yield
+    except OSError as error:
+        _name(error, path)
+        raise
+
+
+def _name(error: OSError, path: Path) -> None:
+    if error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def _mode_of_new_file(path: Path) -> int:

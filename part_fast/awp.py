@@ -67,8 +67,9 @@ def _step(weight: Tensor, gradient: Tensor, gamma: float) -> Tensor:
     """How far a weight moves: gamma times its norm, along the gradient; zero where that is not finite, or is zero."""
     norm = gradient.norm()
     usable = torch.isfinite(norm) & (norm > 0)
-    direction = torch.where(usable, gradient, 0.0) / torch.where(usable, norm, 1.0)
-    return gamma * weight.norm() * direction
+    direction: Tensor = torch.where(usable, gradient, 0.0) / torch.where(usable, norm, 1.0)
+    step: Tensor = gamma * weight.norm() * direction
+    return step
 
 
 def _shown(value: object) -> str:

@@ -37,7 +37,7 @@ def number(name: str, value: Any, low: float = -math.inf) -> float:
     if not (math.isfinite(value) and value >= low):
         takes = "finite" if low == -math.inf else f"finite and >= {low:g}"
         raise BadValueError(f"{name} must be {takes}, got {value}")
-    return value
+    return float(value)
 
 
 def count(name: str, value: Any, low: int = 0) -> int:
@@ -143,20 +143,20 @@ def images(name: str, value: Any) -> Tensor:
 
 def maps(name: str, value: Any) -> Tensor:
     """(N,h,w), floating, no element shared, h and w at least 1; returned contiguous."""
-    tensor(name, value)
-    if value.ndim != 3 or 0 in value.shape[1:]:
-        raise BadValueError(f"{name} must have shape (N,h,w), h and w at least 1, got {tuple(value.shape)}")
-    unshared(name, value)
-    return value.contiguous()
+    cam = tensor(name, value)
+    if cam.ndim != 3 or 0 in cam.shape[1:]:
+        raise BadValueError(f"{name} must have shape (N,h,w), h and w at least 1, got {tuple(cam.shape)}")
+    unshared(name, cam)
+    return cam.contiguous()
 
 
 def features(name: str, value: Any) -> Tensor:
     """(N,K,h,w), floating, no element shared, K, h and w at least 1."""
-    tensor(name, value)
-    if value.ndim != 4 or 0 in value.shape[1:]:
-        raise BadValueError(f"{name} must have shape (N,K,h,w), K, h and w at least 1, got {tuple(value.shape)}")
-    unshared(name, value)
-    return value
+    layer = tensor(name, value)
+    if layer.ndim != 4 or 0 in layer.shape[1:]:
+        raise BadValueError(f"{name} must have shape (N,K,h,w), K, h and w at least 1, got {tuple(layer.shape)}")
+    unshared(name, layer)
+    return layer
 
 
 def alike(name: str, value: Tensor, than: str, other: Tensor, dtype: bool = True) -> None:
@@ -222,15 +222,15 @@ def pixels(name: str, value: Any, clip: Any) -> Tensor:
 
     A value may lie outside by 1e-6 of the larger bound or of 1, as rounding leaves images that were un-normalised.
     """
-    value = images(name, value)
-    low, high = clip_range(clip, value)
-    if not readable(value):
-        return value
+    x = images(name, value)
+    low, high = clip_range(clip, x)
+    if not readable(x):
+        return x
     try:
-        _check_pixels(name, value, low, high)
+        _check_pixels(name, x, low, high)
     except BadValueError as error:
-        raise BadValueError(f"{error}{_remedy(value)}") from None
-    return value
+        raise BadValueError(f"{error}{_remedy(x)}") from None
+    return x
 
 
 def _check_pixels(name: str, value: Tensor, low: Any, high: Any) -> None:

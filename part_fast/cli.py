@@ -111,6 +111,7 @@ class Evaluate:
     def run(self) -> None:
         from part_fast.evaluation.accuracy import evaluate
         from part_fast.evaluation.sweep import check_kinds, sweep
+        from part_fast.evaluation.trained import described_weights
         from part_fast.report.files import table
 
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -119,7 +120,7 @@ class Evaluate:
         if kinds is not None:
             check_kinds(_names(kinds))
         record = evaluate(**values)
-        print(f"weights: {record['checkpoint']}")
+        print(f"weights: {described_weights(Path(record['checkpoint']))}")
         rows = [
             (name, f"{100 * r['accuracy']:.2f}", f"{100 * r['standard_error']:.2f}", str(r["n"]), f"{r['seconds']:.1f}")
             for name, r in record["results"].items()
@@ -195,7 +196,7 @@ class Export:
     """The only folder to look for the data set in; default: where the run found it, else as in train."""
 
     def run(self) -> None:
-        from part_fast.evaluation.trained import load_trained
+        from part_fast.evaluation.trained import described_weights, load_trained
         from part_fast.models.checkpoints import export_weights
 
         net, _, _, path = load_trained(
@@ -208,7 +209,7 @@ class Export:
             device="cpu",
         )
         made = export_weights(net, self.out, sub_block1=self.sub_block1, overwrite=self.overwrite)
-        print(f"weights: {path}")
+        print(f"weights: {described_weights(path)}")
         print(made)
 
 

@@ -77,7 +77,7 @@ class TrainConfig:
     """Test on a balanced subset of so many images; default: all."""
     validation: int = 0
     """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them after each epoch picks
-    best.safetensors. 0: none."""
+    best.safetensors, of plain and averaged weights. 0: none."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
     """A checkpoint to start from; default: random weights."""
@@ -109,12 +109,12 @@ class TrainConfig:
     steps: int = 10
     """Steps of the attack."""
     beta: Annotated[float, Doc(f"Weight of the robust term of the loss ({_with_beta()}).")] = 6.0
-    label_smoothing: float = 0.0
-    """In the loss, how much of each label is shared evenly among all classes; the attack gets labels as they are."""
     pgi_lambda: Annotated[float, Doc(f"Weight of the regulariser in the loss ({_that('regularised')}).")] = 10.0
     perturbation_reset: Annotated[
         int, Doc(f"Epochs after which remembered perturbations are drawn anew, 0: never ({_that('remembers')}).")
     ] = 40
+    label_smoothing: float = 0.0
+    """In the loss, how much of each label is shared evenly among all classes; the attack gets labels as they are."""
     rule: Annotated[str, Doc(f"Which pixels get the full eps, by the class activation map: {described(RULES)}.")] = (
         "zscore"
     )
@@ -437,7 +437,7 @@ def find_device(name: str) -> torch.device:
 
 def _multiplies_bf16(device: torch.device) -> bool:
     with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def parse_number(text: str) -> float:

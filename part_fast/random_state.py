@@ -22,7 +22,7 @@ class Draws(TorchDispatchMode):
     """Notes whether an operation of this thread draws from a generator of torch's."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,8 +71,8 @@ def draws_put_back(model: nn.Module, device: torch.device, forward: Callable[[],
 def _seen_to_draw(model: nn.Module, device: torch.device, forward: Callable[[], object]) -> bool:
     with Draws() as draws, contextlib.suppress(Exception):  # which the block has raised, or has not
         forward()
-    _draws[model] = draws.seen
-    return draws.seen
+    _draws[model] = seen = bool(draws.seen)
+    return seen
 
 
 def _states(device: torch.device) -> list[Tensor]:

@@ -146,3 +146,31 @@ assert sorted(path.name for path in folder.iterdir()) == sorted(writers)
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     """Whoever writes: torch.save and safetensors have errors of their own, with lines of C++ and of Rust."""
     subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], check=True, cwd=ROOT)
+
+
+def test_what_is_synced_is_on_the_disk_before_and_after_it_takes_its_place(tmp_path, monkeypatch):
+    """A power cut cannot be had here: the calls that survive one are counted, in their order."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        calls.append(("synced", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append(("replaced", new.name)) or replace(old, new))
+    for how in (False, True):
+        with replacing(tmp_path / "state.pt", synced=how) as temporary:
+            temporary.write_text("new")
+    assert calls == [
+        ("replaced", "state.pt"),
+        ("synced", ".state.pt.tmp"),
+        ("replaced", "state.pt"),
+        ("synced", tmp_path.name),
+    ]
+
+
+def test_a_folder_that_may_not_be_written_to_is_named_by_the_file_itself(tmp_path):
+    """Not by the temporary one, of which nobody knows."""
+    path = tmp_path / "no folder" / "result.json"
+    with pytest.raises(OSError, match=r"'.*no folder/result\.json'$"), replacing(path) as temporary:
+        temporary.write_text("new")

@@ -50,6 +50,9 @@ def raw_arguments(name: str, device: str) -> list[tuple]:
             else:
                 budget = (eps.expand(shape), 0.0, 0.0) if isinstance(eps, Tensor) else (None, eps, 0.0)
             step = (0.01, 0.0, 1.0)
+            bank = torch.randint(-127, 128, (4, *shape[1:]), dtype=torch.int8, device=device)
+            places = torch.tensor([(3, 1, -2, 1), (0, -1, 0, 0)], device=device)
+            store = (bank, places, 1000.0) if form != "float" else (None, None, 0.0)
             result.append(
                 {
                     "_project_linf": (x_adv, x, *budget),
@@ -57,6 +60,9 @@ def raw_arguments(name: str, device: str) -> list[tuple]:
                     "_pgd_step": (x_adv, grad, x, *budget, *step),
                     "_pgd_step_": (x_adv, grad, x, *budget, *step),
                     "_pgd_step_bwd": (out, x_adv, grad, x, *budget, *step),
+                    "_uniform_start": (x, *budget, 1.5, 2**40 + 7, 0.0, 1.0),
+                    "_bank_start": (x, bank, places, *budget, 0.001, 0.0, 1.0),
+                    "_eps_step_": (x_adv, grad, x, *budget, 1.25, form != "(N,C,H,W)", True, 0.0, 1.0, *store),
                 }[name]
             )
     return result
@@ -73,6 +79,9 @@ RAW_OPS = {
     "_pgd_step": part_fast.ops.pgd_step.__globals__["_pgd_step"],
     "_pgd_step_": part_fast.ops.pgd_step.__globals__["_pgd_step_"],
     "_pgd_step_bwd": part_fast.ops.pgd_step.__globals__["_pgd_step_bwd"],
+    "_uniform_start": part_fast.ops.uniform_start.__globals__["_uniform_start"],
+    "_bank_start": part_fast.ops.bank_start.__globals__["_bank_start"],
+    "_eps_step_": part_fast.ops.eps_step_.__globals__["_eps_step_"],
 }
 raw_ops = pytest.mark.parametrize("name", RAW_OPS)
 
@@ -109,7 +118,7 @@ def test_fake_describes_what_comes_out(backend, name):
         with FakeTensorMode() as mode:
             op = getattr(torch.ops.part_fast, name).default
             fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
-        if name == "_pgd_step_":
+        if name in ("_pgd_step_", "_eps_step_"):
             assert real is None
             assert fake is None
             continue
@@ -145,6 +154,8 @@ def public_calls(device: str) -> dict:
     grad = torch.randint(-2, 3, shape, device=device).float()
     eps = torch.randint(0, 17, (2, 1, 4, 4), device=device) / 64
     bits = torch.randint(0, 256, (2, 1, 2), device=device).to(torch.uint8)
+    bank = torch.randint(-64, 65, (3, 3, 4, 4), dtype=torch.int8, device=device)
+    places = torch.tensor([(2, 1, -2, 1), (0, -1, 0, 0)], device=device)
     cam = torch.randint(0, 9, (2, 2, 2), device=device).float()
     cam[:, 0, 0], cam[:, 1, 1] = 0, 8
     activation, gradient = torch.rand(2, 5, 2, 2, device=device), torch.randn(2, 5, 2, 2, device=device)
@@ -177,6 +188,22 @@ def public_calls(device: str) -> dict:
             (),
         ),
         "pgd_step_": (lambda a, g, n, e: pf.pgd_step_(a, g, n, e, 0.125), (x_adv, grad, x, eps), ()),
+        "uniform_start": (lambda n, e: pf.uniform_start(n, e, seed=7), (x, eps), ()),
+        "uniform_start clip": (lambda n: pf.uniform_start(n, 0.25, 2, ([0.25, 0.0, 0.5], 0.75), seed=7), (x,), ()),
+        "bank_start": (lambda n, b, p, e: pf.bank_start(n, b, p, e, scale=127 / 64), (x, bank, places, eps), ()),
+        "eps_step_": (lambda a, g, n, e: pf.eps_step_(a, g, n, e, 1.25), (x_adv, grad, x, eps), ()),
+        "eps_step_ bank": (
+            lambda a, g, n, e, b, p: pf.eps_step_(a, g, n, e, alpha=0.125, bank=b, places=p, scale=127 / 64),
+            (x_adv, grad, x, eps, bank, places),
+            (),
+        ),
+        "eps_step_ bank clip": (
+            lambda a, g, n, e, b, p: pf.eps_step_(
+                a, g, n, e, 0.5, ([0.25, 0.0, 0.5], 0.75), bank=b, places=p, scale=127 / 64
+            ),
+            (x_adv, grad, x, eps, bank, places),
+            (),
+        ),
     }
 
 
@@ -261,11 +288,11 @@ def test_fake_cuda_tensors(call):
             result = function(*fakes)
         assert result.device.type == "cuda"
         assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
-        if call.startswith(("pgd_step", "project_linf")):
+        if call.startswith(("pgd_step", "project_linf", "uniform_start", "bank_start", "eps_step_")):
             assert result.is_contiguous(memory_format=memory_format)
         else:
             assert result.is_contiguous()
-        if call.startswith("pgd_step_"):
+        if call.startswith(("pgd_step_", "eps_step_")):
             assert result is fakes[0]
 
 

@@ -73,7 +73,7 @@ def oracle(x, bank, places, eps, scale=SCALE, clip=(0.0, 1.0)):
     return torch.from_numpy(np.asarray(result)).to(x.device, x.dtype)
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(7)
 @pairs
 def test_matches_numpy_bit_for_bit(backend, dtype, layout, eps_form):
     for shape in image_shapes(backend, dtype, layout, eps_form):
@@ -95,7 +95,7 @@ def every_place(height, width):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("eps_form", ["float", "(N,1,H,W)", "PackedEpsilon M=C"])
 def test_every_crop_and_flip_is_that_of_the_images(backend, layout, eps_form):
-    places = every_place(3, 4).to(backend.device)
+    places = every_place(3, 4)[:: 13 if backend.interpreted else 1].to(backend.device)
     shape = (len(places), 2, 3, 4)
     eps, dense = make_eps(eps_form, shape, backend.device)
     bank = torch.randint(-127, 128, (1, 2, 3, 4), dtype=torch.int8, device=backend.device)

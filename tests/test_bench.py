@@ -35,6 +35,11 @@ def small_cases():
         for packed in (False, True)
         for layout in cases.LAYOUTS
     ]
+    steps += [
+        cases.fast_case(op, (2, 3, 5, 5), dtype, packed, layout)
+        for op in ("uniform_start", "bank_start", "eps_step_")
+        for dtype, packed, layout in ((FLOAT, False, "contiguous"), (HALF, True, "channels_last"))
+    ]
     maps = [cases.map_case("upsample_cam", (3, 4, 4), (9, 8), "")]
     for op in ("cam_mask", "epsilon_map"):
         maps += [cases.map_case(op, (3, 4, 4), (9, 8), rule) for rule in ("zscore", "released", "quantile:0.3")]
@@ -84,6 +89,10 @@ def test_all_providers_compute_the_same(case):
         (cases.step_case("pgd_step_", (2, 3, 5, 5), FLOAT, True), 4 * 150 * 4 + 2 * 4),
         (cases.step_case("pgd_step", (2, 3, 5, 5), HALF, False), 4 * 150 * 2 + 50 * 4),
         (cases.step_case("project_linf", (2, 3, 5, 5), HALF, True), 3 * 150 * 2 + 2 * 4),
+        # x, the result and eps; a bank of 150 bytes, two rows of four int64; x_adv and grad too.
+        (cases.fast_case("uniform_start", (2, 3, 5, 5), FLOAT, False), 2 * 150 * 4 + 50 * 4),
+        (cases.fast_case("bank_start", (2, 3, 5, 5), HALF, True), 2 * 150 * 2 + 2 * 4 + 150 + 64),
+        (cases.fast_case("eps_step_", (2, 3, 5, 5), FLOAT, False), 4 * 150 * 4 + 50 * 4 + 150 + 64),
         # Two inputs of 2*6*4*4, a float32 map of 2*4*4.
         (cases.cam_case((2, 6, 4, 4), FLOAT), 2 * 192 * 4 + 32 * 4),
         (cases.cam_case((2, 6, 4, 4), HALF), 2 * 192 * 2 + 32 * 4),

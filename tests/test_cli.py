@@ -143,7 +143,7 @@ def test_every_number_takes_a_fraction(trained, tmp_path):
 
 
 def test_evaluate_takes_fractions(monkeypatch, tmp_path):
-    calls, record = [], {"checkpoint": "model.safetensors", "results": {}, "warnings": []}
+    calls, record = [], {"checkpoint": "net.pt", "results": {}, "warnings": []}
     monkeypatch.setattr(accuracy, "evaluate", lambda **values: calls.append(values) or record)
     assert main(["evaluate", str(tmp_path), "--eps", "12/255", "--alpha", "3e-3"]) == 0
     assert (calls[0]["eps"], calls[0]["alpha"], calls[0]["n"]) == (12 / 255, 3e-3, None)

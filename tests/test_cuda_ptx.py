@@ -39,10 +39,13 @@ from tools.ptx_cpu import Kernel, memory
 from torch import Tensor
 
 # Modules, not the functions of these names.
-CAM, CAM_MASK, EPSILON_MAP, PACKED, PGD_STEP, PROJECT, UPSAMPLE = (
+CAM, CAM_MASK, EPSILON_MAP, PACKED, PGD_STEP, PROJECT, UPSAMPLE, UNIFORM, BANK, EPS_STEP = (
     sys.modules[f"part_fast.ops.{name}"]
-    for name in ("cam", "cam_mask", "epsilon_map", "packed_epsilon", "pgd_step", "project_linf", "upsample_cam")
-)
+    for name in (
+        "cam", "cam_mask", "epsilon_map", "packed_epsilon", "pgd_step", "project_linf", "upsample_cam",
+        "uniform_start", "bank_start", "eps_step",
+    )
+)  # fmt: skip
 STEMS = sorted(path.stem for path in (ROOT / "csrc").glob("*.cu"))
 CCS = (80, 90)
 SASS_ARCHS = (80, 90, 100, 120)
@@ -244,6 +247,10 @@ USUAL = (
     "pgd_step_bwd_kernelIf",
     "project_linf_fwd_kernelIf",
     "project_linf_bwd_kernelIf",
+    "uniform_start_kernelIf",
+    "bank_start_kernelIf",
+    "eps_step_kernelIf",
+    "eps_step_bank_kernelIf",
     "upsample_cam_fwd_kernelIf",
     "upsample_cam_bwd_kernelIf",
     "cam_kernelIfLi4",
@@ -328,6 +335,36 @@ def run_project_linf(cuda, case, dtype, cc, backward=True):
         check(cuda, PROJECT._project_linf_bwd, (grad_out, x_adv, x, *eps), case, cc)
 
 
+def run_fast(cuda, case, dtype, cc, backward=False):
+    """uniform_start, bank_start, and eps_step_ with and without a bank."""
+    shape = case[0]
+    x_adv, grad, x, eps = image_inputs(case, dtype)
+    bank = torch.randint(-127, 128, (len(x) + 2, *shape[1:]), dtype=torch.int8)
+    # From the last to the first sample: crops and flips, one far outside, one that is not in the bank.
+    places = torch.tensor([(len(x) - 1 - n, n - 1, 2 - n, n % 2) for n in range(len(x))], dtype=torch.int64)
+    places = places.view(-1, 4)
+    if len(x) > 2:
+        places[1, 2], places[2, 0] = 2**40, len(bank)
+    clip = (-float("inf"), float("inf")) if shape[0] == 1 else (0.0, 1.0)
+    check(cuda, UNIFORM._uniform_start, (x, *eps, 1.5, 2**62 + 2**31 + 5, *clip), case, cc)
+    check(cuda, BANK._bank_start, (x, bank, places, *eps, 0.1 / 127, *clip), case, cc)
+    for stored, drawn in ((None, None), (bank, places)):
+        steps = (*eps, 1.25, sum(shape) % 3 > 0, sum(shape) % 2 > 0, *clip)
+        kept = None if stored is None else stored.clone()
+        expected, result = lay(x_adv, case[1]), lay(x_adv, case[1])
+        EPS_STEP._eps_step_.reference(expected, grad, x, *steps, kept, drawn, 1270.0)
+        _, reports = cuda(EPS_STEP._eps_step_, result, grad, x, *steps, stored, drawn, 1270.0, cc=cc)
+        assert len(reports) == (1 if x.numel() else 0)
+        assert_equal(result, expected, ("eps_step_", case))
+        if stored is not None:
+            assert torch.equal(stored, kept), ("the bank", case)
+
+
+def test_fast(cuda):
+    for case in image_cases(every=False):
+        run_fast(cuda, case, torch.float32, 90)
+
+
 def test_pgd_step(cuda):
     for case in image_cases(every=False):
         run_pgd_step(cuda, case, torch.float32, 90)
@@ -351,7 +388,7 @@ def test_project_linf(cuda):
 
 @slow
 @cc_of_ptx
-@pytest.mark.parametrize("run", [run_pgd_step, run_project_linf])
+@pytest.mark.parametrize("run", [run_pgd_step, run_project_linf, run_fast])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 def test_images_every_form(cuda, dtype, run, cc):
     for case in image_cases(every=True):
@@ -566,7 +603,7 @@ def occupancy(arch: int, registers: int, threads: int, shared: int) -> float:
 
 def instructions_of(kernel: str) -> tuple[str, ...]:
     """What a kernel's machine code must hold."""
-    if "pgd_step" in kernel or "project_linf" in kernel:
+    if re.search("pgd_step|project_linf|eps_step|uniform_start|bank_start", kernel):
         return r"LDG\.E\.(\w+\.)*128", r"STG\.E\.(\w+\.)*128"
     # Lanes of a warp that count the same colour or digit are added up by the instruction, not one after the other.
     if re.search(r"(cam_mask|epsilon_map)_kernelI[fd]Li[12]E", kernel):

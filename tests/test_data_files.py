@@ -467,8 +467,18 @@ def test_folder(pets):
     assert torch.equal(load("folder:pets", "train", pets.parent).images, train.images)
 
 
+def test_images_that_were_saved_from_0_to_1_are_named(pets):
+    """Of every source, as `dataset_of` makes all of them: as 8-bit images they would be black within 1/255."""
+    for path in (pets / "train").rglob("*"):
+        if path.suffix.lower() in (".png", ".bmp"):
+            picture(path, colour=(0, 1, 1))
+    with pytest.warns(UserWarning, match=r"train images of folder:.* hold no gray level above 1 of 255.* by 255 first"):
+        load(f"folder:{pets}", "train")
+    load(f"folder:{pets}", "test")
+
+
 def test_folder_prefers_test_to_val_and_needs_no_train(pets):
-    picture(pets / "test" / "cat" / "1.png", colour=(0, 0, 0))
+    picture(pets / "test" / "cat" / "1.png", colour=(0, 0, 9))
     assert load(f"folder:{pets}", "test").labels.tolist() == [0]
     (pets / "train").rename(pets / "other")
     alone = load(f"folder:{pets}", "test")

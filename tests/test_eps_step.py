@@ -77,7 +77,7 @@ def stored_by_hand(bank, places, x_adv, x, scale=SCALE):
     return torch.from_numpy(out).to(bank.device)
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(7)
 @pairs
 def test_matches_numpy_bit_for_bit(backend, dtype, layout, eps_form):
     for shape in image_shapes(backend, dtype, layout, eps_form):
@@ -116,7 +116,7 @@ def test_any_pair_of_dtypes(backend, dtype, grad_dtype):
 CLIPS = [(0.0, 1.0), (0.25, 0.5), None, ([0.1, 0.2, 0.3], [0.6, 0.7, 0.8])]
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(7)
 @pytest.mark.parametrize("clip", CLIPS, ids=str)
 @pytest.mark.parametrize("project", [True, False], ids=["projected", "free"])
 @pytest.mark.parametrize("step", [{"factor": 1.0}, {"factor": -0.5}, {"alpha": ALPHA}, {"alpha": -0.1}], ids=str)
@@ -207,7 +207,7 @@ def test_halves_go_to_even_levels_by_hand(backend, dtype, layout):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("eps_form", ["float", "(N,1,H,W)", "PackedEpsilon M=C"])
 def test_every_crop_and_flip_goes_back(backend, layout, eps_form):
-    places = every_place(3, 4).to(backend.device)
+    places = every_place(3, 4)[:: 13 if backend.interpreted else 1].to(backend.device)
     places[:, 0] = torch.arange(len(places)).flip(0)
     shape = (len(places), 2, 3, 4)
     eps, dense = make_eps(eps_form, shape, backend.device)

@@ -51,7 +51,7 @@ def from_cpp(tmp_path_factory) -> Callable[[list[Call]], list[Any]]:
 
 def plain(call: Call) -> Call:
     """The call as the program reads it: a PackedEpsilon is a tuple, and x_adv, which may be written, nobody else's."""
-    call = call | {"x_adv": copy.deepcopy(call["x_adv"])} if "x_adv" in call else call
+    call = call | {name: copy.deepcopy(call[name]) for name in ("x_adv", "bank") if name in call}
     return {name: packed_parts(value) if isinstance(value, PackedEpsilon) else value for name, value in call.items()}
 
 
@@ -61,9 +61,11 @@ def packed_parts(eps: PackedEpsilon) -> tuple[Any, ...]:
 
 def in_python(call: Call) -> torch.Tensor:
     arguments = {name: value for name, value in call.items() if name not in ("op", "no_grad", "requires_grad")}
-    if call["op"] == "pgd_step_":
-        arguments["x_adv"] = copy.deepcopy(arguments["x_adv"])
+    if call["op"] in ("pgd_step_", "eps_step_"):
+        arguments |= {name: copy.deepcopy(arguments[name]) for name in ("x_adv", "bank") if name in arguments}
     result = getattr(part_fast, call["op"])(**arguments)
+    if call["op"] == "eps_step_" and "bank" in call:
+        return torch.cat([result.flatten().double(), arguments["bank"].flatten().double()])
     return result.bits if isinstance(result, PackedEpsilon) else result
 
 
@@ -125,6 +127,30 @@ def test_steps_and_projections(from_cpp):
     assert_same_bits(calls, from_cpp(calls))
 
 
+PLACES = torch.tensor([(3, 1, -2, 1), (0, -1, 0, 0)])
+
+
+def bank_of() -> Call:
+    return {"bank": torch.randint(-127, 128, (4, *SHAPE[1:]), dtype=torch.int8), "places": PLACES, "scale": 0.1}
+
+
+def test_fast_attacks(from_cpp):
+    calls: list[Call] = []
+    for layout, dtype in itertools.product(LAYOUTS, FLOATING):
+        (x_adv, grad, x), bank = images(layout, dtype), bank_of()
+        for number, eps in enumerate(every_eps(dtype).values()):
+            clip = (0.1, 0.9) if number % 2 else None
+            calls.append(
+                {"op": "uniform_start", "x": x, "eps": eps, "seed": 2**40 + number, "scale": 1.5, "clip": clip}
+            )
+            calls.append({"op": "bank_start", "x": x, "eps": eps, "clip": clip, **bank})
+            if not layout.startswith("cropped"):
+                step = {"op": "eps_step_", "x_adv": x_adv, "grad": grad - 0.5, "x": x, "eps": eps, "factor": 1.25}
+                calls.append({**step, "project": number % 3 > 0, "clip": clip})
+                calls.append({**step, "project": True, "clip": clip, **bank})
+    assert_same_bits(calls, from_cpp(calls))
+
+
 def test_maps(from_cpp):
     calls: list[Call] = []
     for layout, dtype in itertools.product(LAYOUTS, FLOATING):
@@ -156,9 +182,14 @@ def good(op: str) -> Call:
         "epsilon_map": ("cam", "size", "eps", "eps_low", "rule"),
         "packed_epsilon_map": ("cam", "size", "eps", "eps_low", "rule"),
         "project_linf": ("x_adv", "x", "eps"),
+        "uniform_start": ("x", "eps", "seed", "scale", "clip"),
+        "bank_start": ("x", "eps", "clip", "bank", "places", "scale"),
+        "eps_step_": ("x_adv", "grad", "x", "eps", "factor", "project", "clip", "bank", "places", "scale"),
     }
+    fast = {**step, **bank_of(), "factor": 1.0, "project": True, "seed": 1}
     features = {"activation": torch.rand(SHAPE), "gradient": torch.rand(SHAPE), "method": "gradcam"}
     given = {"cam": features, "project_linf": step, "pgd_step": step, "pgd_step_": step}.get(op, maps)
+    given = fast if op in ("uniform_start", "bank_start", "eps_step_") else given
     return {"op": op, **{name: given[name] for name in names.get(op, step)}}
 
 
@@ -279,6 +310,28 @@ BAD: list[tuple[str, str, Any, str]] = [
     ("pgd_step", "clip", (1.0, 0.0), "clip must have low <= high, got 1 and 0"),
     ("pgd_step", "clip", (float("nan"), 1.0), "clip must have low <= high, got nan and 1"),
     ("pgd_step_", "x", None, "x must be a tensor, got an undefined one"),
+    ("uniform_start", "seed", -1, "seed must be >= 0, got -1"),
+    ("uniform_start", "scale", -1.0, "scale must be finite and >= 0, got -1"),
+    ("uniform_start", "clip", (1.0, 0.0), "clip must have low <= high, got 1 and 0"),
+    ("bank_start", "bank", torch.zeros(4, 3, 5, 7), "bank must be a tensor of int8"),
+    (
+        "bank_start",
+        "bank",
+        torch.zeros(4, 3, 5, 8, dtype=torch.int8),
+        "bank must have shape (S,C,H,W), as the images [2, 3, 5, 7], got [4, 3, 5, 8]",
+    ),
+    ("bank_start", "places", PLACES.int(), "places must be a tensor of int64"),
+    (
+        "bank_start",
+        "places",
+        PLACES[:1],
+        "places must have shape (2, 4), a row (sample, dy, dx, flip) per image, got [1, 4]",
+    ),
+    ("bank_start", "scale", 0.0, "scale must be finite and > 0, got 0"),
+    ("eps_step_", "factor", float("nan"), "factor must be finite, got nan"),
+    ("eps_step_", "x", torch.rand(SHAPE).half(), "x must have the dtype of x_adv, Float, got Half"),
+    ("eps_step_", "grad", torch.rand(2, 3, 7, 5), "grad must have the shape of x_adv, [2, 3, 5, 7], got [2, 3, 7, 5]"),
+    ("eps_step_", "scale", -1.0, "scale must be finite and > 0, got -1"),
     ("pgd_step_", "eps", torch.rand(2, 1, 7), "eps must broadcast to the images, [2, 3, 5, 7], got [2, 1, 7]"),
 ]
 

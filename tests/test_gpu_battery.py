@@ -281,7 +281,7 @@ def test_ops_dry_run(tmp_path):
     found = dry(ops.main, tmp_path, "--backends", "cpp,reference,triton", "--thin", "211")
     names = [row["name"] for row in found if row["kind"] == "ok"]
     for backend in ("cpp", "reference"):
-        for kind in ("step", "backward", "cam", "upsample", "soft", "mask", "big", "host"):
+        for kind in ("step", "backward", "fast", "cam", "upsample", "soft", "mask", "big", "host"):
             assert any(name.startswith(f"{backend}: {kind}") for name in names), (backend, kind)
     assert "TRITON_INTERPRET=1" in next(row["why"] for row in found if row["name"] == "triton")
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from part_fast.budgets.cam import CamBudget
 from part_fast.data.memory import to_float
 from part_fast.models.catalogue import build_model
-from part_fast.training import loop
+from part_fast.training import loop, run_folder
 from part_fast.training.mask_history import IMAGES, MASKS, pair_of, read_masks
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -57,7 +57,7 @@ def test_a_plain_method_with_a_smaller_eps_has_masks_too(tmp_path):
 
 def test_keeping_them_changes_nothing_else(tmp_path, monkeypatch):
     with_masks = train(tmp_path / "with", control="permuted")
-    monkeypatch.setattr(loop, "keep_masks", lambda *arguments: None)
+    monkeypatch.setattr(run_folder, "keep_masks", lambda *arguments: None)
     without = train(tmp_path / "without", control="permuted")
     for row in (*with_masks, *without):
         del row["seconds"], row["images_per_second"]
@@ -79,7 +79,7 @@ def test_a_resumed_run_has_them_as_one_that_never_stopped(tmp_path):
     train(tmp_path / "again", epochs=3, resume=True)
     assert (tmp_path / "again" / MASKS).read_bytes() == whole
     # A damaged file begins anew, and says so by the epochs that it lacks.
-    train(tmp_path / "damaged", epochs=1)
+    train(tmp_path / "damaged", epochs=2)
     (tmp_path / "damaged" / MASKS).write_bytes(first[:-5])
     train(tmp_path / "damaged", epochs=3, resume=True)
     assert read_masks(tmp_path / "damaged").epochs.tolist() == [2, 3]
@@ -88,7 +88,7 @@ def test_a_resumed_run_has_them_as_one_that_never_stopped(tmp_path):
 def test_overwriting_a_run_removes_its_masks_and_its_sweep(tmp_path, monkeypatch):
     train(tmp_path)
     (tmp_path / "sweep.json").write_text("{}")
-    monkeypatch.setattr(loop, "keep_masks", lambda *arguments: None)
+    monkeypatch.setattr(run_folder, "keep_masks", lambda *arguments: None)
     train(tmp_path, overwrite=True)
     assert not (tmp_path / MASKS).exists()
     assert not (tmp_path / "sweep.json").exists()

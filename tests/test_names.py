@@ -86,7 +86,7 @@ def test_listing():
 
 
 def help_of(capsys, monkeypatch, command):
-    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("COLUMNS", "2000")
     with pytest.raises(SystemExit):
         main([command, "--help"])
     return capsys.readouterr().out

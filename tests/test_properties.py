@@ -1,6 +1,7 @@
 """Public functions over any shape, stride and value: equal on the C++ backend and the reference, or one clear error."""
 
 import functools
+import inspect
 import warnings
 from pathlib import Path
 
@@ -156,7 +157,7 @@ MANY_KINDS = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-39, 1e9, floa
     shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4)),
     seed=SEEDS,
     dtype=st.sampled_from(DTYPES),
-    forms=st.tuples(*[st.sampled_from(FORMS)] * 2),
+    forms=st.tuples(*[st.sampled_from(FORMS[:-1])] * 2),  # without the expanded, whose shared elements are refused
     method=st.sampled_from(METHODS),
 )
 def test_class_activation_maps_of_special_values_are_those_of_plain_torch(shape, seed, dtype, forms, method):
@@ -176,9 +177,15 @@ def test_class_activation_maps_of_special_values_are_those_of_plain_torch(shape,
         "layercam": g.clamp(min=0),
         "hirescam": g,
     }[method]
-    products = weights * a
-    exact = products.sum(1).clamp(min=0)
-    size = products.abs().sum(1) + (a + 1e-8).abs().sum((2, 3)).amax(1)[:, None, None]
+    exact = (weights * a).sum(1).clamp(min=0)
+    # What is added up, whatever cancels: roundings are as large as it is.
+    sizes = {
+        "gradcam": g.abs().mean((2, 3), keepdim=True),
+        "xgradcam": (g * a).abs().sum((2, 3), keepdim=True) / (a + 1e-8).sum((2, 3), keepdim=True).abs(),
+        "layercam": g.clamp(min=0),
+        "hirescam": g.abs(),
+    }
+    size = (sizes[method] * a.abs()).sum(1)
     # A quotient by a sum that nearly cancels says nothing of float32.
     narrow = (a + 1e-8).sum((2, 3)).abs() < 1e-3 * (a + 1e-8).abs().sum((2, 3))
     hypothesis.assume(method != "xgradcam" or not bool(narrow.any()))
@@ -187,7 +194,7 @@ def test_class_activation_maps_of_special_values_are_those_of_plain_torch(shape,
         assert bool((found.isnan() == exact.isnan()).all())
         assert bool((found.isinf() == exact.isinf()).all())
         finite = exact.isfinite()
-        assert bool(((found - exact).abs() <= 1e-3 * size)[finite].all())
+        assert bool(((found - exact).abs() <= 1e-3 * size + 1e-40)[finite].all())
 
 
 class Net(nn.Module):
@@ -309,6 +316,7 @@ def logits_and_gradient(model, x, weights):
     return logits.detach(), torch.autograd.grad((logits * weights).sum(), leaf)[0]
 
 
+@settings(max_examples=10)
 @given(
     layers=st.lists(LAYER, min_size=1, max_size=4),
     shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3]), st.integers(3, 9), st.integers(3, 9)),
@@ -376,7 +384,7 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     shape=st.tuples(st.integers(1, 3), st.just(3), st.integers(3, 6), st.integers(3, 6)),
     classes=st.integers(2, 5),
@@ -527,12 +535,15 @@ DRAWN = [
 ]
 
 
-# Of an attack that takes a second.
-FEWER = {test_autoattack_stays_in_the_ball_and_leaves_no_trace: 150}
+# Of what takes a second.
+FEWER = {
+    test_autoattack_stays_in_the_ball_and_leaves_no_trace: 150,
+    test_an_attack_model_has_the_logits_and_gradients_of_the_model: 500,
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("test", DRAWN, ids=lambda test: test.__name__)
 def test_many_more_inputs(test, request):
-    fixtures = [request.getfixturevalue("few_steps")] if test in FEWER else []
+    fixtures = [request.getfixturevalue("few_steps")] if "few_steps" in inspect.signature(test).parameters else []
     settings(max_examples=FEWER.get(test, 2000), derandomize=False)(test)(*fixtures)

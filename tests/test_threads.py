@@ -43,6 +43,19 @@ def projection(dtype: torch.dtype, layout: str, form: str) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 
+def fast_step(dtype: torch.dtype, layout: str, form: str) -> list[Tensor]:
+    """From noise, from a bank, and a step that writes to it."""
+    x_adv, grad, x, eps = images(dtype, layout, form)
+    bank = torch.randint(-127, 128, (5, *IMAGES[1:]), dtype=torch.int8)
+    places = torch.tensor([(4, 3, -2, 1), (0, -1, 4, 0), (2, 0, 0, 1)])
+    starts = [
+        part_fast.uniform_start(x, eps, seed=2**40 + 1),
+        part_fast.bank_start(x, bank, places, eps, scale=0.1),
+    ]
+    part_fast.eps_step_(x_adv, grad, x, eps, 1.25, bank=bank, places=places, scale=0.1)
+    return [*starts, x_adv, bank.to(torch.int16)]
+
+
 def maps(dtype: torch.dtype) -> Tensor:
     return torch.rand(MAPS).to(dtype)
 
@@ -65,7 +78,7 @@ FORMS = ("float", "(N,1,H,W)", "(N,C,H,W)", "PackedEpsilon M=1", "PackedEpsilon 
 OPS: dict[str, Callable[[], list[Tensor]]] = {
     **{
         f"{name} {dtype} {layout} {form}": (lambda f=f, d=d, layout=layout, form=form: f(d, layout, form))
-        for name, f in {"pgd_step": step, "project_linf": projection}.items()
+        for name, f in {"pgd_step": step, "project_linf": projection, "eps_step_": fast_step}.items()
         for dtype, d in DTYPES.items()
         for layout in ("contiguous", "channels_last")
         for form in (FORMS if dtype == "float32" else FORMS[1:2])
@@ -159,6 +172,108 @@ def test_a_seeded_start_is_what_its_thread_was_given(nets):
     with ThreadPoolExecutor(4) as pool:
         for got, one in zip(pool.map(found, range(4)), expected, strict=True):
             assert_same_bits(got, one)
+
+
+class Disturbed(torch.nn.Module):
+    """In its forward another thread draws random numbers, and this one too if it is told to."""
+
+    def __init__(self, noisy: bool = False) -> None:
+        super().__init__()
+        self.noisy, self.drawn = noisy, []
+        self.layer4, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: self.drawn.append(torch.rand(3)))
+        thread.start()
+        thread.join()
+        x = x + 0.01 * torch.rand(x.shape) if self.noisy else x
+        return self.fc(self.layer4(x).relu().mean((2, 3)))
+
+
+def test_what_other_threads_draw_while_a_budget_computes_is_not_drawn_again():
+    model, x = Disturbed(), torch.rand(2, 3, 8, 8)
+    budget = CamBudget(model)
+    torch.manual_seed(0)
+    expected = torch.rand(300)
+    torch.manual_seed(0)
+    for _ in range(4):
+        budget(x)
+    got = torch.cat(model.drawn)
+    assert torch.equal(got, expected[: len(got)])
+    model.noisy = True  # it is noticed at once, and its own draws are put back
+    before = torch.get_rng_state()
+    for _ in range(2):
+        budget(x)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer4, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer4(x + 0.01 * torch.rand_like(x)).relu().mean((2, 3)))
+
+
+def test_budgets_of_models_that_draw_take_turns_and_leave_the_generator_alone():
+    budgets, x = [CamBudget(Noisy(), method="layercam", rule="soft") for _ in range(4)], torch.rand(2, 3, 8, 8)
+    before = torch.get_rng_state()
+    expected = [budget(x) for budget in budgets]  # each from the same state of the generator
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for got, one in zip(pool.map(lambda budget: budget(x), budgets), expected, strict=True):
+                assert_same_bits(got, one)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("control", ["permuted", "random"])
+def test_controls_draw_from_the_generator_of_their_thread(control, nets):
+    x = torch.rand(4, 5, 3, 16, 16)
+
+    def found(i: int) -> list[Tensor]:
+        draw = torch.Generator().manual_seed(i)
+        budget = CamBudget(nets[i], target_layer="block3", control=control, generator=draw)
+        return [*(budget(x[i]) for _ in range(3)), budget.packed(x[i]).dense()]
+
+    before = torch.get_rng_state()
+    expected = [found(i) for i in range(4)]
+    torch.manual_seed(0)
+    plain = CamBudget(nets[0], target_layer="block3", control=control)(x[0])
+    assert_same_bits(plain, expected[0][0])  # the same numbers as from torch's own generator with the same seed
+    torch.set_rng_state(before)
+    with ThreadPoolExecutor(4) as pool:
+        for got, alone in zip(pool.map(found, range(4)), expected, strict=True):
+            for one, other in zip(got, alone, strict=True):
+                assert_same_bits(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autoattacks_in_two_threads_find_what_one_after_another_finds(monkeypatch):
+    pyautoattack = pytest.importorskip("pyautoattack", reason="the package pyautoattack is not installed")
+    run = pyautoattack.AutoAttack.run_standard_evaluation
+
+    def short(self: object, *args: object, **kwargs: object) -> object:
+        for attack in (self.apgd, self.apgd_targeted, self.fab):
+            attack.n_iter, attack.n_restarts = 3, 1
+        self.square.n_queries = 30
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
+    models = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5)) for _ in range(2)]
+    x = torch.rand(2, 4, 3, 8, 8)
+
+    def found(i: int) -> Tensor:
+        # So small an eps that images are left for every attack.
+        return part_fast.attacks.autoattack(models[i], x[i], models[i](x[i]).argmax(1), eps=2e-3, seed=i)
+
+    before = torch.get_rng_state()
+    expected = [found(i) for i in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for got, one in zip(pool.map(found, range(2)), expected, strict=True):
+                assert_same_bits(got, one)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_threads_that_only_ask_share_one_attack_model(nets):

@@ -35,15 +35,19 @@ import part_fast.ops  # noqa: F401 - so that sys.modules has the ops
 from part_fast.ops.packed_epsilon import eps_arguments
 
 # Modules, not the functions of these names.
-CAM, CAM_MASK, EPSILON_MAP, PGD_STEP, PROJECT, UPSAMPLE = (
+CAM, CAM_MASK, EPSILON_MAP, PGD_STEP, PROJECT, UPSAMPLE, UNIFORM, BANK, EPS_STEP = (
     sys.modules[f"part_fast.ops.{name}"]
-    for name in ("cam", "cam_mask", "epsilon_map", "pgd_step", "project_linf", "upsample_cam")
-)
+    for name in (
+        "cam", "cam_mask", "epsilon_map", "pgd_step", "project_linf", "upsample_cam",
+        "uniform_start", "bank_start", "eps_step",
+    )
+)  # fmt: skip
 ALPHA = 2 / 255
 SCALARS = (ALPHA, 0.0, 1.0)
 NVIDIA = (80, 90, 100, 120)
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64", torch.uint8: "*u8",
+    torch.int8: "*i8", torch.int64: "*i64",
 }  # fmt: skip
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -54,15 +58,16 @@ def source_of(launch):
     """(what triton.compile takes, the arguments left after specialisation), as Triton's own launcher specialises."""
     names = [parameter.name for parameter in launch.kernel.params]
     annotations = {parameter.name: parameter.annotation_type for parameter in launch.kernel.params}
+    general = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     assert names[: len(launch.arguments)] == list(launch.arguments), "arguments are given in the kernel's order"
     signature, constants, attributes, passed = {}, dict(launch.constants), {}, []
     for place, (name, value) in enumerate(launch.arguments.items()):
-        if value is None or (isinstance(value, int) and value == 1):
+        if value is None or (isinstance(value, int) and value == 1 and name not in general):
             constants[name] = value
             continue
         if isinstance(value, Tensor):
             signature[name], sixteen = POINTERS[value.dtype], value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
+        elif isinstance(value, float) or name in general:
             signature[name], sixteen = annotations[name], False
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -261,6 +266,50 @@ def test_elementwise_ptx_equals_reference_everywhere(ptx, shape, layout):
         check_elementwise(ptx, shape, layout, eps_form, dtype, grad_dtype)
 
 
+def check_fast(ptx, shape, layout, eps_form, dtype, grad_dtype, eps_dtype=torch.float32) -> None:
+    """uniform_start, bank_start, and eps_step_ with and without a bank, as the reference has them, value for value."""
+    x_adv, grad, x, eps = images(shape, layout, eps_form, dtype, grad_dtype, eps_dtype)
+    what = (shape, layout, eps_form, dtype, grad_dtype, ptx.cc)
+    bank = torch.randint(-127, 128, (len(x) + 2, *shape[1:]), dtype=torch.int8)
+    # From the last to the first sample: crops and flips, one far outside, one that is not in the bank.
+    places = torch.tensor([(len(x) - 1 - n, n - 1, 2 - n, n % 2) for n in range(len(x))])
+    if len(x) > 2:
+        places[1, 2], places[2, 0] = 2**40, len(bank)
+    for seed in (1, 2**62 + 2**31):  # the same kernel: a seed of 1 is no constant
+        noise = (*eps, 1.5, seed, 0.0, 1.0)
+        assert_same(launcher("uniform_start")(x, *noise), UNIFORM._reference(x, *noise), ("uniform_start", what))
+    start = (bank, places, *eps, 0.1 / 127, 0.0, 1.0)
+    assert_same(launcher("bank_start")(x, *start), BANK._reference(x, *start), ("bank_start", what))
+    for stored, drawn in ((None, None), (bank, places)):
+        steps = (*eps, 1.25, drawn is not None, shape[0] > 1, 0.0, 1.0)
+        kept = None if stored is None else stored.clone()
+        expected = x_adv.clone(memory_format=torch.preserve_format)
+        EPS_STEP._reference_(expected, grad, x, *steps, kept, drawn, 1270.0)
+        result = lay(x_adv, layout)
+        assert launcher("eps_step_")(result, grad, x, *steps, stored, drawn, 1270.0) is None
+        assert_same(result, expected, ("eps_step_", what))
+        if stored is not None:
+            assert_same(stored, kept, ("the bank", what))
+
+
+FAST = [
+    (80, (3, 3, 16, 16), "contiguous", "(N,1,H,W)", F32, F32),
+    (90, (3, 3, 16, 16), "channels_last", "PackedEpsilon M=1", BF16, F32),
+    (90, (3, 3, 11, 13), "contiguous", "PackedEpsilon M=C", F32, BF16),
+    (80, (1, 1, 33, 31), "offset", "float", F16, F16),
+    pytest.param(90, (1, 3, 5, 7), "offset_channels_last", "(1,C,1,1)", F64, F32, marks=pytest.mark.slow),
+    pytest.param(80, (3, 3, 32, 32), "contiguous", "(N,C,H,W)", F32, F32, marks=pytest.mark.slow),
+    pytest.param(90, (3, 2, 31, 33), "contiguous", "(N,1,1,1)", BF16, BF16, marks=pytest.mark.slow),
+    pytest.param(90, (3, 3, 32, 32), "channels_last", "(N,1,H,W) strided", F32, F32, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("cc", "shape", "layout", "eps_form", "dtype", "grad_dtype"), FAST)
+def test_fast_ptx_equals_reference(ptx, cc, shape, layout, eps_form, dtype, grad_dtype):
+    ptx.cc = cc
+    check_fast(ptx, shape, layout, eps_form, dtype, grad_dtype)
+
+
 def test_nothing_is_launched_for_no_images(ptx):
     x_adv, grad, x, eps = images((0, 3, 4, 4), "contiguous", "(N,1,H,W)", F32, F32)
     assert launcher("pgd_step")(x_adv, grad, x, *eps, *SCALARS).shape == (0, 3, 4, 4)
@@ -427,6 +476,16 @@ def representative(launches) -> dict[str, object]:
     call("pgd_step_bwd float32", "pgd_step_bwd", x, x, x, x, x, 0.0, 0.0, *SCALARS)
     call("project_linf float32", "project_linf", x, x, None, EPS, 0.0)
     call("project_linf_bwd float32", "project_linf_bwd", x, x, x, None, EPS, 0.0)
+    call_fast = (None, EPS, 0.0, 1.0)
+    bank, places = torch.zeros(4, 3, 32, 32, dtype=torch.int8), torch.zeros(4, 4, dtype=torch.int64)
+    for dtype in (F32, BF16):
+        x = images_of(dtype)
+        kind = str(dtype).removeprefix("torch.")
+        call(f"uniform_start {kind}", "uniform_start", x, *call_fast, 7, 0.0, 1.0)
+        call(f"bank_start {kind}", "bank_start", x, bank, places, *call_fast, 0.0, 1.0)
+        step = (*call_fast, True, True, 0.0, 1.0)
+        call(f"eps_step_ {kind}", "eps_step_", x, x, x, *step, None, None, 0.0)
+        call(f"eps_step_ {kind} with a bank", "eps_step_", x, x, x, *step, bank, places, 1000.0)
     x = images_of(F64)
     call("pgd_step float64, float eps", "pgd_step", x, x, x, None, EPS, 0.0, *SCALARS)
     features = torch.zeros(2, 640, 8, 8)
@@ -562,7 +621,7 @@ def assert_sass(row: dict[str, object]) -> None:
         # Beside the map's tables, a count a thread and the digits so far: more registers than 40 on newer GPUs.
         least = {80: 0.75, 90: 0.75, 100: 0.62, 120: 0.66}[row["sm"]]
     assert row["occupancy"] >= least, row
-    if name.startswith(("pgd_step", "project_linf")):
+    if name.startswith(("pgd_step", "project_linf", "uniform_start", "bank_start", "eps_step_")):
         assert row["LDG.128"], row
         assert row["STG.128"], row
 

@@ -91,7 +91,7 @@ def test_first_published_answer_is_the_noise_of_seed_0(backend):
     assert result == [2 * ((word >> 8) / 2**24) - 1 for word in words_of(PUBLISHED[0][2])]
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(7)
 @pairs
 def test_matches_numpy_bit_for_bit(backend, dtype, layout, eps_form):
     for number, shape in enumerate(image_shapes(backend, dtype, layout, eps_form)):

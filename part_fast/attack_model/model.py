@@ -385,7 +385,7 @@ class AttackModel(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._set_up()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttackModel:
@@ -409,7 +409,8 @@ class _Scaled(torch.autograd.Function):
 
 def _scaled(logits: Tensor) -> Tensor:
     """The logits; gradients that go back through here are FP16_SCALE times as large."""
-    return _Scaled.apply(logits)
+    scaled: Tensor = _Scaled.apply(logits)
+    return scaled
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

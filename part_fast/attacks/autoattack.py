@@ -76,7 +76,7 @@ def autoattack(
                 stacklevel=2,
             )
         z = ((x - low) / span if scaled else x).clamp(0, 1)  # x may lie outside by rounding
-        z_adv = attack.run_standard_evaluation(z.clone(), y.clone(), batch_size=x.shape[0])[0]
+        z_adv: Tensor = attack.run_standard_evaluation(z.clone(), y.clone(), batch_size=x.shape[0])[0]
         if not scaled:
             return z_adv
         x_adv = torch.where(z_adv == z, x, z_adv * span + low)

@@ -272,7 +272,8 @@ def attack(
         def progress(what: str, total: int) -> Callable[[], object]:
             bar.reset(total)
             bar.set_description(f"{name}, {what}")
-            return bar.update
+            update: Callable[[], object] = bar.update
+            return update
 
         for name in names:
             for count in threads or (torch.get_num_threads(),):

@@ -272,7 +272,8 @@ def cam(
         def progress(what: str, total: int) -> Callable[[], object]:
             bar.reset(total)
             bar.set_description(f"{name}, batch {batch}, {method}, {what}")
-            return bar.update
+            update: Callable[[], object] = bar.update
+            return update
 
         for name in names:
             usual = default_batch(name, where.type)

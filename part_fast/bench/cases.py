@@ -17,13 +17,16 @@ from part_fast import backends
 from part_fast.errors import CannotRunError
 from part_fast.ops import (
     PackedEpsilon,
+    bank_start,
     cam,
     cam_mask,
+    eps_step_,
     epsilon_map,
     packed_epsilon_map,
     pgd_step,
     pgd_step_,
     project_linf,
+    uniform_start,
     upsample_cam,
 )
 from part_fast.ops.cam_mask import jet
@@ -103,6 +106,10 @@ def all_cases() -> list[Case]:
         for (n, side), dtype, packed, layout in itertools.product(sides, dtypes, (False, True), LAYOUTS):
             quick = side == 32 and not packed and layout == "contiguous"
             cases.append(step_case(op, (n, 3, side, side), dtype, packed, layout, quick))
+    for op in ("uniform_start", "bank_start", "eps_step_"):
+        for dtype, packed, layout in itertools.product(dtypes, (False, True), LAYOUTS):
+            quick = not packed and layout == "contiguous"
+            cases.append(fast_case(op, (128, 3, 32, 32), dtype, packed, layout, quick))
     shapes = ((128, 512, 4, 4), (128, 640, 8, 8), (32, 640, 16, 16))
     for shape, dtype, layout in itertools.product(shapes, dtypes, LAYOUTS):
         cases.append(cam_case(shape, dtype, layout, quick=shape[1] == 512))
@@ -117,7 +124,18 @@ def all_cases() -> list[Case]:
     return cases
 
 
-OPS = ("pgd_step", "pgd_step_", "project_linf", "cam", "upsample_cam", "cam_mask", "epsilon_map")
+OPS = (
+    "pgd_step",
+    "pgd_step_",
+    "project_linf",
+    "uniform_start",
+    "bank_start",
+    "eps_step_",
+    "cam",
+    "upsample_cam",
+    "cam_mask",
+    "epsilon_map",
+)
 
 
 def step_case(
@@ -148,7 +166,7 @@ def step_case(
     def plain(device: torch.device) -> Callable[..., Any]:
         place = 2 ** torch.arange(8, device=device, dtype=torch.uint8)
 
-        def dense(eps: Any) -> Tensor:
+        def dense(eps: Any) -> Any:
             if not packed:
                 return eps
             bits = (eps.bits[..., None] & place).flatten(2)[..., : size[0] * size[1]]
@@ -183,6 +201,66 @@ def step_case(
         exact=OWN,
         near=2.0**-23 if dtype == torch.float32 else 2.0**-8,  # one rounding of a value near 1
         in_place=op == "pgd_step_",
+        quick=quick,
+    )
+
+
+def fast_case(
+    op: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    packed: bool,
+    layout: str = "contiguous",
+    quick: bool = False,
+) -> Case:
+    """uniform_start, bank_start or eps_step_, which writes to a bank; eps as in `step_case`.
+
+    Inputs: x, eps; of bank_start: x, eps, bank, places; of eps_step_: x_adv, grad, x, eps, bank, places. The bank has
+    as many samples as there are images, each of which is cropped by up to 4 pixels and flipped or not. What is
+    compiled beside them is the reference's own expression, for uniform_start with its generator: torch.rand draws other
+    numbers.
+    """
+    of_steps = step_case("pgd_step", shape, dtype, packed, layout).inputs
+    n = shape[0]
+
+    def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
+        x_adv, grad, x, eps = of_steps(device, seed)
+        if op == "uniform_start":
+            return x, eps
+        draw = torch.Generator(device).manual_seed(seed + 1)
+        bank = torch.randint(-127, 128, shape, generator=draw, device=device, dtype=torch.int8)
+        shifts = torch.randint(-4, 5, (2, n), generator=draw, device=device)
+        columns = torch.randperm(n, generator=draw, device=device), *shifts, torch.arange(n, device=device) % 2
+        kept = bank, torch.stack(columns, 1)
+        return (x, eps, *kept) if op == "bank_start" else (x_adv, grad, x, eps, *kept)
+
+    def run(*given: Any) -> Tensor:
+        if op == "uniform_start":
+            return uniform_start(*given, seed=7)
+        if op == "bank_start":
+            x, eps, bank, places = given
+            return bank_start(x, bank, places, eps, scale=EPS)
+        x_adv, grad, x, eps, bank, places = given
+        return eps_step_(x_adv, grad, x, eps, 1.25, bank=bank, places=places, scale=EPS)
+
+    def plain(device: torch.device) -> Callable[..., Any]:
+        def reference(*given: Any) -> Tensor:
+            with backends.backend("reference"):
+                return run(*given)
+
+        return reference
+
+    return Case(
+        op=op,
+        shape=f"{'x'.join(map(str, shape))} {layout}, eps {'packed' if packed else '(N,1,H,W)'}",
+        dtype=dtype,
+        inputs=inputs,
+        run=run,
+        plain=plain,
+        raw=f"_{op}",
+        exact=OWN,
+        near=2.0**-23 if dtype == torch.float32 else 2.0**-8,  # one rounding of a value near 1
+        in_place=op == "eps_step_",
         quick=quick,
     )
 
@@ -289,7 +367,8 @@ def plain_map(
             return mask(u)
         if packed:
             padded = torch.nn.functional.pad(mask(u).flatten(2), (0, -pixels % 8))
-            return (padded.unflatten(2, (-1, 8)).to(torch.uint8) * place).sum(3, dtype=torch.uint8)
+            bits: Tensor = (padded.unflatten(2, (-1, 8)).to(torch.uint8) * place).sum(3, dtype=torch.uint8)
+            return bits
         return torch.where(mask(u), EPS, EPS_LOW)
 
     return plain
@@ -360,7 +439,8 @@ def check(case: Case, providers: Sequence[Provider], device: torch.device) -> in
     def result_of(provider: Provider) -> Tensor:
         given = (inputs[0].clone(), *inputs[1:]) if case.in_place else inputs
         with torch.no_grad(), backends.backend(provider.backend):
-            return provider.run(*given)
+            result: Tensor = provider.run(*given)
+        return result
 
     wanted = result_of(providers[0])
     for provider in providers[1:]:

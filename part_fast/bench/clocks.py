@@ -125,7 +125,7 @@ class CudaClock:
             one_pass()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
 
     def peak_bytes(self, call: Pass) -> int:
         torch.cuda.synchronize(self.device)

@@ -82,7 +82,7 @@ def count(step: Pass) -> int:
     step()
     with FlopCount() as counted:
         step()
-    return counted.total
+    return int(counted.total)
 
 
 def measure(
@@ -195,7 +195,8 @@ def scaling(
         def progress(what: str, total: int) -> Callable[[], object]:
             bar.reset(total)
             bar.set_description(what)
-            return bar.update
+            update: Callable[[], object] = bar.update
+            return update
 
         for number in threads or (1,):
             with threads_of(number):

@@ -387,7 +387,8 @@ def steps(
         def progress(what: str, total: int) -> Step:
             bar.reset(total)
             bar.set_description(f"{config.model}, {what}")
-            return bar.update
+            update: Step = bar.update
+            return update
 
         for config in configs:
             checked += [{"model": config.model, **row} for row in check(config, where, progress)]

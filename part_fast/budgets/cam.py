@@ -350,7 +350,7 @@ def _find_layer(model: nn.Module, target_layer: nn.Module | str | None) -> nn.Mo
             f"target_layer must not be the convolution {name!r}, which the AttackModel has made one with its "
             f"BatchNorm: name that, {folded[name]!r}, or a later layer"
         )
-    layer = dict(_run(model).named_modules())[name]
+    layer: nn.Module = dict(_run(model).named_modules())[name]
     if isinstance(layer, torch.jit.ScriptModule):
         raise BadValueError(
             "target_layer must be a module that takes hooks, got one of TorchScript: give the model as it was before "

@@ -90,7 +90,8 @@ def _check_object(method: Any, explained: nn.Module, layer: nn.Module | None) ->
 def _maps(package: str | None, explain: Any, x: Tensor, target: Tensor) -> Tensor:
     """Maps (N,h,w) by an object of grad-cam or torchcam; of several layers as their package joins them."""
     if package == "torchcam":
-        return explain.fuse_cams(explain(target.tolist(), explain.model(x)))
+        fused: Tensor = explain.fuse_cams(explain(target.tolist(), explain.model(x)))
+        return fused
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     return torch.from_numpy(explain(input_tensor=x, targets=[ClassifierOutputTarget(c) for c in target.tolist()]))

@@ -88,8 +88,9 @@ class PerturbationBank:
                 f"indices must be on the device of the bank, {self.values.device}, got {indices.device}"
             )
         if not isinstance(augmentation, Augmentation | None):
-            got = type(augmentation).__name__
-            raise BadTypeError(f"augmentation must be the Augmentation that was drawn, or None, got {got}")
+            raise BadTypeError(
+                f"augmentation must be the Augmentation that was drawn, or None, got {type(augmentation).__name__}"
+            )
         if augmentation is not None and len(augmentation.dy) != len(indices):
             raise BadValueError(
                 f"augmentation must be drawn for the {len(indices)} samples of the batch, got one for "

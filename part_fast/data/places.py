@@ -26,6 +26,12 @@ def dataset_of(
 ) -> Dataset:
     if not len(labels):
         raise BadValueError(f"{source} holds no {split} images")
+    if int(images.max()) <= 1:
+        warnings.warn(
+            f"the {split} images of {name} in {source} hold no gray level above 1 of 255, as where images in [0,1] are "
+            "saved as integers: multiply them by 255 first",
+            stacklevel=4,
+        )
     return Dataset(
         images, torch.from_numpy(labels.astype(np.int64)), len(classes), tuple(classes), name, split, str(source)
     )

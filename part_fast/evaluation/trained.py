@@ -24,7 +24,7 @@ from part_fast.models.weights_file import read_about
 # The weights that a run leaves, by the names that commands take, and what makes it leave them.
 WEIGHTS = {
     "last": ("model.safetensors", "no epoch of it is finished"),
-    "best": ("best.safetensors", "train --validation N keeps the epoch that is best on N images held out"),
+    "best": ("best.safetensors", "train --validation N keeps the weights that are best on N images held out"),
     "averaged": ("averaged.safetensors", "train --average ema:DECAY or swa:EPOCH averages weights"),
 }
 
@@ -85,8 +85,7 @@ def load_trained(
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it was
         net = build_model(config.model, data.num_classes)
     load_weights(net, path)
-    if path.suffix == ".safetensors" and read_about(path) is None:
-        warnings.warn(f"{path} carries no checksum, as files of before have none: damage would go unseen", stacklevel=3)
+    _warn_of_missing_checksum(path)
     if is_external(config.model):
         check_network(net.to(place), config.model, to_float(data.images[:2]), data.num_classes)
         if alone:
@@ -106,6 +105,7 @@ def load_model(where: str | os.PathLike[str], *, model: str | None = None, num_c
 
     Equivalent to `load_weights(build_model(model, num_classes), weights).eval()`, by the names that the run's
     config.json holds.
+    A checksum that the weights carry is checked; a warning says where a safetensors file has none.
     Errors: FileNotFoundError where there is no such run or checkpoint; ValueError where an argument is missing, or the
     weights do not fit.
     """
@@ -122,9 +122,23 @@ def load_model(where: str | os.PathLike[str], *, model: str | None = None, num_c
     with torch.random.fork_rng(devices=[]):
         net = build_model(model or config.model, 10 if num_classes is None else num_classes)
     load_weights(net, weights)
+    _warn_of_missing_checksum(weights)
     if alone and model is not None and is_external(model):
         _warn_of_normalisation(model, weights)
     return net.eval()
+
+
+def described_weights(path: Path) -> str:
+    """The path, and what best.safetensors says of itself: which weights it holds, and of which epoch."""
+    about = read_about(path) if path.suffix == ".safetensors" else None
+    if about is None or not {"epoch", "weights"} <= about.keys():
+        return str(path)
+    return f"{path}, the {about['weights']} weights of epoch {about['epoch']}"
+
+
+def _warn_of_missing_checksum(path: Path) -> None:
+    if path.suffix == ".safetensors" and read_about(path) is None:
+        warnings.warn(f"{path} carries no checksum, as files of before have none: damage would go unseen", stacklevel=3)
 
 
 def _warn_of_normalisation(model: str, weights: Path) -> None:

@@ -587,7 +587,7 @@ def _mean(values: Sequence[float], seeds: int, how: str = ".2f") -> str:
 
 def _average(run: Run, column: str) -> float:
     values = [row[column] for row in run.rows if row[column] is not None]
-    return sum(values) / max(len(values), 1)
+    return float(sum(values) / max(len(values), 1))
 
 
 def _folder(run: Run) -> str:

@@ -42,6 +42,8 @@ COLUMNS: dict[str, tuple[float, float] | None] = {
     ),
     **dict.fromkeys(("skipped", "seconds", "images_per_second"), AMOUNT),
 }
+# Not measured in every epoch of every run.
+MAY_BE_EMPTY = ("test_pgd20", "averaged_pgd20", "validation_pgd20", "zero_gradients", "sign_agreement")
 # As Python writes them; float() takes more, such as 1_0.
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?|nan|-?inf")
 
@@ -217,10 +219,12 @@ def _cell(column: str, text: str) -> str | float | None:
     bounds = COLUMNS[column]
     if bounds is None:
         return check_choice(column, text, METHODS)
-    if text and not NUMBER.fullmatch(text):
+    if not text and column in MAY_BE_EMPTY:
+        return None
+    if not NUMBER.fullmatch(text):
         raise BadValueError(f"{column} is {text[:40]!r}, no number")
-    value = float(text) if text else None
-    if value is None or not math.isfinite(value):
+    value = float(text)
+    if not math.isfinite(value):
         return None
     if not bounds[0] <= value <= bounds[1]:
         raise BadValueError(f"{column} must be from {bounds[0]} to {bounds[1]}, got {text}")

@@ -102,7 +102,8 @@ class Checks:
             x, y = to_float(self.images[at]), self.labels[at]
             loss = train_step(engine, "at", x, y, EPS)
         require(torch.isfinite(loss), f"the loss is {loss}")
-        return engine.model.eval().requires_grad_(False)
+        model: nn.Module = engine.model.eval().requires_grad_(False)
+        return model
 
     def attack_model(self, precision: str, compile: bool = False, graph: bool = False) -> AttackModel:
         """A copy of the network to attack, made once."""

@@ -92,7 +92,7 @@ def _module(settings: Settings, name: str, *arguments: str, **environment: str) 
 
 def _ops(settings: Settings) -> list[Process]:
     """cuda by one process, all its cases; a thinned selection by the others, Triton, which compiles, by many."""
-    values = "step,backward,cam,upsample,soft,mask"
+    values = "step,backward,fast,cam,upsample,soft,mask"
     if settings.device == "cpu":
         return [_module(settings, "ops", "--backends", "cpp,reference", "--kinds", f"{values},big", "--thin", "101")]
     # The reference works on the host too, which neither a stream nor a graph holds.

@@ -1,13 +1,15 @@
 """Every op on one backend against an independent oracle: values, gradients, streams, CUDA graphs, 2^31 elements.
 
-Bits are compared where they are promised (pgd_step, pgd_step_, project_linf, their gradients, upsample_cam, quantile,
-soft), `cam` within a bound on the rounding of any order of summation, zscore and released masks by how many values lie
-on another side of their threshold than PIL and matplotlib have them. Inputs are drawn on the CPU and results compared
-there; freed memory is filled with NaN before each call, so that what is not written shows.
+Bits are compared where they are promised (pgd_step, pgd_step_, project_linf, their gradients, uniform_start,
+bank_start, eps_step_, upsample_cam, quantile, soft), `cam` within a bound on the rounding of any order of summation,
+zscore and released masks by how many values lie on another side of their threshold than PIL and matplotlib have them.
+Inputs are drawn on the CPU and results compared there; freed memory is filled with NaN before each call, so that what
+is not written shows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import sys
@@ -24,13 +26,16 @@ from part_fast.gpu import oracle
 from part_fast.gpu.record import ALPHA, EPS, MissingError, Recorder, differing, parser, require, synchronize, timed
 from part_fast.ops import (
     PackedEpsilon,
+    bank_start,
     cam,
     cam_mask,
+    eps_step_,
     epsilon_map,
     packed_epsilon_map,
     pgd_step,
     pgd_step_,
     project_linf,
+    uniform_start,
     upsample_cam,
 )
 from part_fast.ops.cam import METHODS
@@ -68,7 +73,7 @@ SIZES = [
 ]
 RULES = ("zscore", "released", "quantile:0.3", "quantile:0.01")
 BIG_BYTES = 32 * 10**9
-KINDS = ("step", "backward", "cam", "upsample", "soft", "mask", "stream", "graph", "big", "host")
+KINDS = ("step", "backward", "fast", "cam", "upsample", "soft", "mask", "stream", "graph", "big", "host")
 # Of a value's gradient by upsample_cam, as a share of the largest: sums of float32, then one rounding.
 NEAR = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
@@ -199,6 +204,43 @@ class Checks:
             for name, one, other in zip(("x_adv", "x", "eps"), got, wanted, strict=True):
                 _same(f"{op.name}, gradient of {name}", one, other)
 
+    def bank(self, shape: Shape, samples: int | None = None) -> tuple[Tensor, Tensor]:
+        """(bank, places) on the CPU: for each image another sample, crop and flip."""
+        n, c, h, w = shape
+        samples = n + 2 if samples is None else samples
+        bank = torch.randint(-127, 128, (samples, c, h, w), generator=self.draw, dtype=torch.int8)
+        shifts = torch.randint(-4, 5, (2, n), generator=self.draw)
+        return bank, torch.stack([torch.randperm(samples, generator=self.draw)[:n], *shifts, torch.arange(n) % 2], 1)
+
+    def fast(
+        self, shape: Shape, dtype: torch.dtype, layout: str, form: str, grad_dtype: torch.dtype | None = None
+    ) -> None:
+        """uniform_start, bank_start, and eps_step_ with and without a bank: the CPU reference's bits."""
+        eps, dense = self.eps(form, shape)
+        given = self.images(shape, dtype, dense, grad_dtype)
+        bank, places = self.bank(shape)
+        last = torch.channels_last if layout.endswith("channels_last") else torch.contiguous_format
+        own: Any = eps if isinstance(eps, float) else eps.to("cpu")
+        results = []
+        for name, bound, device in (("reference", own, torch.device("cpu")), (None, eps, self.device)):
+            if name is None:
+                self.poison()
+                x_adv, grad, x = (self.lay(value, layout) for value in given)
+            else:
+                x_adv, grad, x = (value.clone(memory_format=last) for value in given)
+            stored, rows = bank.to(device, copy=True), places.to(device)
+            with part_fast.backend(name) if name else contextlib.nullcontext():
+                found = [
+                    uniform_start(x, bound, 1.5, seed=2**40 + 3),
+                    bank_start(x, stored, rows, bound, scale=0.1),
+                    eps_step_(x_adv.clone(), grad, x, bound, alpha=ALPHA, project=False),
+                    eps_step_(x_adv, grad, x, bound, 1.25, bank=stored, places=rows, scale=0.1),
+                ]
+            results.append([*found, stored])
+        names = ("uniform_start", "bank_start", "eps_step_", "eps_step_ with a bank", "the bank")
+        for name, one, other in zip(names, *results[::-1], strict=True):
+            _same(name, one, other)
+
     def cam(self, shape: Shape, dtype: torch.dtype, layout: str, method: str) -> None:
         """cam within the rounding of its float32 sums, in any order, of the float64 oracle."""
         a, g = self.randn(*shape).relu(), self.randn(*shape).to(dtype)
@@ -287,6 +329,7 @@ class Checks:
         eps = dense[:, :1].float().to(self.device)
         a, g = (self.randn(n, 64, 8, 8).relu().to(self.device) for _ in range(2))
         small = self.maps((n, 8, 8)).to(self.device)
+        bank, places = (value.to(self.device) for value in self.bank(shape))
 
         def step_packed(x_adv: Tensor, grad: Tensor, x: Tensor, bits: Tensor) -> Tensor:
             return pgd_step(x_adv, grad, x, PackedEpsilon(bits, size, EPS, EPS_LOW), ALPHA)
@@ -296,6 +339,12 @@ class Checks:
             "pgd_step packed": (step_packed, (x_adv, grad, x, bits.bits)),
             "pgd_step_": (lambda a, g, n, e: pgd_step_(a, g, n, e, ALPHA), (x_adv.clone(), grad, x, eps)),
             "project_linf": (project_linf, (x_adv, x, eps)),
+            "uniform_start": (lambda n, e: uniform_start(n, e, seed=5), (x, eps)),
+            "bank_start": (lambda n, b, p, e: bank_start(n, b, p, e, scale=0.1), (x, bank, places, eps)),
+            "eps_step_": (
+                lambda a, g, n, e, b, p: eps_step_(a, g, n, e, 1.25, bank=b, places=p, scale=0.1),
+                (x_adv.clone(), grad, x, eps, bank, places),
+            ),
             "cam": (cam, (a, g)),
             "cam xgradcam": (lambda a, g: cam(a, g, "xgradcam"), (a, g)),
             "upsample_cam": (lambda c: upsample_cam(c, size), (small,)),
@@ -369,6 +418,21 @@ class Checks:
                 _same(f"image {i}", stepped[part], pgd_step(x_adv[part], grad[part], x[part], own, ALPHA))
                 _same(f"project_linf, image {i}", projected[part], project_linf(x_adv[part], x[part], own))
             return
+        if what == "bank":
+            samples = elements // (3 * 32 * 32) + 2
+            bank = torch.randint(-127, 128, (samples, 3, 32, 32), dtype=torch.int8, device=device)
+            few, (x_adv, grad, x) = (4, 3, 32, 32), (self.rand(3, 4, 3, 32, 32) - 0.5).to(device)
+            places = self.bank(few)[1].to(device)
+            places[:, 0] = torch.tensor([0, samples // 2, samples - 2, samples - 1])
+            own = bank[places[:, 0]]
+            renamed = places.clone()
+            renamed[:, 0] = torch.arange(4)
+            started = bank_start(x, bank, places, EPS, scale=0.1)
+            _same("bank_start", started, bank_start(x, own, renamed, EPS, scale=0.1))
+            for stored, rows in ((bank, places), (own, renamed)):
+                eps_step_(x_adv.clone(), grad, x, EPS, 1.25, bank=stored, places=rows, scale=0.1)
+            _same("the bank", bank[places[:, 0]], own)
+            return
         shape = (elements // (512 * 16) + 2, 512, 4, 4)
         if what == "cam":
             a, g = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(2))
@@ -418,6 +482,13 @@ class Checks:
             wide = itertools.product(DTYPES, LAYOUTS, FORMS, SHAPES[:4])
             for d, layout, form, shape in itertools.islice(wide, 0, None, thin):
                 yield f"backward {d} {layout} {form} {shape}", self.backward, shape, DTYPES[d], layout, form
+        if "fast" in kinds:
+            wide = itertools.product(DTYPES, LAYOUTS, FORMS, SHAPES)
+            for d, layout, form, shape in itertools.islice(wide, 0, None, thin):
+                yield f"fast {d} {layout} {form} {shape}", self.fast, shape, DTYPES[d], layout, form
+            for d, g in itertools.permutations(DTYPES, 2):
+                shape, form = SHAPES[1], "(N,1,H,W)"
+                yield f"fast {d}, gradient {g}", self.fast, shape, DTYPES[d], LAYOUTS[0], form, DTYPES[g]
         if "cam" in kinds:
             products = itertools.product(DTYPES, LAYOUTS, METHODS, CAM_SHAPES)
             for d, layout, method, shape in itertools.islice(products, 0, None, thin):
@@ -485,7 +556,7 @@ def check(recorder: Recorder, name: str, kinds: set[str], shard: tuple[int, ...]
             for call, (function, tensors) in checks.calls().items():
                 recorder.case(f"{name}: {kind} {call}", getattr(checks, kind), function, tensors, quiet=True)
     if "big" in kinds:
-        for what in ("step float", "step tensor", "step bits", "step bits last", "cam", "maps"):
+        for what in ("step float", "step tensor", "step bits", "step bits last", "bank", "cam", "maps"):
             recorder.case(f"{name}: big {what}", checks.big, what)
             if device.type == "cuda":
                 torch.cuda.empty_cache()

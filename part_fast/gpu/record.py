@@ -64,7 +64,7 @@ class Recorder:
 
     def __init__(self, part: str, arguments: argparse.Namespace) -> None:
         self.part: str = arguments.part or part
-        self.out, self.until = arguments.out, arguments.until
+        self.out, self.until = arguments.out, float(arguments.until)
         self.device = torch.device(arguments.device)
         self.dry: bool = arguments.dry_run
         self.failures = 0

@@ -15,13 +15,16 @@ import torch
 import part_fast
 from part_fast.ops import (
     PackedEpsilon,
+    bank_start,
     cam,
     cam_mask,
+    eps_step_,
     epsilon_map,
     packed_epsilon_map,
     pgd_step,
     pgd_step_,
     project_linf,
+    uniform_start,
     upsample_cam,
 )
 from part_fast.ops.cam import METHODS
@@ -34,10 +37,16 @@ EPS, EPS_LOW, ALPHA = 0.1, 0.05, 0.01
 
 
 def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, device: str) -> int:
-    """pgd_step, pgd_step_, project_linf and their gradients, in every form of eps; how many calls."""
+    """The ops on images and their gradients, in every form of eps; how many calls."""
     n, c, h, w = shape
     count = n * c * h * w
     memory = torch.rand(3, count + 3, device=device).to(dtype)
+    bank = torch.randint(-127, 128, (n + 1, c, h, w), dtype=torch.int8, device=device)
+    # Crops that leave much and nothing, flips, and on a GPU a sample that is not in the bank.
+    drawn = [(i + 1, i - 1, (-1) ** i * w * i, i % 2) for i in range(n)]
+    if device != "cpu":
+        drawn[0] = (n + 1, 0, 0, 0)
+    kept: dict[str, Any] = {"bank": bank, "places": torch.tensor(drawn, device=device), "scale": EPS}
     mask = torch.rand(n, 1, h, w, device=device) < 0.5
     forms: tuple[Any, ...] = (
         EPS,
@@ -61,7 +70,11 @@ def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, devi
         pgd_step(leaf, grad, other, learned, ALPHA).sum().backward()
         project_linf(leaf, other, learned).sum().backward()
         pgd_step_(x_adv.clone(), grad, x, eps, ALPHA)
-    return 6 * 2 * len(forms)
+        uniform_start(x, eps, seed=pad)
+        bank_start(x, **kept, eps=eps)
+        eps_step_(x_adv.clone(), grad, x, eps, 1.0)
+        eps_step_(x_adv, grad.float(), x, eps, 1.0, **kept)
+    return 10 * 2 * len(forms)
 
 
 def cams(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, device: str) -> int:

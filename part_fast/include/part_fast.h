@@ -297,6 +297,63 @@ Result step(const char* name, First& x_adv, const Tensor& grad, const Tensor& x,
 constexpr std::array<double, 2> UNCLIPPED = {-std::numeric_limits<double>::infinity(),
                                              std::numeric_limits<double>::infinity()};
 
+// A bank of perturbations, int8 (S,C,H,W), the row (sample, dy, dx, flip) of each image in it, int64 (N,4), and the
+// perturbation, in image units, that 127 stands for: part_fast/ops/bank_start.py. The values of places are not read
+// here: an image of a sample that is not in the bank starts as NaN and is not stored.
+struct Bank {
+  Tensor values, places;
+  double scale;
+};
+
+namespace detail {
+
+inline void check(const Bank& bank, const Tensor& x) {
+  TORCH_CHECK(bank.values.defined() && bank.values.scalar_type() == at::kChar, "bank must be a tensor of int8");
+  TORCH_CHECK(bank.places.defined() && bank.places.scalar_type() == at::kLong, "places must be a tensor of int64");
+  device("bank", bank.values, "x", x);
+  device("places", bank.places, "x", x);
+  TORCH_CHECK(bank.values.dim() == 4 && bank.values.sizes().slice(1) == x.sizes().slice(1),
+              "bank must have shape (S,C,H,W), as the images ", x.sizes(), ", got ", bank.values.sizes());
+  TORCH_CHECK(bank.values.is_contiguous(), "bank must be contiguous, got strides ", bank.values.strides());
+  TORCH_CHECK(bank.places.dim() == 2 && bank.places.size(0) == x.size(0) && bank.places.size(1) == 4,
+              "places must have shape (", x.size(0), ", 4), a row (sample, dy, dx, flip) per image, got ",
+              bank.places.sizes());
+  TORCH_CHECK(std::isfinite(bank.scale) && bank.scale > 0, "scale must be finite and > 0, got ", bank.scale);
+}
+
+inline void check(std::array<double, 2> clip) {
+  TORCH_CHECK(clip[0] <= clip[1], "clip must have low <= high, got ", clip[0], " and ", clip[1]);
+}
+
+}  // namespace detail
+
+// x moved by uniform noise in +-scale * eps, made of the seed, and clipped.
+inline Tensor uniform_start(const Tensor& x, const Eps& eps, int64_t seed, double scale = 1,
+                            std::array<double, 2> clip = {0, 1}) {
+  const Tensor from = detail::images("x", x);
+  const auto bound = detail::expanded(eps, from);
+  TORCH_CHECK(std::isfinite(scale) && scale >= 0, "scale must be finite and >= 0, got ", scale);
+  TORCH_CHECK(seed >= 0, "seed must be >= 0, got ", seed);
+  detail::check(clip);
+  const auto raw = detail::op<Tensor(const Tensor&, const std::optional<Tensor>&, double, double, double, c10::SymInt,
+                                     double, double)>("_uniform_start");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return raw.call(from, bound, eps.high, eps.low, scale, seed, clip[0], clip[1]);
+}
+
+// x moved by what the bank has of each image, within eps, and clipped.
+inline Tensor bank_start(const Tensor& x, const Bank& bank, const Eps& eps, std::array<double, 2> clip = {0, 1}) {
+  const Tensor from = detail::images("x", x);
+  detail::check(bank, from);
+  const auto bound = detail::expanded(eps, from);
+  detail::check(clip);
+  const auto raw = detail::op<Tensor(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double,
+                                     double, double, double, double)>("_bank_start");
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return raw.call(from, bank.values, bank.places.contiguous(), bound, eps.high, eps.low, bank.scale / 127, clip[0],
+                  clip[1]);
+}
+
 // One PGD step: along the sign of grad, back into each pixel's eps ball around x, clipped.
 inline Tensor pgd_step(const Tensor& x_adv, const Tensor& grad, const Tensor& x, const Eps& eps, double alpha,
                        std::array<double, 2> clip = {0, 1}) {
@@ -313,6 +370,44 @@ inline Tensor& pgd_step_(Tensor& x_adv, const Tensor& grad, const Tensor& x, con
   detail::step<void, const Tensor>("_pgd_step_", x_adv, grad, x, eps, alpha, clip);
   // So that autograd refuses to use a value that was saved before it was overwritten here.
   x_adv.unsafeGetTensorImpl()->bump_version();
+  return x_adv;
+}
+
+// A step of `factor` times each pixel's own eps, written into x_adv, and what it left of the perturbation into the
+// bank.
+inline Tensor& eps_step_(Tensor& x_adv, const Tensor& grad, const Tensor& x, const Eps& eps, double factor,
+                         std::array<double, 2> clip = {0, 1}, bool project = true,
+                         const std::optional<Bank>& bank = std::nullopt) {
+  for (const auto& [name, value] : {std::pair("x_adv", x_adv), std::pair("grad", grad), std::pair("x", x)}) {
+    detail::images(name, value);
+  }
+  TORCH_CHECK(detail::is_dense(x_adv), "x_adv must be contiguous or channels_last to be written, got strides ",
+              x_adv.strides());
+  detail::alike("grad", grad, "x_adv", x_adv);
+  detail::alike("x", x, "x_adv", x_adv);
+  TORCH_CHECK(x.scalar_type() == x_adv.scalar_type(), "x must have the dtype of x_adv, ", x_adv.scalar_type(), ", got ",
+              x.scalar_type());
+  const auto bound = detail::expanded(eps, x_adv);
+  TORCH_CHECK(std::isfinite(factor), "factor must be finite, got ", factor);
+  detail::check(clip);
+  if (bank) detail::check(*bank, x_adv);
+  const Tensor direction = detail::same_format(grad, x_adv), natural = detail::same_format(x, x_adv);
+  detail::apart("grad", direction, x_adv);
+  detail::apart("x", natural, x_adv);
+  if (bound) detail::apart("eps", *bound, x_adv);
+  std::optional<Tensor> values, places;
+  if (bank) values = bank->values, places = bank->places.contiguous();
+  const auto raw =
+      detail::op<void(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, double, double,
+                      bool, bool, double, double, const std::optional<Tensor>&, const std::optional<Tensor>&, double)>(
+          "_eps_step_");
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    raw.call(x_adv, direction, natural, bound, eps.high, eps.low, factor, true, project, clip[0], clip[1], values,
+             places, bank ? 127 / bank->scale : 0.0);
+  }
+  x_adv.unsafeGetTensorImpl()->bump_version();
+  if (bank) bank->values.unsafeGetTensorImpl()->bump_version();
   return x_adv;
 }
 

@@ -26,7 +26,8 @@ class _PreActBlock(nn.Module):
         out = self.activation(self.bn1(x))
         # Where the shape changes, the shortcut too starts after the activation.
         shortcut: Tensor = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(self.activation(self.bn2(self.conv1(out)))) + shortcut
+        residual: Tensor = self.conv2(self.activation(self.bn2(self.conv1(out))))
+        return residual + shortcut
 
 
 class PreActResNet(nn.Module):

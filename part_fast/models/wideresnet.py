@@ -31,7 +31,8 @@ class _WideBlock(nn.Module):
         shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(out)
         if self.pads_end:  # of an odd number of pixels the first side too
             out = F.pad(out, (out.shape[3] % 2, 1, out.shape[2] % 2, 1))
-        return self.conv2(self.activation(self.bn2(self.conv1(out)))) + shortcut
+        residual: Tensor = self.conv2(self.activation(self.bn2(self.conv1(out))))
+        return residual + shortcut
 
 
 class _WideStage(nn.Module):

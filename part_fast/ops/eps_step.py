@@ -37,14 +37,19 @@ def _reference_(
 
 def store_(bank: Tensor, places: Tensor, moved: Tensor, levels: float) -> None:
     """Write perturbations (N,C,H,W) to the stored pixels that they belong to, in units of 1/levels."""
+    if bank.numel() == 0 or moved.numel() == 0:
+        return
     q = torch.nan_to_num(moved * levels, nan=0.0).round().clamp(-127, 127).to(torch.int8).flatten(2)
-    sample = places[:, 0]
-    known = (sample >= 0) & (sample < len(bank))
-    index, inside = sources(places, moved.shape[2], moved.shape[3])
     # One place more takes what lies outside.
-    index = torch.where(inside, index, q.shape[2])[known].expand_as(q[known])
-    stored = torch.nn.functional.pad(bank.flatten(2)[sample[known]], (0, 1)).scatter(2, index, q[known])
-    bank[sample[known]] = stored[..., :-1].view(len(stored), *bank.shape[1:])
+    index, inside = sources(places, moved.shape[2], moved.shape[3])
+    index = torch.where(inside, index, q.shape[2]).expand_as(q)
+    # A row whose sample is unknown stands for the first that is known: written twice, and no GPU waits for a count.
+    known = (places[:, 0] >= 0) & (places[:, 0] < len(bank))
+    rows = torch.where(known, torch.arange(len(places), device=places.device), known.to(torch.int8).argmax())
+    sample = torch.where(known.any(), places[rows, 0], 0)
+    before = bank.flatten(2)[sample]
+    after = torch.nn.functional.pad(before, (0, 1)).scatter(2, index[rows], q[rows])[..., :-1]
+    bank[sample] = torch.where(known.any(), after, before).view(len(sample), *bank.shape[1:])
 
 
 _eps_step_ = backends.define(

@@ -175,7 +175,7 @@ def draw_masks(
 
 def _middle(axes: Any) -> float:
     box = axes.get_position()
-    return (box.x0 + box.x1) / 2
+    return float(box.x0 + box.x1) / 2
 
 
 def load_matplotlib() -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +35,7 @@ class Epoch:
     first_bad: int64 () on the device: how many images were behind the process before the first batch whose loss was not
         finite; -1: none was.
     order_rng: the CPU generator's state before the order of the epoch was drawn.
-    rng: states of the CPU's generator and the device's, to be set once the order is drawn anew in a resumed epoch.
+    rng: as `get_rng` gives it, to be set once the order is drawn anew in a resumed epoch.
     """
 
     number: int
@@ -44,7 +47,7 @@ class Epoch:
     sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     first_bad: Tensor = field(default_factory=lambda: torch.full((), -1, dtype=torch.int64))
     order_rng: Tensor | None = None
-    rng: tuple[Tensor, Tensor | None] | None = None
+    rng: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
         self.sums, self.first_bad = self.sums.to(self.device), self.first_bad.to(self.device)
@@ -105,9 +108,9 @@ class Epoch:
     def restored(cls, number: int, state: Mapping[str, Any], device: torch.device) -> Epoch:
         """The epoch that `state` was made of; its order, or the next that is drawn, follows from torch's generators."""
         epoch = cls(number, device, **state)
+        assert epoch.rng is not None
+        set_rng(epoch.rng, device)
         if not epoch.begun:
-            assert epoch.rng is not None
-            set_rng(epoch.rng, device)
             epoch.rng = None
         return epoch
 
@@ -126,7 +129,7 @@ def _order(n: int, config: TrainConfig, epoch: int) -> Tensor:
     if distributed.size() == 1:
         return torch.randperm(n)
     # Every process draws its own augmentation and starts, and the same ones when it is resumed here.
-    torch.manual_seed(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
+    seed_generators(((config.seed * 1_000_003 + epoch) * 1009 + distributed.rank()) % 2**63)
     longest = -(-n // distributed.size())
     if ATTACKS[config.attack].remembers:
         own = torch.arange(n)[distributed.shares(n)]
@@ -158,16 +161,58 @@ def _with_extra(order: Tensor, n: int, extra: int, config: TrainConfig) -> Tenso
     return order.masked_scatter(replaced, own[torch.arange(int(replaced.sum())) % len(own)])
 
 
-def get_rng(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """States of the generators that training draws from: the CPU's, and the GPU's."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators, from which training draws, and Python's and numpy's, from which networks of users may.
+
+    seed: any that torch takes; numpy's takes 32 bits of it.
+    """
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
-def set_rng(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    """Where the state of a GPU is missing, as of a run that began on a CPU, its generator stays as it is."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)
+def get_rng(device: torch.device) -> tuple[Any, ...]:
+    """States of the generators of `seed_generators`: torch's for the CPU and for the GPU, Python's, numpy's.
+
+    They are tensors, numbers and containers, which a file holds without code.
+    """
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), gpu, random.getstate(), _tensors(np.random.get_state(legacy=False))
+
+
+def set_rng(states: tuple[Any, ...], device: torch.device) -> None:
+    """Where a state is missing, as a GPU's of a run that began on a CPU, that generator stays as it is."""
+    cpu, gpu, python, numpy = (*states, None, None)[:4]  # states of before end with the GPU's
+    torch.set_rng_state(cpu)
+    if device.type == "cuda" and gpu is not None:
+        torch.cuda.set_rng_state(gpu, device)
+    if python is not None:
+        random.setstate(python)
+    if numpy is not None:
+        np.random.set_state(_arrays(numpy))
+
+
+@contextlib.contextmanager
+def same_rng(device: torch.device) -> Iterator[None]:
+    """Whatever is drawn in the block, the generators are after it as before: a test changes nothing of training."""
+    states = get_rng(device)
+    try:
+        yield
+    finally:
+        set_rng(states, device)
+
+
+def _tensors(value: Any) -> Any:
+    """Arrays in dictionaries as tensors of their own."""
+    if isinstance(value, dict):
+        return {key: _tensors(item) for key, item in value.items()}
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _arrays(item) for key, item in value.items()}
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 def refuse_bad_loss(epoch: Epoch, order: Tensor, config: TrainConfig, checkpoint: str) -> None:
@@ -212,10 +257,26 @@ def epoch_row(epoch: Epoch, engine: Engine, method: str, images: int) -> dict[st
     }
 
 
-def best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The epoch, counted from 1, of the highest PGD-20 accuracy on the validation images, the first of equals."""
-    judged = [row for row in rows if row.get("validation_pgd20") is not None]
-    return max(judged, key=lambda row: row["validation_pgd20"])["epoch"] if judged else None
+# The columns of metrics.csv that judge weights of an epoch: those that are trained, and their average.
+JUDGED = {"plain": "validation_pgd20", "averaged": "validation_averaged_pgd20"}
+
+
+class Best(NamedTuple):
+    """epoch: counted from 1. weights: which of it, "plain" or "averaged"."""
+
+    epoch: int
+    weights: str
+
+
+def best_epoch(rows: Sequence[Mapping[str, Any]]) -> Best | None:
+    """The weights with the highest PGD-20 accuracy on the validation images; of equals the first, the plain ones."""
+    judged = [
+        (row[column], Best(row["epoch"], weights))
+        for row in rows
+        for weights, column in JUDGED.items()
+        if row.get(column) is not None
+    ]
+    return max(judged, key=lambda pair: pair[0])[1] if judged else None
 
 
 # What tells whether a model still resists PGD, the first of them that is measured.
@@ -230,7 +291,7 @@ def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD.
 
     That is: PGD on the images watched has fallen to less than half of its best, while training accuracy under attack
-    has risen since then and is more than twice as high.
+    has risen since then and is more than twice as high; both of the plain weights.
     Source: Wong et al., "Fast is better than free", ICLR 2020, where it is called catastrophic overfitting.
     """
     judge = next((name for name in WATCHED if rows[-1].get(name) is not None), None)

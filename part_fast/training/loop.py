@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from part_fast.data.memory import Dataset, batch_length, draw_augmentation, to_f
 from part_fast.data.mixing import draw_cutmix
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
-from part_fast.evaluation.sanity import agreement_warning, gradient_agreement
+from part_fast.evaluation.sanity import agreement_warning, gradient_agreement, order_flags
 from part_fast.evaluation.trained import evaluation_data
 from part_fast.methods import METHODS
 from part_fast.optional import needs
@@ -33,14 +34,16 @@ from part_fast.report import figures
 from part_fast.training.checkpoint import PREVIOUS, promote_previous, read_state
 from part_fast.training.engine import Engine
 from part_fast.training.epoch import (
+    JUDGED,
     LOOK_EVERY,
     Epoch,
     epoch_row,
     overfitting_warning,
     refuse_bad_loss,
     refuse_bad_weights,
+    same_rng,
+    seed_generators,
 )
-from part_fast.training.mask_history import keep_masks
 from part_fast.training.progress import Progress
 from part_fast.training.run_folder import Checkpoints, check_folder, export, load_state, mend, opened, refuse_edited
 from part_fast.training.signals import SAVE, Stop
@@ -66,11 +69,12 @@ def train(
     """Train one model and leave a run folder behind, from which a run that was stopped or killed goes on.
 
     `out` then holds config.json, metrics.csv (a row per epoch), model.safetensors, environment.json, curves.png,
-    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors with
-    config.validation, and training_state.pt, written after every epoch and every `save_every` minutes, from which
-    `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish and the state be saved
-    first. Nothing is written before everything that can be checked is; `overwrite` replaces a run that is already
-    there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    masks.safetensors (see `mask_history`), averaged.safetensors where weights are averaged, best.safetensors (the
+    better of both) with config.validation, and training_state.pt, written after every epoch and every `save_every`
+    minutes, from which `resume` goes on exactly as if it had never stopped. SIGTERM and Ctrl-C let the update finish
+    and the state be saved first. Nothing is written before everything that can be checked is; `overwrite` replaces a
+    run that is already there. Under torchrun each process trains on its share of every batch, and the first one writes.
+    The generators of torch, Python and numpy are seeded by config.seed.
 
     Returns: the rows of metrics.csv; accuracies from 0 to 1, loss in nats, seconds and images per second of training.
 
@@ -92,7 +96,7 @@ def train(
     config = config.on(device, like=read_config(out) if resume else None)
     check_folder(config, out, resume, overwrite)
     distributed.barrier()  # nobody writes before everybody has checked
-    torch.manual_seed(config.seed)
+    seed_generators(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
     extra = None if config.extra is None else Path(config.extra).expanduser().absolute()
@@ -115,6 +119,7 @@ def train(
         refuse_edited(config, out, state)
     engine = Engine(config, data.num_classes, device, load=state is None)
     engine.try_network(data)
+    refuse_single_images(config, engine.model, data)
     model = engine.model
     budget = engine.budget if METHODS[config.method].weighted else None
     bank = None
@@ -124,14 +129,13 @@ def train(
 
     remembered = None
     if ATTACKS[config.attack].remembers:
-        refuse_pairs(config, len(data))
+        refuse_pairs(config, n, len(data) - n)
         remembered = PerturbationBank(len(data), data.images.shape[1:], config.eps, device, seed=config.seed)
 
     rows, epoch = ([], Epoch(0, device)) if state is None else load_state(state, engine, bank, remembered)
     if len(rows) > config.epochs:
         done = f"the {len(rows)} that the run in {out} has done"
         raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
-    refuse_single_images(config, engine.model, data)
     look_every = LOOK_EVERY if device.type == "cuda" else 1
     checkpoints = Checkpoints(out, engine, bank, rows, save_every, remembered)
     behind = len(rows) * n + epoch.done * distributed.size()
@@ -152,7 +156,7 @@ def train(
             if main:
                 if state["file"] == PREVIOUS:
                     promote_previous(out)
-                mend(out, engine, rows, epoch, say)
+                mend(out, engine, rows, test, epoch, say)
         while epoch.number < config.epochs:
             method = config.method_at(epoch.number)
             progress.phase(epoch.number)
@@ -198,8 +202,8 @@ def train(
             images = len(order) * distributed.size()
             progress.phase(epoch.number, "test")
             try:
-                with stop.at_once():
-                    tested = accuracies(engine, test, attacked_test, held_out, watched)
+                with stop.at_once(), same_rng(device):
+                    tested, disordered = accuracies(engine, test, attacked_test, held_out, watched)
             except (KeyboardInterrupt, SystemExit):
                 checkpoints.save(epoch)  # what was trained is kept; the tests are done again
                 raise
@@ -213,14 +217,13 @@ def train(
                     "images_per_second": images / epoch.seconds,
                 }
             )
-            for warning in epoch_warnings(rows, epoch, config):
+            for warning in epoch_warnings(rows, epoch, config, disordered):
                 say(f"warning: epoch {epoch.number + 1}{warning}")
             engine.skipped.zero_()
             epoch = Epoch(epoch.number + 1, device)
             checkpoints.save(epoch)
             if main:
-                keep_masks(out, engine, test, len(rows) - 1)
-                export(out, engine, rows)
+                export(out, engine, rows, test)
                 if writer is not None:
                     _log_scalars(writer, rows[-1])
             say(_line(rows[-1], config.epochs))
@@ -237,23 +240,29 @@ def accuracies(
     attacked_test: Dataset | None,
     held_out: Dataset | None,
     watched: Dataset | None = None,
-) -> dict[str, float | None]:
-    """test_natural and test_pgd20 (None without `attacked_test`), those of the averaged model if there is one,
-    validation_pgd20 if images are held out, and train_pgd10 if training images are watched."""
+) -> tuple[dict[str, float | None], list[str]]:
+    """test_natural and test_pgd20 (None without `attacked_test`), and validation_pgd20 if images are held out, those of
+    the averaged model too if there is one; and train_pgd10 if training images are watched. And what is said of an order
+    that no sound attack gives."""
     config = engine.config
     attack = AttackSettings(config.eps, config.alpha, config.seed)
     models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
     found: dict[str, float | None] = {}
+    disordered = []
     for name, model in models.items():
-        for measure, images in (("natural", test), ("pgd20", attacked_test)):
-            if images is None:
-                found[f"{name}_{measure}"] = None
-            else:
-                found[f"{name}_{measure}"] = float(is_correct(model, images, measure, attack).float().mean())
-    for column, measure, images in (("validation_pgd20", "pgd20", held_out), ("train_pgd10", "pgd10", watched)):
-        if images is not None:
-            found[column] = float(is_correct(engine.model, images, measure, attack).float().mean())
-    return found
+        found[f"{name}_natural"] = float(is_correct(model, test, "natural", attack).float().mean())
+        found[f"{name}_pgd20"] = None
+        if attacked_test is not None:
+            right = {measure: is_correct(model, attacked_test, measure, attack) for measure in ("natural", "pgd20")}
+            found[f"{name}_pgd20"] = float(right["pgd20"].float().mean())
+            which = "" if model is engine.model else ", averaged weights"
+            disordered += [f"{which}: on test images {flag}" for flag in order_flags(right)]
+    if held_out is not None:
+        for model, column in zip(models.values(), JUDGED.values(), strict=False):
+            found[column] = float(is_correct(model, held_out, "pgd20", attack).float().mean())
+    if watched is not None:
+        found["train_pgd10"] = float(is_correct(engine.model, watched, "pgd10", attack).float().mean())
+    return found, disordered
 
 
 def resets(config: TrainConfig, epoch: Epoch) -> bool:
@@ -262,16 +271,24 @@ def resets(config: TrainConfig, epoch: Epoch) -> bool:
     return every > 0 and epoch.number > 0 and epoch.number % every == 0 and not epoch.begun
 
 
-def refuse_pairs(config: TrainConfig, samples: int) -> None:
-    """Errors: ValueError where a process would go over a sample twice in one batch, for which a bank has one place.
+def refuse_pairs(config: TrainConfig, n: int, extra: int) -> None:
+    """Errors: ValueError where a process could go over a sample twice in one batch, for which a bank has one place.
 
-    Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
+    n: images of the data set. extra: how many follow them.
     """
-    share = -(-samples // distributed.size())
-    if samples % distributed.size() and batch_length(share, config.batch_size) == share:
+    processes = distributed.size()
+    share = -(-n // processes)
+    # Of samples that processes cannot share evenly, some of them go over one twice in an epoch.
+    if n % processes and batch_length(share, config.batch_size) == share:
         raise BadValueError(
-            f"train_size must be a multiple of the {distributed.size()} processes with attack {config.attack} and one "
-            f"batch an epoch, got {samples} images"
+            f"train_size must be a multiple of the {processes} processes with attack {config.attack} and one "
+            f"batch an epoch, got {n} images"
+        )
+    places = math.ceil(share * config.extra_fraction)
+    if extra and extra // processes < places:
+        raise BadValueError(
+            f"extra must hold at least {places * processes} images, as many as an epoch takes of them, with attack "
+            f"{config.attack}, got {extra}"
         )
 
 
@@ -316,12 +333,19 @@ def draw(out: Path, rows: list[dict[str, Any]], config: TrainConfig, say: Callab
         say(f"warning: curves.png is not drawn: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def epoch_warnings(rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig) -> Iterator[str]:
-    """What the row of an epoch tells that its reader should not miss."""
+def epoch_warnings(
+    rows: list[dict[str, Any]], epoch: Epoch, config: TrainConfig, disordered: list[str]
+) -> Iterator[str]:
+    """What the row of an epoch tells that its reader should not miss. disordered: as `accuracies` says it."""
     if epoch.agreement and (weak := agreement_warning(epoch.agreement)) is not None:
         yield f", {config.precision}: {weak}"
     if (overfitting := overfitting_warning(rows)) is not None:
         yield f": {overfitting}"
+    for flag in disordered:
+        yield (
+            f"{flag}: the attack raises accuracy, so its gradients mislead it and no robust accuracy here counts; "
+            f"look at what the network does to its input, and at evaluate --sanity-images 100"
+        )
     if rows[-1]["skipped"]:
         yield f": {rows[-1]['skipped']} updates were not finite and are skipped"
 

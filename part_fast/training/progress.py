@@ -26,6 +26,7 @@ class Progress:
         self.images, self.done, self.here = images, done, 0
         self.began = self.said = time.monotonic()
         self.what = ""
+        self.loss: float | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -35,13 +36,15 @@ class Progress:
 
     def phase(self, epoch: int, what: str = "") -> None:
         """Epoch `epoch`, counted from 0, has begun, or is in that phase."""
+        self.loss = self.loss if what else None
         self.what = f"epoch {epoch + 1}/{self.epochs}{', ' * bool(what)}{what}"
         self.bar.set_description(self.what)
 
     def update(self, images: int, loss: float | None = None) -> None:
-        """So many images more. loss: the epoch's mean so far, where it is known."""
+        """So many images more. loss: the epoch's mean so far, where it is known; a GPU is seldom asked for it."""
         self.here += images
         if loss is not None:
+            self.loss = loss
             self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
         self.bar.update(images)
         now = time.monotonic()
@@ -49,7 +52,7 @@ class Progress:
             self.said = now
             speed = self.here / (now - self.began)
             left = (self.images - self.done - self.here) / speed / 60
-            said = "" if loss is None else f", loss {loss:.4g}"
+            said = "" if self.loss is None else f", loss {self.loss:.4g}"
             self.log(
                 f"in {self.what}: {self.done + self.here} of {self.images} images{said}, {speed:.0f} img/s, "
                 f"about {left:.0f} min left"

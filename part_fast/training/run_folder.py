@@ -14,9 +14,11 @@ from typing import Any, TextIO
 import torch
 
 from part_fast import distributed
+from part_fast.atomic import naming
 from part_fast.budgets.bank import MaskBank
 from part_fast.budgets.perturbations import PerturbationBank
 from part_fast.config import TrainConfig, read_config
+from part_fast.data.memory import Dataset
 from part_fast.errors import BadValueError, CannotRunError, UsageError
 from part_fast.evaluation.accuracy import KEPT
 from part_fast.models.checkpoints import own_copies
@@ -27,9 +29,11 @@ from part_fast.report import files
 from part_fast.report.environment import environment
 from part_fast.training.checkpoint import PREVIOUS, STATE, write_state
 from part_fast.training.engine import Engine
-from part_fast.training.epoch import Epoch, best_epoch, refuse_bad_weights
+from part_fast.training.epoch import Epoch, best_epoch, refuse_bad_weights, same_rng
+from part_fast.training.mask_history import MASKS, keep_masks
 
 WEIGHTS, AVERAGED, BEST = "model.safetensors", "averaged.safetensors", "best.safetensors"
+FILES = {"plain": WEIGHTS, "averaged": AVERAGED}
 LOCK = "run.lock"
 
 RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, PREVIOUS, "environment.json", "curves.png")
@@ -37,7 +41,7 @@ RUN_FILES = ("config.json", "metrics.csv", WEIGHTS, STATE, PREVIOUS, "environmen
 # Files of some runs, and those that other commands make of a run, which are stale once it is overwritten.
 DERIVED = (
     AVERAGED,
-    "masks.safetensors",
+    MASKS,
     "sweep.json",
     BEST,
     "evaluation.json",
@@ -112,9 +116,9 @@ def opened(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> Ite
         return
     out.mkdir(parents=True, exist_ok=True)
     with locked(out) as lock:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
+        with naming(out / LOCK):
+            lock.truncate(0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())  # no rest to flush
         if not resume and not overwrite:  # another one may have begun since it was checked
             refuse_run(out)
         if overwrite:
@@ -250,24 +254,35 @@ def _load_state(
     return state["rows"], Epoch.restored(state["epoch"], own, engine.device)
 
 
-def export(out: Path, engine: Engine, rows: list[dict[str, Any]]) -> None:
-    """After an epoch write model.safetensors, averaged.safetensors if weights are averaged, best.safetensors if this
-    epoch is the best one so far, and metrics.csv, for other programs."""
-    models = {WEIGHTS: engine.model}
-    if engine.averaged is not None:
-        models[AVERAGED] = engine.averaged.module
-    if best_epoch(rows) == len(rows):
-        models[BEST] = engine.model
-    for name, model in models.items():
-        write_weights(out / name, own_copies(model), epoch=len(rows))
+def export(out: Path, engine: Engine, rows: list[dict[str, Any]], test: Dataset) -> None:
+    """After an epoch write what other programs read.
+
+    masks.safetensors (of images of `test`, see `keep_masks`), model.safetensors, averaged.safetensors if weights are
+    averaged, best.safetensors if weights of this epoch are the best so far, which says which, and metrics.csv.
+    """
+    with same_rng(engine.device):
+        keep_masks(out, engine, test, len(rows) - 1)
+    models = {"plain": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
+    for weights, model in models.items():
+        write_weights(out / FILES[weights], own_copies(model), epoch=len(rows))
+    best = best_epoch(rows)
+    if best is not None and best.epoch == len(rows):
+        write_weights(out / BEST, own_copies(models[best.weights]), **best._asdict())
     files.write_csv(out / "metrics.csv", rows)
 
 
-def mend(out: Path, engine: Engine, rows: list[dict[str, Any]], epoch: Epoch, warn: Callable[[str], object]) -> None:
+def mend(
+    out: Path,
+    engine: Engine,
+    rows: list[dict[str, Any]],
+    test: Dataset,
+    epoch: Epoch,
+    warn: Callable[[str], object],
+) -> None:
     """On resume make the files for other programs those of the state: the run may have been killed before it wrote
     them, or may go on from an older state."""
     if rows and not epoch.begun:
-        export(out, engine, rows)
+        export(out, engine, rows, test)
     elif rows:
         files.write_csv(out / "metrics.csv", rows)
     else:
@@ -279,6 +294,9 @@ def mend(out: Path, engine: Engine, rows: list[dict[str, Any]], epoch: Epoch, wa
             about = read_about(out / BEST) if (out / BEST).is_file() else None
         except Exception:  # a damaged file raises nearly anything
             about = None
-        if about is None or about.get("epoch") != best:
+        if about is None or (about.get("epoch"), about.get("weights", "plain")) != best:  # of before: plain
             (out / BEST).unlink(missing_ok=True)
-            warn(f"warning: {out / BEST} is not that of epoch {best}, the best so far: a better one takes its place")
+            warn(
+                f"warning: {out / BEST} does not hold the {best.weights} weights of epoch {best.epoch}, the best so "
+                "far: better ones take its place"
+            )

@@ -93,16 +93,16 @@ def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: 
     objective = METHODS[method].objective
     if attacked.start is None:
         return objective(model, x, attacked.x_adv, y, config.beta)
-    at_start, last = model(attacked.start), None
+    logits: list[Tensor] = [model(attacked.start)]
 
     def forward(images: Tensor) -> Tensor:
-        nonlocal last
-        last = model(images)
-        return last
+        logits.append(model(images))
+        return logits[-1]
 
     loss = objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with the adversarial images
-    assert last is not None
-    return loss + config.pgi_lambda * F.mse_loss(last.float(), at_start.float())
+    change: Tensor = F.mse_loss(logits[-1].float(), logits[0].float())
+    total: Tensor = loss + config.pgi_lambda * change
+    return total
 
 
 def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:

@@ -44,6 +44,12 @@ struct Call {
   }
 };
 
+// The bank that a call names, if it names one.
+std::optional<part_fast::Bank> bank_of(const Call& call) {
+  if (!call.has("bank")) return std::nullopt;
+  return part_fast::Bank{call.tensor("bank"), call.tensor("places"), call.number("scale")};
+}
+
 // x, or eps expanded, one element behind x_adv in the same memory.
 Tensor overlapping(const std::string& argument) {
   const Tensor memory = at::zeros({13}), other = at::zeros({1, 1, 3, 4});
@@ -81,9 +87,21 @@ Tensor run(const Call& call) {
     }
     return part_fast::packed_epsilon_map(call.tensor("cam"), call.size(), eps, eps_low, call.text("rule")).bits;
   }
+  if (op == "uniform_start") {
+    const int64_t seed = call.get("seed").toInt();
+    return part_fast::uniform_start(call.tensor("x"), call.eps(), seed, call.number("scale"), call.clip());
+  }
+  if (op == "bank_start") return part_fast::bank_start(call.tensor("x"), *bank_of(call), call.eps(), call.clip());
   Tensor x_adv = call.tensor("x_adv");
   const auto [grad, x] = std::pair(call.tensor("grad"), call.tensor("x"));
   if (op == "pgd_step") return part_fast::pgd_step(x_adv, grad, x, call.eps(), call.number("alpha"), call.clip());
+  if (op == "eps_step_") {
+    const auto bank = bank_of(call);
+    part_fast::eps_step_(x_adv, grad, x, call.eps(), call.number("factor"), call.clip(), call.get("project").toBool(),
+                         bank);
+    // Both that were written, of one type.
+    return bank ? at::cat({x_adv.flatten().to(at::kDouble), bank->values.flatten().to(at::kDouble)}) : x_adv;
+  }
   TORCH_CHECK(op == "pgd_step_", "no op of this name: ", op);
   return part_fast::pgd_step_(x_adv, grad, x, call.eps(), call.number("alpha"), call.clip());
 }
