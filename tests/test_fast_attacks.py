@@ -644,11 +644,14 @@ def test_training_images_are_watched_where_one_step_attacks_and_nothing_else_wou
 
 @pytest.mark.slow
 def test_a_run_that_overfits_is_warned_of(tmp_path):
-    """FGSM at an eps that it cannot train with: the model learns to resist its one step, and PGD finds the way."""
+    """FGSM at an eps that it cannot train with: the model learns to resist its one step, and PGD finds every image.
+
+    When it does depends on every rounding; within 14 epochs of 2,000 images it did, for one of them, in the twelfth.
+    """
     said = []
     config = dataclasses.replace(
-        TINY_RUN, method="at", attack="fgsm", eps=24 / 255, alpha=6 / 255, epochs=12, warmup_epochs=0, train_size=1500,
-        test_size=50, batch_size=50, lr=0.05, lr_drops=(), augment=False,
+        TINY_RUN, method="at", attack="fgsm", eps=32 / 255, alpha=8 / 255, epochs=14, warmup_epochs=0, train_size=2000,
+        test_size=20, batch_size=50, lr=0.1, lr_drops=(), augment=False,
     )  # fmt: skip
     train(config, tmp_path / "run", log=said.append)
     assert any("PGD-10 on training images has fallen" in line and "catastrophic overfitting" in line for line in said)

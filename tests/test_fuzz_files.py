@@ -486,6 +486,7 @@ def fuzz(name, folder, numbers):
     try:
         for number in numbers:
             kind, changed = mutated(name, number, content)
+            path.unlink()  # what was read of another file may still be mapped from it
             path.write_bytes(changed)
             problem, said = outcome(read, path, judge, changed, expected)
             refused += said

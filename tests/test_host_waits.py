@@ -89,6 +89,7 @@ def test_no_method_waits(gpu, method, precision):
         {"method": "part", "released": True},
         {"method": "part-t", "attack": "mma", "accumulate": 2},
         {"method": "at", "average": "swa:1"},
+        {"method": "part", "attack": "n-fgsm", "refresh": "1"},
     ],
     ids=lambda changes: ", ".join(map(str, changes.values())),
 )

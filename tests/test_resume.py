@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import gc
 import importlib
+import io
 import itertools
 import json
 import os
@@ -41,7 +42,7 @@ from part_fast.models.checkpoints import load_weights
 from part_fast.models.weights_file import read_about, read_weights, write_weights
 from part_fast.training import checkpoint, loop, run_folder, step
 from part_fast.training.checkpoint import PREVIOUS, STATE, read_state, write_state
-from part_fast.training.epoch import best_epoch, overfitting_warning
+from part_fast.training.epoch import best_epoch, get_rng, overfitting_warning, set_rng
 from part_fast.training.loop import train
 from part_fast.training.mask_history import MASKS
 from part_fast.training.run_folder import AVERAGED, BEST, WEIGHTS, locked
@@ -255,7 +256,6 @@ SHARED = """
     import torch
     from part_fast.config import TrainConfig
     from part_fast.training.loop import train
-from part_fast.training.mask_history import MASKS
     from pathlib import Path
 
     torch.set_num_threads(1)
@@ -396,6 +396,20 @@ def test_reduced_precision_and_rows_beyond_the_state(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize(("at", "rows"), [(2, 0), (6, 1)])
+def test_rows_beyond_the_state_go_as_soon_as_the_run_goes_on(at, rows, tmp_path, monkeypatch):
+    """Not at the end of the epoch, until when a reader would take them for rows of this run."""
+    cut(monkeypatch, small(), tmp_path / "cut", at, saves=range(100))
+    (tmp_path / "cut" / "metrics.csv").write_text("epoch\n1\n2\n3\n")
+    cut(monkeypatch, small(), tmp_path / "cut", 0, saves=(), resume=True)
+    if rows:
+        with (tmp_path / "cut" / "metrics.csv").open(newline="") as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    else:
+        assert not (tmp_path / "cut" / "metrics.csv").exists()
+
+
+@pytest.mark.usefixtures("quick_runs")
 def test_stopped_while_it_tests_a_run_trains_no_epoch_twice(tmp_path, monkeypatch):
     config = small(average="swa:1", epochs=2)
     train(config, tmp_path / "whole", log=silent)
@@ -486,7 +500,27 @@ def test_the_generators_of_python_and_numpy_go_on_where_they_were(at, where, dra
     _, gpu, python, numpy = process["rng"]
     assert gpu is None
     assert python == random.getstate()
-    assert torch.equal(numpy["state"]["key"], torch.from_numpy(np.random.get_state()[1]))
+    assert numpy["state"]["key"] == np.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("kind", ["MT19937", "PCG64", "Philox", "SFC64"])
+def test_every_generator_that_numpy_may_draw_from_is_kept(kind):
+    before = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(getattr(np.random, kind)(3))
+        np.random.standard_normal()
+        kept = get_rng(torch.device("cpu"))
+        file = io.BytesIO()
+        torch.save(kept, file)
+        file.seek(0)
+        drawn = np.random.standard_normal(5)
+        random.random()
+        set_rng(torch.load(file, weights_only=True), torch.device("cpu"))
+        assert np.array_equal(np.random.standard_normal(5), drawn)
+        set_rng(kept, torch.device("cpu"))
+        assert_same(get_rng(torch.device("cpu")), kept)
+    finally:
+        np.random.set_bit_generator(before)
 
 
 @pytest.mark.usefixtures("quick_runs")
@@ -646,6 +680,8 @@ def test_from_the_state_before_a_run_ends_as_it_would_have(how, tmp_path, monkey
     # Killed again at once: the state that is whole must not be lost by then.
     cut(monkeypatch, config, tmp_path / "cut", 0, saves=(), resume=True, log=said.append)
     assert any(f"{STATE} is damaged" in line for line in said) == (how != "missing")
+    if how != "missing":  # the next state, and the one before it, must not be those two
+        assert newest.read_bytes() == (tmp_path / "cut" / PREVIOUS).read_bytes()
     train(config, tmp_path / "cut", resume=True, log=said.append)
     assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
 

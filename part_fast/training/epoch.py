@@ -17,7 +17,7 @@ from part_fast import distributed
 from part_fast.attacks.catalogue import ATTACKS
 from part_fast.config import TrainConfig
 from part_fast.data.memory import batch_length
-from part_fast.errors import BadValueError, CannotRunError
+from part_fast.errors import CannotRunError
 from part_fast.training.engine import Engine
 
 # Updates of a GPU between two looks at the loss, each of which waits for it; a CPU has the number at once.
@@ -144,17 +144,12 @@ def _with_extra(order: Tensor, n: int, extra: int, config: TrainConfig) -> Tenso
 
     Each of them stands in one place of all orders, unless there are fewer of them than places.
     """
-    processes = distributed.size()
-    if extra < processes:
-        raise BadValueError(f"extra must hold an image for each of {processes} processes, got {extra}")
     # How many stand in front of each place; 0.7 * 90 is a little below 63.
     before = (torch.arange(len(order) + 1, dtype=torch.float64) * config.extra_fraction + 1e-9).floor()
     replaced = before[1:] > before[:-1]
     if ATTACKS[config.attack].remembers:
         kept = torch.arange(n + extra)[distributed.shares(n + extra)]
         own = kept[kept >= n]
-        if len(own) < int(replaced.sum()):
-            raise BadValueError(f"extra must hold an image for each of its places in an epoch, got {extra}")
         own = own[torch.randperm(len(own))]
     else:
         own = n + distributed.same_(torch.randperm(extra))[distributed.shares(extra)]
@@ -177,7 +172,7 @@ def get_rng(device: torch.device) -> tuple[Any, ...]:
     They are tensors, numbers and containers, which a file holds without code.
     """
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), gpu, random.getstate(), _tensors(np.random.get_state(legacy=False))
+    return torch.get_rng_state(), gpu, random.getstate(), _plain(np.random.get_state(legacy=False))
 
 
 def set_rng(states: tuple[Any, ...], device: torch.device) -> None:
@@ -189,7 +184,7 @@ def set_rng(states: tuple[Any, ...], device: torch.device) -> None:
     if python is not None:
         random.setstate(python)
     if numpy is not None:
-        np.random.set_state(_arrays(numpy))
+        np.random.set_state(numpy)
 
 
 @contextlib.contextmanager
@@ -202,17 +197,11 @@ def same_rng(device: torch.device) -> Iterator[None]:
         set_rng(states, device)
 
 
-def _tensors(value: Any) -> Any:
-    """Arrays in dictionaries as tensors of their own."""
+def _plain(value: Any) -> Any:
+    """Arrays in dictionaries as lists, which numpy takes back; processes cannot send each other uint32 tensors."""
     if isinstance(value, dict):
-        return {key: _tensors(item) for key, item in value.items()}
-    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
-
-
-def _arrays(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _arrays(item) for key, item in value.items()}
-    return value.numpy() if isinstance(value, Tensor) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def refuse_bad_loss(epoch: Epoch, order: Tensor, config: TrainConfig, checkpoint: str) -> None:

@@ -128,6 +128,8 @@ def train(
         bank = MaskBank(len(data), size, budget.channels, config.eps, config.eps_low, device)
 
     remembered = None
+    if 0 < len(data) - n < distributed.size():
+        raise BadValueError(f"extra must hold an image for each of {distributed.size()} processes, got {len(data) - n}")
     if ATTACKS[config.attack].remembers:
         refuse_pairs(config, n, len(data) - n)
         remembered = PerturbationBank(len(data), data.images.shape[1:], config.eps, device, seed=config.seed)
