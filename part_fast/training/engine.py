@@ -24,6 +24,7 @@ from part_fast.methods import METHODS
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
 from part_fast.models.external import check_network, is_external
+from part_fast.random_state import generators_put_back
 
 # At the end of an epoch an average by "ema" takes its BatchNorm statistics from so many batches: by torch's momentum
 # 0.9^50, half a percent, is then left of what was before them.
@@ -165,7 +166,7 @@ class Engine:
         average.train()
         for module, own in zip(self.model.modules(), average.modules(), strict=True):
             own.training = module.training  # frozen BatchNorm stays frozen
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        with generators_put_back(self.device):
             average(x_adv)
 
     @record_function("part_fast: optimizer")
