@@ -202,6 +202,12 @@ class _Tracer(Tracer):
         """Whether the module is one node."""
         return self._is_layer(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """In the place of nn.Module.__getattr__, for all threads: the others get what they asked for."""
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
