@@ -84,8 +84,20 @@ def test_text_where_a_number_belongs_is_a_type_error():
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match=r"one of demo, fashion-mnist, .*tinyimagenet-wrn34-10, got 'x'"):
+    with pytest.raises(ValueError, match=r"one of demo, fashion-mnist, .*strong-wrn28-10, got 'x'"):
         preset("x")
+
+
+def test_the_recipe_is_of_the_last_two_presets_alone():
+    off = {"label_smoothing": 0, "nesterov": False, "cutmix": 0, "extra": None, "awp": 0, "average": "none"}
+    *published, fast, strong = PRESETS.values()
+    for config in published:
+        assert {name: getattr(config, name) for name in off} == off
+    assert (fast.attack, fast.average, fast.label_smoothing) == ("pgi", "ema:0.999", 0.1)
+    assert (strong.nesterov, strong.cutmix, strong.average, strong.label_smoothing) == (True, 1, "ema:0.995", 0.1)
+    for config in (fast, strong):
+        config.check()
+        dataclasses.replace(config, method="at").check()
 
 
 def test_svhn_has_its_own_numbers():

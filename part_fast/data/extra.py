@@ -58,8 +58,8 @@ def _add(data: Dataset, path: Path, archive: zipfile.ZipFile) -> Dataset:
         if len(shape) != 1 or dtype.kind not in "iu":
             raise BadValueError(f"extra: label in {path} must be integers (N,), got {dtype} {shape}")
         count = shape[0]
-        labels = torch.from_numpy(np.frombuffer(_read(file, count * dtype.itemsize), dtype).astype(np.int64))
-        _check_end(file)
+        labels = torch.from_numpy(np.frombuffer(_read(file, count * dtype.itemsize, path), dtype).astype(np.int64))
+        _check_end(file, path)
     if count and not 0 <= int(labels.min()) <= int(labels.max()) < data.num_classes:
         wrong = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
         raise BadValueError(f"extra: label in {path} takes values from 0 to {data.num_classes - 1}, got {wrong}")
@@ -70,8 +70,8 @@ def _add(data: Dataset, path: Path, archive: zipfile.ZipFile) -> Dataset:
             raise BadValueError(f"extra: image in {path} must be uint8 {expected}, N >= 1, got {dtype} {shape}")
         images = _room(data, count, path)
         images[: len(data)] = data.images
-        _read_images(file, images[len(data) :])
-        _check_end(file)
+        _read_images(file, images[len(data) :], path)
+        _check_end(file, path)
     return dataclasses.replace(data, images=images, labels=torch.cat([data.labels, labels.to(data.labels.device)]))
 
 
@@ -103,24 +103,24 @@ def _room(data: Dataset, count: int, path: Path) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8, device=device)
 
 
-def _read_images(file: IO[bytes], into: Tensor) -> None:
+def _read_images(file: IO[bytes], into: Tensor, path: Path) -> None:
     """Images (N,H,W,C) of a stream into (N,C,H,W)."""
     channels, height, width = into.shape[1:]
     size = channels * height * width
     for part in into.split(max(PIECE // size, 1)):
-        piece = torch.frombuffer(bytearray(_read(file, len(part) * size)), dtype=torch.uint8)
+        piece = torch.frombuffer(bytearray(_read(file, len(part) * size, path)), dtype=torch.uint8)
         part.copy_(piece.view(-1, height, width, channels).permute(0, 3, 1, 2))
 
 
-def _read(file: IO[bytes], size: int) -> bytes:
-    """So many bytes. Errors: EOFError where the array ends before."""
+def _read(file: IO[bytes], size: int, path: Path) -> bytes:
+    """So many bytes. Errors: ValueError where the array ends before."""
     content = file.read(size)
     if len(content) < size:
-        raise EOFError("an array is cut off")
+        raise BadValueError(f"extra: {path} is damaged: an array is cut off")
     return content
 
 
-def _check_end(file: IO[bytes]) -> None:
+def _check_end(file: IO[bytes], path: Path) -> None:
     """Read on to the end, where the checksum is compared. Errors: ValueError for more than the header says."""
     if file.read(1):
-        raise ValueError("an array is longer than its header says")
+        raise BadValueError(f"extra: {path} is damaged: an array is longer than its header says")
