@@ -269,8 +269,8 @@ def _first_line(config: TrainConfig, engine: Engine, data: Dataset, n: int, test
     weights = sum(parameter.numel() for parameter in engine.model.parameters())
     return (
         f"{config.method} on {config.dataset} ({data.source or 'in memory'}): {n} training images of {size}"
-        f"{aside}, {len(tested.test)} test images; {config.model}, {weights:,} weights; epochs: {config.epochs}, batches of "
-        f"{several}{config.batch_size}; {config.precision} on {device}{threads}"
+        f"{aside}, {len(tested.test)} test images; {config.model}, {weights:,} weights; epochs: {config.epochs}, "
+        f"batches of {several}{config.batch_size}; {config.precision} on {device}{threads}"
     )
 
 
