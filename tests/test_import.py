@@ -98,7 +98,7 @@ for name in test_backends.RAW_OPS:
 print("opcheck of", len(test_backends.RAW_OPS))
 """
     ran = run(code)
-    assert library == "broken" or ran.stdout == "opcheck of 10\n"
+    assert library == "broken" or ran.stdout == "opcheck of 13\n"
 
 
 def test_a_gpu_that_would_run_the_reference_is_warned_of():
