@@ -351,7 +351,11 @@ def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> 
 
 
 def readable(value: Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, and on a GPU, which waits for it, where PART_FAST_CHECK=1 asks for it;
+    never in a graph that is traced or captured."""
     if value.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if value.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return value.device.type == "cpu" or os.environ.get("PART_FAST_CHECK") == "1"
 

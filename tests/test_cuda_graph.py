@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 from fake_gpu import net
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from part_fast import AttackModel, PackedEpsilon, mma, pgd
+from part_fast import AttackModel, PackedEpsilon, checks, mma, pgd
 from part_fast.attack_model.graph import MOST, GraphedSteps
 
 EPS, ALPHA = 0.1, 0.03
@@ -202,6 +203,17 @@ def test_every_form_of_clip(gpu, clip):
     for _ in range(2):
         assert same(attack(fast, x, y, clip=clip), attack(plain, x, y, clip=clip))
     assert len(gpu.graphs) == 1
+
+
+def test_no_value_is_looked_at_while_steps_are_captured(monkeypatch):
+    """Not even where PART_FAST_CHECK=1 asks for it: the GPU would have to be waited for."""
+    monkeypatch.setenv("PART_FAST_CHECK", "1")
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 4, device="cuda")
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        assert checks.readable(x) is not capturing
+    assert checks.readable(torch.zeros(2))
 
 
 def test_held_graphs_are_bounded(gpu):
