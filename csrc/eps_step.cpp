@@ -7,7 +7,7 @@ namespace {
 template <typename C>
 struct Step {
   C step, clip_low, clip_high;
-  bool of_eps, project;
+  bool of_eps = false, project = false;
 };
 
 template <typename C>
