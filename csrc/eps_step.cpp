@@ -6,7 +6,7 @@ namespace {
 
 template <typename C>
 struct Step {
-  C step, clip_low, clip_high;
+  C step = 0, clip_low = 0, clip_high = 0;
   bool of_eps = false, project = false;
 };
 
