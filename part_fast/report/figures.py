@@ -104,7 +104,7 @@ def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]
             names = [row["difference"] for row in rows]
             axes.set_yticks(range(len(rows)), [""] * len(rows) if names == named else names)
             named = names
-            axes.invert_yaxis()
+            axes.set_ylim(most - 0.4, -0.6)  # a line has one height in all panels
             axes.set(xlabel="difference in accuracy (points)", title=title)
         figure.supxlabel(
             "thick: 95 % interval; thin: 95 % for all at once; dots: seeds; red: the thin one excludes 0", fontsize=8
