@@ -406,7 +406,7 @@ class Study:
     out: Path
     """The folder to make or to go on with: a run folder per arm and seed, study.json, two tables, study.png."""
     dataset: str = "fashion-mnist"
-    """fashion-mnist, of clothes in gray, or cifar10, of photographs."""
+    """The images that the runs are trained on: fashion-mnist."""
     arms: tuple[str, ...] = ()
     """The arms to train now, such as AT PART; default: all. The tables show all that have results."""
     seeds: int = 5
@@ -439,9 +439,9 @@ class Speedrun:
     out: Path
     """The folder to make or to go on with: a run folder per run, speedrun.json, speedrun.csv."""
     scale: str = "full"
-    """full: ResNet-18 on CIFAR-10; small: a small network on 20,000 of its images, for two CPU cores."""
+    """full: ResNet-18 on CIFAR-10."""
     runs: int | None = None
-    """Networks to train, a seed each; default: 3, with --scale small 1."""
+    """Networks to train, a seed each; default: 3."""
     parts: bool = False
     """Train as many without each of what makes it fast, too."""
     autoattack: bool = True

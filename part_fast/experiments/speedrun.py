@@ -33,15 +33,13 @@ class Scale:
     runs: int
 
 
-FAST = dataclasses.replace(PRESETS["fast-resnet18"], method="at", warmup_epochs=0)
 SCALES = {
-    "full": Scale(FAST, 0.8258, 0.4369, "the row AT of PART's published table", 3),
-    "small": Scale(
-        dataclasses.replace(FAST, model="resnet-small", train_size=20_000, pgd_test_size=1000),
-        0.0,
-        0.0,
-        "AT by PGD-10 of 30 epochs on the same images, lr 0.1 with drops after 20 and 25",
-        1,
+    "full": Scale(
+        dataclasses.replace(PRESETS["fast-resnet18"], method="at", warmup_epochs=0),
+        0.8258,
+        0.4369,
+        "the row AT of PART's published table",
+        3,
     ),
 }
 WHOLE = "speedrun"
@@ -70,7 +68,7 @@ def speedrun(
 ) -> dict[str, Any]:
     """Train `runs` networks, or go on with them, and say how long each took and how accurate it is.
 
-    scale: full, ResNet-18 on all of CIFAR-10; small, the demo's small network on 20,000 of its images.
+    scale: full, ResNet-18 on all of CIFAR-10.
     parts: train as many without each of `PARTS` too, and time a step without part_fast's kernels.
     autoattack: test by AutoAttack too, on 1,000 images.
     Seconds are those of training: tests, and reading data, are left out. `out` holds a run folder per run, a small file

@@ -47,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
     # Maps per class, learned once from each seed's warm-up; each image's mean eps is that of AT.
     "learned": {"rule": LEARNED, "eps": 9 / 255, "eps_low": 7 / 255},
 }
-# What is trained, by data set: the demo's small network on clothes in gray, and on photographs.
+# What is trained, by data set: the demo's small network.
 CONFIGS = {
     "fashion-mnist": dataclasses.replace(
         PRESETS["demo"], dataset="fashion-mnist", train_size=6000, test_size=5000, epochs=5, lr_drops=(4,)
