@@ -355,7 +355,7 @@ def readable(value: Tensor) -> bool:
     never in a graph that is traced or captured."""
     if value.numel() == 0 or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if value.is_cuda and torch.cuda.is_current_stream_capturing():
+    if value.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
     return value.device.type == "cpu" or os.environ.get("PART_FAST_CHECK") == "1"
 

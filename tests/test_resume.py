@@ -423,7 +423,7 @@ def test_stopped_while_it_tests_a_run_trains_no_epoch_twice(tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "cut", log=silent)
     epochs, real = [], loop.train_step
-    monkeypatch.setattr(loop, "train_step", lambda *given: epochs.append(given[-1]) or real(*given))
+    monkeypatch.setattr(loop, "train_step", lambda *given: epochs.append(given[7]) or real(*given))
     train(config, tmp_path / "cut", resume=True, log=silent)
     assert set(epochs) == {1}
     assert_same(contents(tmp_path / "cut"), contents(tmp_path / "whole"))
