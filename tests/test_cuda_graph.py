@@ -208,9 +208,9 @@ def test_every_form_of_clip(gpu, clip):
 def test_no_value_is_looked_at_while_steps_are_captured(monkeypatch):
     """Not even where PART_FAST_CHECK=1 asks for it: the GPU would have to be waited for."""
     monkeypatch.setenv("PART_FAST_CHECK", "1")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with FakeTensorMode():
         x = torch.empty(2, 3, 4, 4, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert checks.readable(x) is not capturing
