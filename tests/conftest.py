@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -484,6 +485,21 @@ TINY_RUN = TrainConfig(
     lr=0.05,
     pgd_test_size=0,
 )
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAttack with few steps of each attack."""
+    pyautoattack = pytest.importorskip("pyautoattack", reason="the package pyautoattack is not installed")
+    run = pyautoattack.AutoAttack.run_standard_evaluation
+
+    def short(self: Any, *args: object, **kwargs: object) -> Any:
+        for attack in (self.apgd, self.apgd_targeted, self.fab):
+            attack.n_iter, attack.n_restarts = 2, 1
+        self.square.n_queries = 3
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
 
 
 @pytest.fixture

@@ -316,17 +316,18 @@ def logits_and_gradient(model, x, weights):
     return logits.detach(), torch.autograd.grad((logits * weights).sum(), leaf)[0]
 
 
-@settings(max_examples=10)
-@given(
-    layers=st.lists(LAYER, min_size=1, max_size=4),
-    shape=st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3]), st.integers(3, 9), st.integers(3, 9)),
-    seed=SEEDS,
-    dtype=st.sampled_from([torch.float32, torch.float32, torch.float64]),
-    form=st.sampled_from(FORMS),
-    training=st.booleans(),
-    change=st.sampled_from(["none", "in place", "another tensor", "statistics", "load"]),
-)
-def test_an_attack_model_has_the_logits_and_gradients_of_the_model(layers, shape, seed, dtype, form, training, change):
+ATTACK_MODELS = {
+    "layers": st.lists(LAYER, min_size=1, max_size=4),
+    "shape": st.tuples(st.integers(1, 5), st.sampled_from([1, 2, 3]), st.integers(3, 9), st.integers(3, 9)),
+    "seed": SEEDS,
+    "dtype": st.sampled_from([torch.float32, torch.float32, torch.float64]),
+    "form": st.sampled_from(FORMS),
+    "training": st.booleans(),
+    "change": st.sampled_from(["none", "in place", "another tensor", "statistics", "load"]),
+}
+
+
+def logits_and_gradients_are_the_models(layers, shape, seed, dtype, form, training, change):
     torch.manual_seed(seed)
     net, norms = drawn_network(layers, shape[1])
     net = net.to(dtype)
@@ -369,35 +370,25 @@ def test_an_attack_model_has_the_logits_and_gradients_of_the_model(layers, shape
             assert float((found.double() - exact).abs().amax()) <= bound
 
 
-@pytest.fixture
-def few_steps(monkeypatch):
-    """AutoAttack with few steps of each attack."""
-    pyautoattack = pytest.importorskip("pyautoattack", reason="the package pyautoattack is not installed")
-    run = pyautoattack.AutoAttack.run_standard_evaluation
-
-    def short(self, *args, **kwargs):
-        for attack in (self.apgd, self.apgd_targeted, self.fab):
-            attack.n_iter, attack.n_restarts = 2, 1
-        self.square.n_queries = 3
-        return run(self, *args, **kwargs)
-
-    monkeypatch.setattr(pyautoattack.AutoAttack, "run_standard_evaluation", short)
+@settings(max_examples=10)
+@given(**ATTACK_MODELS)
+def test_an_attack_model_has_the_logits_and_gradients_of_the_model(**drawn):
+    logits_and_gradients_are_the_models(**drawn)
 
 
-@settings(max_examples=6)
-@given(
-    shape=st.tuples(st.integers(1, 3), st.just(3), st.integers(3, 6), st.integers(3, 6)),
-    classes=st.integers(2, 5),
-    seed=SEEDS,
-    form=st.sampled_from(FORMS),
-    eps=st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0]),
-    clip=st.sampled_from([(0.0, 1.0), (-2.0, 2.0), (0.25, 0.5)]),
-    training=st.booleans(),
-    edge=st.booleans(),
-)
-def test_autoattack_stays_in_the_ball_and_leaves_no_trace(
-    few_steps, shape, classes, seed, form, eps, clip, training, edge
-):
+AUTOATTACKS = {
+    "shape": st.tuples(st.integers(1, 3), st.just(3), st.integers(3, 6), st.integers(3, 6)),
+    "classes": st.integers(2, 5),
+    "seed": SEEDS,
+    "form": st.sampled_from(FORMS),
+    "eps": st.sampled_from([0.0, 1e-3, 8 / 255, 0.3, 1.0]),
+    "clip": st.sampled_from([(0.0, 1.0), (-2.0, 2.0), (0.25, 0.5)]),
+    "training": st.booleans(),
+    "edge": st.booleans(),
+}
+
+
+def autoattack_in_the_ball_without_a_trace(few_steps, shape, classes, seed, form, eps, clip, training, edge):
     generator = torch.Generator().manual_seed(seed)
     net = nn.Sequential(NET, nn.BatchNorm1d(5), nn.Linear(5, classes)).train(training)
     x = values(generator, shape, torch.float32, False)
@@ -417,6 +408,12 @@ def test_autoattack_stays_in_the_ball_and_leaves_no_trace(
     assert bool(((x_adv - x).abs() <= eps + 1e-6 * (clip[1] - clip[0])).all())
     assert_same(again, x_adv)
     assert_same(x_adv[right != y], x[right != y].contiguous())  # nothing to do: they are given back
+
+
+@settings(max_examples=6)
+@given(**AUTOATTACKS)
+def test_autoattack_stays_in_the_ball_and_leaves_no_trace(few_steps, **drawn):
+    autoattack_in_the_ball_without_a_trace(few_steps, **drawn)
 
 
 @given(shape=IMAGES, seed=SEEDS, bad=st.sampled_from([float("nan"), float("inf"), -float("inf"), -1e-3, 1.001, 255.0]))
@@ -523,23 +520,22 @@ def test_more_pixels_than_an_int32_counts():
         assert bool((group == expected).all())
 
 
+MANY_ATTACK_MODELS = given(**ATTACK_MODELS)(logits_and_gradients_are_the_models)
+MANY_AUTOATTACKS = given(**AUTOATTACKS)(autoattack_in_the_ball_without_a_trace)
 DRAWN = [
     test_steps_and_projections_are_those_of_the_reference,
     test_maps_and_masks_are_those_of_the_reference,
     test_class_activation_maps_are_those_of_the_reference,
     test_class_activation_maps_of_special_values_are_those_of_plain_torch,
     test_attacks_and_losses_stay_in_the_ball_and_finite,
-    test_an_attack_model_has_the_logits_and_gradients_of_the_model,
-    test_autoattack_stays_in_the_ball_and_leaves_no_trace,
+    MANY_ATTACK_MODELS,
+    MANY_AUTOATTACKS,
     test_images_out_of_range_are_named_with_the_remedy,
 ]
 
 
 # Of what takes a second.
-FEWER = {
-    test_autoattack_stays_in_the_ball_and_leaves_no_trace: 150,
-    test_an_attack_model_has_the_logits_and_gradients_of_the_model: 500,
-}
+FEWER = {MANY_AUTOATTACKS: 150, MANY_ATTACK_MODELS: 500}
 
 
 @pytest.mark.slow
