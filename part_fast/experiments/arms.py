@@ -175,7 +175,7 @@ def _plan(config: TrainConfig, changes: Mapping[str, Any], seed: int) -> TrainCo
     """An arm's configuration, but for the file of the weights that it begins with."""
     config = dataclasses.replace(config, seed=seed)
     if config.warmup_epochs:
-        config = dataclasses.replace(config.after_warmup(Path(), init=None))
+        config = config.after_warmup(Path(), init=None)
     return dataclasses.replace(config, **changes)
 
 

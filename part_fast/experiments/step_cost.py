@@ -51,22 +51,21 @@ def step_costs(
     """
     steps: dict[str, Callable[[], Tensor]] = {}
     banks: dict[str, int] = {}
+    first = next(iter(configs.values()))
     for name, config in configs.items():
         steps[name], banks[name] = _step(config, data, _with_kernels)
     if without_kernels is not None:
-        first = next(iter(configs.values()))
         steps[without_kernels], banks[without_kernels] = _step(first, data, _without_kernels)
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
-    clock = clock_for(find_device(next(iter(configs.values())).device))
+    clock = clock_for(find_device(first.device))
     seconds, _ = time_in_turn(steps, clock, rounds, progress)
-    images = {name: min(config.batch_size, len(data)) for name, config in configs.items()}
-    images.setdefault(without_kernels or "", next(iter(images.values())))
-    return {
-        name: Cost(statistics.median(seconds[name]) / images[name], clock.peak_bytes(step), banks[name])
-        for name, step in steps.items()
-    }
+    costs = {}
+    for name, step in steps.items():
+        images = min(configs.get(name, first).batch_size, len(data))
+        costs[name] = Cost(statistics.median(seconds[name]) / images, clock.peak_bytes(step), banks[name])
+    return costs
 
 
 Epsilon = float | Tensor | CamBudget
