@@ -101,7 +101,7 @@ class ChannelsLast(torch.nn.Module):
 @pytest.mark.parametrize("clip", [(0.0, 1.0), (-1.0, 1.0)])
 @pytest.mark.parametrize("of", ["images", "network"])
 def test_channels_last(of, clip, few_steps):
-    """Targeted APGD takes views that neither such images nor the gradients of such a network have."""
+    """Targeted APGD takes views that such images have not; gradients in that format do no harm."""
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(128, 5))
     x = X[:4, :, :6, :6] * 2 - 1 if clip[0] < 0 else X[:4, :, :6, :6]

@@ -55,12 +55,7 @@ def autoattack(
     if x.shape[0] == 0:
         return x.clone()
     scaled = (low, high) != (0.0, 1.0)
-
-    def attacked(z: Tensor) -> Tensor:
-        z = _ContiguousGradient.apply(z)
-        logits: Tensor = model(z * span + low if scaled else z)
-        return logits
-
+    attacked = (lambda z: model(z * span + low)) if scaled else model
     with generators_put_back(x.device), eval_mode(model), grads_kept(model), torch.inference_mode(False):
         x, y = plain(x), plain(y)
         with torch.enable_grad():
@@ -80,24 +75,13 @@ def autoattack(
                 f"AutoAttack runs without targeted APGD, whose loss is not defined for {classes} classes: it takes 4",
                 stacklevel=2,
             )
-        z = ((x - low) / span if scaled else x).clamp(0, 1).contiguous()  # x may lie outside by rounding
+        z = ((x - low) / span if scaled else x).clamp(0, 1)  # x may lie outside by rounding
+        z = z.contiguous()  # pyautoattack takes views that others have not
         z_adv: Tensor = attack.run_standard_evaluation(z.clone(), y.clone(), batch_size=x.shape[0])[0]
         if not scaled:
             return checks.same_format(z_adv, x)
         x_adv = torch.where(z_adv == z, x, z_adv * span + low)
         return checks.same_format(project_linf(x_adv, x, eps).clamp(low, high), x)  # scaling rounds
-
-
-class _ContiguousGradient(torch.autograd.Function):
-    """Identity. pyautoattack takes views that a gradient in channels_last, as of a network in that format, has not."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
 
 
 def load_autoattack() -> Any:
