@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import part_fast
-from part_fast import AttackModel, CamBudget, PackedEpsilon, mma, pgd
+from part_fast import AttackModel, CamBudget, PackedEpsilon, PerturbationBank, fgsm_rs, mma, n_fgsm, pgd, pgi, warm
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench.step_cases import settle
 from part_fast.budgets.bank import MaskBank
@@ -46,6 +46,7 @@ from part_fast.training.engine import Engine
 from part_fast.training.step import batch_epsilon, train_step
 
 KINDS = ("signs", "single", "agree", "follow", "waits", "train", "compile")
+FAST = ("fgsm-rs", "n-fgsm", "pgi", "warm")
 # Of an attack whose arithmetic is another: the same algorithm may be chosen otherwise by cuDNN for another memory.
 PIXELS_OFF = 0.02
 
@@ -258,6 +259,52 @@ class Checks:
         self.recorder.value("pgd beside the oracle", off=off)
         require(off <= PIXELS_OFF, f"{off:.3g} of the pixels are not the oracle's")
 
+    def fast(self, name: str) -> None:
+        """A fast attack twice in a row, captured and not: the same images, and what the bank keeps."""
+        found: list[Tensor] = []
+        banks: list[Tensor] = []
+        for graph in (False, True):
+            model = self.attack_model("bf16", False, graph)
+            bank = PerturbationBank(self.batch, self.x.shape[1:], EPS, self.device, seed=1)
+            view = bank.at(torch.arange(self.batch, device=self.device), None)
+            torch.manual_seed(4)
+            for _ in range(2):
+                if name == "warm":
+                    got = warm(model, self.x, self.y, EPS, ALPHA, 2, start=view)
+                elif name == "pgi":
+                    got = pgi(model, self.x, self.y, EPS, start=view)
+                else:
+                    got = (fgsm_rs if name == "fgsm-rs" else n_fgsm)(model, self.x, self.y, EPS)
+            found.append(got)
+            banks.append(bank.values)
+        cross_entropy, accuracy = self.strength(found[1])
+        off = share_differing(*found)
+        self.recorder.value(f"fast, {name}", ce=cross_entropy, robust=accuracy, off=off)
+        reach = 3 if name == "n-fgsm" else 1
+        require((found[1] - self.x).abs().max() <= reach * EPS + 1e-6, "left its ball")
+        require(cross_entropy > self.strength(self.x)[0], "it does not attack")
+        require(off <= PIXELS_OFF, f"{off:.3g} of the pixels are not those without a graph")
+        kept = share_differing(*banks)
+        require(kept <= PIXELS_OFF, f"{kept:.3g} of the bank's values are not those without a graph")
+
+    def fast_formula(self) -> None:
+        """pgi, captured, in float32 without TF32, beside the published formula; and what it keeps of it."""
+        few = min(16, self.batch)
+        x, y = self.x[:few], self.y[:few]
+        bank = PerturbationBank(few, x.shape[1:], EPS, self.device, seed=1)
+        begin = (x + bank.values * (EPS / 127)).clamp(0, 1)
+        with full_float32():
+            leaf = begin.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(self.model(leaf), y, reduction="sum"), leaf)
+            wanted = (x + (begin + EPS * gradient.sign() - x).clamp(-EPS, EPS)).clamp(0, 1)
+            view = bank.at(torch.arange(few, device=self.device), None)
+            got = pgi(AttackModel(self.model, cuda_graph=self.graphs), x, y, EPS, start=view)
+        off = float(((got - wanted).abs() > 1e-6).float().mean())
+        kept = float((bank.values - (got - x) * (127 / EPS)).abs().max())
+        self.recorder.value("pgi beside the formula", off=off, kept=kept)
+        require(off <= PIXELS_OFF, f"{off:.3g} of the pixels are not the formula's")
+        require(kept <= 0.5 + 1e-3, f"the bank is off by {kept:.3g} of its unit")
+
     def oracle_masks(self) -> None:
         """CamBudget, rule released, beside the oracle's activations, gradients and masks."""
         if not hasattr(self.model, "layer4"):
@@ -316,11 +363,16 @@ class Checks:
             torch.cuda.set_sync_debug_mode("default")
 
     def step_of(self, title: str) -> Any:
-        """step(i), a whole training step on the i-th batch from stored images: of a method, "part bank" or "ema"."""
-        method = {"part bank": "part", "ema": "at"}.get(title, title)
-        changed = {"average": "ema:0.999"} if title == "ema" else {}
+        """step(i), a whole training step on the i-th batch from stored images: of a method, "part bank", "ema", or PART
+        with a fast attack."""
+        method = {"part bank": "part", "ema": "at", **dict.fromkeys(FAST, "part")}.get(title, title)
+        changed: dict[str, Any] = {"average": "ema:0.999"} if title == "ema" else {}
+        if title in FAST:
+            changed |= {"attack": title}
         engine = self.engine(precision="bf16", cuda_graph=True, **changed)
-        bank = None
+        bank = kept = None
+        if title in ("pgi", "warm"):
+            kept = PerturbationBank(len(self.images), self.images.shape[1:], EPS, self.device)
         if title == "part bank":
             bank = MaskBank(len(self.images), (32, 32), engine.budget.channels, EPS, EPS_LOW, self.device)
 
@@ -329,7 +381,8 @@ class Checks:
             drawn = draw_augmentation(self.batch, device=self.device)
             x = drawn.apply(self.images[indices])
             epsilon = batch_epsilon(method, engine.budget, bank, indices, drawn, engine.config)
-            return train_step(engine, method, x, self.labels[indices], epsilon)
+            view = None if kept is None else kept.at(indices, drawn)
+            return train_step(engine, method, x, self.labels[indices], epsilon, view=view)
 
         return step
 
@@ -387,6 +440,9 @@ def main(arguments: list[str] | None = None) -> int:
         recorder.case("random starts", checks.random_starts)
         recorder.case("mma", checks.minimum_margin)
         recorder.case("pgd beside the oracle", checks.oracle_attack)
+        for name in FAST:
+            recorder.case(f"fast, {name}", checks.fast, name)
+        recorder.case("pgi beside the formula", checks.fast_formula)
         recorder.case("masks beside the oracle", checks.oracle_masks)
         recorder.case("another stream", checks.another_stream)
         recorder.case("returns at once", checks.returns_at_once)
@@ -396,7 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
         for precision in ("bf16", "fp32"):
             recorder.case(f"follow, {precision}", checks.follow, precision, False)
     if "waits" in kinds:
-        for title in (*METHODS, "part bank", "ema"):
+        for title in (*METHODS, "part bank", "ema", *FAST):
             recorder.case(f"no wait in a step of {title}", checks.waits, title)
     if "train" in kinds:
         for method in METHODS:
