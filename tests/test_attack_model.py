@@ -10,7 +10,7 @@ from torch import nn
 from part_fast import AttackModel, CamBudget, PackedEpsilon, mart_loss, mma, pgd, trades_loss
 from part_fast.attack_model.cpu import onednn
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.attack_model.graph import GraphedSteps
+from part_fast.attack_model.graph import Graphs
 from part_fast.models.catalogue import build_model
 
 EPS = 8 / 255
@@ -318,7 +318,7 @@ def test_graphed_steps_are_the_attack(form, loss):
         eps = eps_forms(n, 16)[form]
         fast.graphs = None
         expected = pgd(fast, x, y, eps, steps=3, start="zero", loss=loss)
-        fast.graphs = graphs = getattr(fast, "kept", None) or GraphedSteps(recorder)
+        fast.graphs = graphs = getattr(fast, "kept", None) or Graphs(record=recorder)
         fast.kept = graphs
         assert torch.equal(pgd(fast, x, y, eps, steps=3, start="zero", loss=loss), expected)
         with torch.no_grad():
@@ -331,7 +331,7 @@ def test_graphed_mma_and_another_alpha_are_recordings_of_their_own():
     fast, recorder, (x, y) = AttackModel(trained()), Recorder(), batch()
     fast.graphs = None
     expected = [mma(fast, x, y, EPS, alpha, 2, start="zero") for alpha in (2 / 255, 1 / 255)]
-    fast.graphs = GraphedSteps(recorder)
+    fast.graphs = Graphs(record=recorder)
     for _ in range(2):
         for alpha, result in zip((2 / 255, 1 / 255), expected, strict=True):
             assert torch.equal(mma(fast, x, y, EPS, alpha, 2, start="zero"), result)

@@ -21,7 +21,7 @@ from PIL import Image
 from part_fast.attack_model import AttackModel
 from part_fast.attack_model.cpu import winograd
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.attack_model.graph import GraphedSteps
+from part_fast.attack_model.graph import Graphs
 from part_fast.attacks.pgd import pgd
 from part_fast.bench import cases, clocks, flop, profile, published, step_cases, step_tables, steps
 from part_fast.models.catalogue import build_model
@@ -354,7 +354,7 @@ def test_attack_replayed_from_a_graph_is_one_range():
         return replay
 
     model = AttackModel(build_model("resnet-small"))
-    model.graphs = GraphedSteps(record)
+    model.graphs = Graphs(record=record)
     x, y = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
     pgd(model, x, y, EPS, steps=2)
     events = clocks.traced(lambda: pgd(model, x, y, EPS, steps=2))
@@ -424,7 +424,7 @@ def test_a_peak_counts_when_it_repeats():
 def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
     """Before a step's peak is read the graphs of the others are gone, and it has captured its own."""
     made = step_cases.StepCases(config(), CPU)
-    held = made.engine.attack_model.graphs = GraphedSteps()
+    held = made.engine.attack_model.graphs = Graphs()
     made.forget_graphs()
     assert made.engine.attack_model.graphs is not held
     assert len(made.engine.attack_model.graphs) == 0

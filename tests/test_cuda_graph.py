@@ -10,7 +10,7 @@ from fake_gpu import net
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from part_fast import AttackModel, PackedEpsilon, checks, mma, pgd
-from part_fast.attack_model.graph import MOST, GraphedSteps
+from part_fast.attack_model.graph import MOST, Graphs
 
 EPS, ALPHA = 0.1, 0.03
 
@@ -119,7 +119,7 @@ class Nothing:
 
 def test_empty_graph_is_refused(gpu):
     fast, (x, y) = attacked(gpu), batch(gpu, index=0)
-    fast.graphs = GraphedSteps(Nothing())
+    fast.graphs = Graphs(record=Nothing())
     before = x.clone()
     with pytest.raises(RuntimeError, match="a graph was captured on cuda:0, and it does nothing"):
         attack(fast, x, y, start=before)
@@ -256,7 +256,7 @@ def test_what_cannot_be_captured_says_why(gpu):
         return logits.sum(1) * float(logits.detach().amax())
 
     fast, (x, y), stream = attacked(gpu), batch(gpu), torch.cuda.current_stream()
-    said = "cuda_graph must be off for this attack, whose steps cannot be captured: CUDA error: operation not permitted"
+    said = "cuda_graph must be off for this attack, which cannot be captured: CUDA error: operation not permitted"
     with pytest.raises(RuntimeError, match=said) as error:
         attack(fast, x, y, loss=reads)
     assert "\n" not in str(error.value)
@@ -283,5 +283,5 @@ def test_copies_hold_no_graphs(gpu):
     assert same(attack(other, x, y), expected)
     assert gpu.graphs[0].pool != gpu.graphs[1].pool
     again = pickle.loads(pickle.dumps(fast.graphs))
-    assert isinstance(again, GraphedSteps)
+    assert isinstance(again, Graphs)
     assert len(again) == 0

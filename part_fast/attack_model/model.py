@@ -20,7 +20,7 @@ from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_we
 from part_fast.attack_model.follow import Change, Watch, flat
 from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_
 from part_fast.attack_model.fuse import fuse, fused_convolutions, unfuse
-from part_fast.attack_model.graph import GraphedSteps
+from part_fast.attack_model.graph import Graphs
 from part_fast.attack_model.trace import Trace
 from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, switches, unwrapped
@@ -138,7 +138,7 @@ class AttackModel(nn.Module):
         # Sizes are few, and each is faster than one for all.
         self.__dict__["_fast"] = torch.compile(self.module, dynamic=False) if self.compiled else self.module
         self.batch_sizes = BatchSizes() if self.compiled else None
-        self.graphs = GraphedSteps() if self.cuda_graph else None
+        self.graphs = Graphs() if self.cuda_graph else None
 
     @property
     def source(self) -> nn.Module:
@@ -259,7 +259,7 @@ class AttackModel(nn.Module):
         assert self._watch is not None
         decides = False
         if attributes and self.graphs is not None:
-            self.graphs = GraphedSteps()  # what was captured has the old ones
+            self.graphs = Graphs()  # what was captured has the old ones
         for name, key in attributes:
             part = self.module.get_submodule(name)
             if (name, key) in self._watch.attributes:

@@ -93,7 +93,7 @@ def ascend(
     clip: Clip = (0.0, 1.0),
     last: LastStep | None = None,
 ) -> Tensor:
-    """Take `steps` PGD steps from x_adv, which is overwritten and returned; every attack here runs this loop.
+    """The images after `steps` PGD steps from x_adv, which may be overwritten; every attack here runs this loop.
 
     last: what the last of the steps is in place of a PGD step, for attacks that step by eps or remember what they find.
 
@@ -104,7 +104,7 @@ def ascend(
 
     low, high = checks.clip_range(clip, x)
 
-    def run(x_adv: Tensor, x: Tensor, y: Tensor, *rest: Tensor) -> None:
+    def run(x_adv: Tensor, x: Tensor, y: Tensor, *rest: Tensor) -> tuple[Tensor]:
         held, others = _held_eps(eps, rest)
         bounds, others = _held_clip(low, high, others)
         final, others = _held_places(last, others)
@@ -127,6 +127,7 @@ def ascend(
                         _take(final, x_adv, grad, x, held, bounds)
                     else:
                         pgd_step_(x_adv, grad, x, held, alpha, bounds)
+        return (x_adv,)
 
     forward = model
     if isinstance(model, AttackModel):
@@ -136,10 +137,8 @@ def ascend(
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
         key = _graph_key(model, x, eps, alpha, steps, loss, (_clip_numbers(low, high), last and last.key))
         with record_function("part_fast: CUDA graph"):
-            model.graphs(key, run, x_adv, x, y, *rest)
-    else:
-        run(x_adv, x, y, *rest)
-    return x_adv
+            return model.graphs(key, run, x_adv, x, y, *rest)[0]
+    return run(x_adv, x, y, *rest)[0]
 
 
 def _graph_key(

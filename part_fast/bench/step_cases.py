@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import methods
-from part_fast.attack_model.graph import GraphedSteps
+from part_fast.attack_model.graph import Graphs
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench.cases import MismatchError
 from part_fast.bench.clocks import Progress, silent
@@ -119,7 +119,7 @@ class StepCases:
         """Let go of every CUDA graph and of its memory; the next steps capture theirs anew."""
         for engine in (self.engine, self.fp32):
             if engine.attack_model.graphs is not None:
-                engine.attack_model.graphs = GraphedSteps()
+                engine.attack_model.graphs = Graphs()
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
