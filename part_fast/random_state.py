@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
+import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +42,11 @@ def generators_put_back(device: torch.device) -> Iterator[None]:
     """
     with _turn, torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def host_states() -> tuple[object, ...]:
+    """States of Python's and numpy's generators, to be compared."""
+    return random.getstate(), pickle.dumps(numpy.random.get_state(legacy=False))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from part_fast.models.catalogue import build_model
 from part_fast.training import loop, step
 
 CPU = torch.device("cpu")
+OF_A_GPU = ("attack graph", "training graph", "waiting")  # parts that a CPU does not have
 X, Y = EXPECTED["x"], EXPECTED["y"]
 EPS, EPS_LOW, ALPHA = 8 / 255, 7 / 255, 2 / 255
 
@@ -294,7 +295,7 @@ def test_parts_of_a_gpu_are_what_was_launched_in_them():
         named("other", 0, 100),
         named("attack forward", 10, 20),
         named("attack backward", 20, 30),
-        named("CUDA graph", 40, 50),
+        named("attack graph", 40, 50),
         # What the profiler makes of the ranges on the device's own timeline would count twice.
         {"cat": "gpu_user_annotation", "name": "part_fast: attack forward", "ts": 0, "dur": 1e6},
         launch(1, 12),
@@ -312,7 +313,7 @@ def test_parts_of_a_gpu_are_what_was_launched_in_them():
     ]
     found = profile.part_seconds(events)
     # The device did nothing from 1300 to 1400 and from 1800 to 2000.
-    expected = {"attack forward": 300, "attack backward": 250, "CUDA graph": 200, "other": 50, "waiting": 300}
+    expected = {"attack forward": 300, "attack backward": 250, "attack graph": 200, "other": 50, "waiting": 300}
     assert {name: 1e6 * value for name, value in found.items() if value} == pytest.approx(expected)
 
 
@@ -324,12 +325,12 @@ def test_profile_covers_every_part():
         parts = {part: of[method, part]["median_s"] for part in profile.PARTS}
         assert sum(parts.values()) == pytest.approx(of[method, "total"]["median_s"])
         assert (parts["CAM"] > 0) == method.startswith("part")
-        assert parts["CUDA graph"] == parts["waiting"] == 0
-        for part in set(parts) - {"CAM", "CUDA graph", "waiting"}:
+        assert parts["attack graph"] == parts["training graph"] == parts["waiting"] == 0
+        for part in set(parts) - {"CAM", *OF_A_GPU}:
             assert parts[part] > 0, part
         assert max(parts, key=parts.get) in ("attack forward", "attack backward")
     shown, _ = zip(*[(cells[0], cells[1:]) for cells in step_tables._profile_cells(rows)[1]], strict=True)
-    assert shown == (*(part for part in profile.PARTS if part not in ("CUDA graph", "waiting")), "total")
+    assert shown == (*(part for part in profile.PARTS if part not in OF_A_GPU), "total")
 
 
 def test_forward_hooks_of_a_profile_go_away():
@@ -359,7 +360,7 @@ def test_attack_replayed_from_a_graph_is_one_range():
     pgd(model, x, y, EPS, steps=2)
     events = clocks.traced(lambda: pgd(model, x, y, EPS, steps=2))
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert names.count("part_fast: CUDA graph") == 1
+    assert names.count("part_fast: attack graph") == 1
     assert not {"part_fast: attack forward", "part_fast: pgd_step"} & set(names)
 
 
@@ -550,7 +551,7 @@ def test_command_writes_what_it_prints(finished):
         assert any(line.startswith(each["what"]) and text in line.split() for line in printed.splitlines())
         assert f"| {each['what']} | resnet-small | 2 | {text} |" in markdown
     for each in read(out / "step_profile.csv"):
-        if each["part"] in ("CUDA graph", "waiting"):  # a CPU has neither
+        if each["part"] in OF_A_GPU:  # a CPU has neither
             assert float(each["median_s"]) == 0
             assert each["part"] not in printed
             continue

@@ -390,7 +390,7 @@ def test_the_loss_of_pgi_has_its_regulariser_and_gradients_through_both_forwards
     start = (X + bank.values.float() * (EPS / 127)).clamp(0, 1)
     attacked = batch_attack(method, model, X, Y, EPS, config, bank.at(torch.arange(N), None))
     same(attacked.start, start)
-    loss = batch_loss(method, model, X, attacked, Y, config)
+    loss = batch_loss(method, model, X, attacked, Y, config).loss
     found = torch.autograd.grad(loss, list(model.parameters()))
     expected = METHODS[method].objective(model, X, attacked.x_adv, Y, 2.0)
     expected = expected + 10 * ((model(attacked.x_adv) - model(attacked.start)) ** 2).mean()
@@ -404,7 +404,7 @@ def test_without_its_weight_there_is_no_forward_of_the_start():
     config = tiny(method="at", attack="pgi", pgi_lambda=0.0)
     attacked = batch_attack("at", golden_net(), X, Y, EPS, config, bank_of().at(torch.arange(N), None))
     assert attacked.start is None
-    loss = batch_loss("at", golden_net(), X, attacked, Y, config)
+    loss = batch_loss("at", golden_net(), X, attacked, Y, config).loss
     torch.testing.assert_close(loss, F.cross_entropy(golden_net()(attacked.x_adv), Y))
 
 

@@ -191,7 +191,7 @@ def test_engine_takes_a_step_of_every_method(device, method):
         before = copy.deepcopy(engine.model.state_dict())
         epsilon = batch_epsilon(method, engine.budget, None, None, None, engine.config)
         for _ in range(2):
-            losses.append(float(train_step(engine, method, x.to(place), y.to(place), epsilon)))
+            losses.append(float(train_step(engine, method, x.to(place), y.to(place), epsilon).loss))
         after = engine.model.state_dict()
         assert all(value.isfinite().all() for value in after.values())
         assert not torch.equal(before["linear.weight"], after["linear.weight"])

@@ -27,7 +27,7 @@ from part_fast.training.step import batch_attack, batch_loss
 
 def attacked_loss(method, model, x, y, epsilon, config):
     """The loss of a training step, whose attack runs on the model itself."""
-    return batch_loss(method, model, x, batch_attack(method, model, x, y, epsilon, config), y, config)
+    return batch_loss(method, model, x, batch_attack(method, model, x, y, epsilon, config), y, config).loss
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_the_loss_gets_smoothed_labels_and_the_attack_the_labels(method, monkeyp
     real = step.batch_attack
     monkeypatch.setattr(step, "batch_attack", lambda *given: seen.append((given[3], real(*given))) or seen[-1][1])
     x, y = batch()
-    loss = train_step(Engine(config, 10, CPU), method, x, y, torch.full((8, 1, 16, 16), 8 / 255))
+    loss = train_step(Engine(config, 10, CPU), method, x, y, torch.full((8, 1, 16, 16), 8 / 255)).loss
     ((labels, (x_adv, _)),) = seen
     assert labels is y
     network = Engine(config, 10, CPU).model

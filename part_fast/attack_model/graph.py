@@ -202,7 +202,9 @@ def _put_back(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _all_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in zip(some, others, strict=True))
+    return all(
+        torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in zip(some, others, strict=True)
+    )
 
 
 def surroundings(module: nn.Module, device: torch.device) -> Hashable:

@@ -136,7 +136,7 @@ def ascend(
     rest = (*_eps_tensors(eps), *_clip_tensors(low, high), *_places_tensors(last), *extra)
     if isinstance(model, AttackModel) and model.graphs is not None and steps > 0:
         key = _graph_key(model, x, eps, alpha, steps, loss, (_clip_numbers(low, high), last and last.key))
-        with record_function("part_fast: CUDA graph"):
+        with record_function("part_fast: attack graph"):
             return model.graphs(key, run, x_adv, x, y, *rest)[0]
     return run(x_adv, x, y, *rest)[0]
 

@@ -131,7 +131,7 @@ class StepCases:
         """One update as `train` does it; the loss. x: default: the batch of all."""
         x = self.x if x is None else x
         epsilon = batch_epsilon(method, engine.budget, bank, self.indices, self.drawn, engine.config)
-        return train_step(engine, method, x, self.y, epsilon)
+        return train_step(engine, method, x, self.y, epsilon).loss
 
     def published_step(self, name: str, start: Tensor | None = None) -> Tensor:
         """One update as published code does it; the loss."""

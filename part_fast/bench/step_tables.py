@@ -91,7 +91,8 @@ _PART_COLOURS = {
     "training forward": figures.GREEN,
     "training backward": "#66CCAA",
     "optimizer": figures.ORANGE,
-    "CUDA graph": "#8C6BB1",
+    "attack graph": "#8C6BB1",
+    "training graph": "#B59BD0",
     "other": figures.GRAY,
     "waiting": "#DDDDDD",
 }

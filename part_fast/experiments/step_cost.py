@@ -91,7 +91,7 @@ def _step(config: TrainConfig, data: Dataset, train: Train) -> tuple[Callable[[]
 
 
 def _with_kernels(engine: Engine, x: Tensor, y: Tensor, epsilon: Epsilon, view: BankView | None) -> Tensor:
-    return train_step(engine, engine.config.method, x, y, epsilon, view=view)
+    return train_step(engine, engine.config.method, x, y, epsilon, view=view).loss
 
 
 def _without_kernels(engine: Engine, x: Tensor, y: Tensor, epsilon: Epsilon, view: BankView | None) -> Tensor:
@@ -101,7 +101,7 @@ def _without_kernels(engine: Engine, x: Tensor, y: Tensor, epsilon: Epsilon, vie
         engine.begin(0, len(x), 0)
         with engine.collecting():
             attacked = batch_attack(config.method, engine.model, x, y, epsilon, config, view)
-            loss = batch_loss(config.method, engine.trained, x, attacked, y, config)
+            loss = batch_loss(config.method, engine.trained, x, attacked, y, config).loss
             engine.backward(loss, len(x))
         engine.end()
     return loss.detach()

@@ -101,7 +101,7 @@ class Checks:
         for i in range(steps):
             at = order[i * self.batch % (len(order) - self.batch) :][: self.batch]
             x, y = to_float(self.images[at]), self.labels[at]
-            loss = train_step(engine, "at", x, y, EPS)
+            loss = train_step(engine, "at", x, y, EPS).loss
         require(torch.isfinite(loss), f"the loss is {loss}")
         model: nn.Module = engine.model.eval().requires_grad_(False)
         return model
@@ -382,7 +382,7 @@ class Checks:
             x = drawn.apply(self.images[indices])
             epsilon = batch_epsilon(method, engine.budget, bank, indices, drawn, engine.config)
             view = None if kept is None else kept.at(indices, drawn)
-            return train_step(engine, method, x, self.labels[indices], epsilon, view=view)
+            return train_step(engine, method, x, self.labels[indices], epsilon, view=view).loss
 
         return step
 
@@ -400,7 +400,7 @@ class Checks:
                 at = slice(i * self.batch, (i + 1) * self.batch)
                 x, y = to_float(self.images[at]), self.labels[at]
                 epsilon = batch_epsilon(method, engine.budget, None, None, None, engine.config)  # type: ignore[arg-type]
-                losses[way].append(float(train_step(engine, method, x, y, epsilon)))
+                losses[way].append(float(train_step(engine, method, x, y, epsilon).loss))
         self.recorder.value(f"losses of {method}", **{way: _rounded(values) for way, values in losses.items()})
         right = losses["fp32"][0]
         for way, values in losses.items():

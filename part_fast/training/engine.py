@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +16,18 @@ from torch.profiler import record_function
 
 from part_fast import distributed
 from part_fast.attack_model import PRECISIONS, AttackModel
+from part_fast.attack_model.follow import Watch
+from part_fast.attack_model.graph import Capture, Graphs, Replay, surroundings
 from part_fast.awp import awp
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Dataset, batch_length, to_float
+from part_fast.errors import CannotRunError
 from part_fast.methods import METHODS
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
 from part_fast.models.external import check_network, is_external
-from part_fast.random_state import generators_put_back
+from part_fast.random_state import generators_put_back, host_states
 
 # At the end of an epoch an average by "ema" takes its BatchNorm statistics from so many batches: by torch's momentum
 # 0.9^50, half a percent, is then left of what was before them.
@@ -36,7 +39,8 @@ class Engine:
 
     model: the weights. trained: what the loss forwards, the model or its DistributedDataParallel. attack_model: its
     copy that attacks and CAMs run on. averaged: torch's AveragedModel, or None. classes: how many the model tells
-    apart. load: whether config.init is read.
+    apart. graphs: where loss and backward are captured, with config.cuda_graph; None of several processes, whose
+    gradients are exchanged in between. load: whether config.init is read.
 
     Errors: ValueError for a network without a layer that CAMs can explain, if the method needs one.
     """
@@ -77,6 +81,9 @@ class Engine:
                 self.trained = DistributedDataParallel(
                     self.model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False
                 )
+        self.graphs = None
+        if config.cuda_graph and self.trained is self.model:
+            self.graphs = Graphs("this network's training", _Recorder(self.model))
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)  # updates, by on_nonfinite "skip"
         self._before: list[Tensor] = []
         self._group = 0
@@ -116,7 +123,8 @@ class Engine:
         """Before a batch; `done` of this process's `total` images of the epoch are behind it."""
         every = self.config.batch_size * self.config.accumulate
         if done % every == 0:
-            self.optimizer.zero_grad()
+            # What is captured adds to gradients where they lie.
+            self.optimizer.zero_grad(set_to_none=self.graphs is None)
             self._group = batch_length(total - done, self.config.batch_size, self.config.accumulate)
             if self._skips:
                 self._before = [buffer.clone() for buffer in self.buffers()]
@@ -151,6 +159,29 @@ class Engine:
         """Add the gradients of a mean loss over so many images, weighted by their share of the update's images."""
         with record_function("part_fast: training backward"), torch.autocast(self.device.type, enabled=False):
             self.scaler.scale(loss * (images / self._group)).backward()
+
+    def learn(self, key: Hashable, loss: Callable[..., Sequence[Tensor]], *batch: Tensor) -> Sequence[Tensor]:
+        """What `loss(*batch)` gives, detached, after `backward` of the first, a mean over the images; one launch where
+        that is captured. key: what else decides what `loss` does.
+
+        The first step of all is not captured: it makes the gradients' memory, and leaves out weights without one.
+        Errors: RuntimeError for a network that cannot be captured, or that a graph would freeze.
+        """
+        images = len(batch[0])
+
+        def run(*batch: Tensor) -> list[Tensor]:
+            found = loss(*batch)
+            self.backward(found[0], images)
+            return [value.detach() for value in found]
+
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        if self.graphs is None or not gradients:
+            return run(*batch)
+        modes = tuple(module.training for module in self.model.modules())
+        places = tuple(gradient.data_ptr() for gradient in gradients)
+        key = (key, images / self._group, modes, places, surroundings(self.model, self.device))
+        with record_function("part_fast: training graph"):
+            return self.graphs(key, run, *batch, changes=[*self.model.buffers(), *gradients])
 
     @torch.no_grad()
     def measure(self, x_adv: Tensor) -> None:
@@ -243,6 +274,29 @@ class Engine:
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
         self.skipped.copy_(state["skipped"])
+
+
+class _Recorder(Capture):
+    """Captures a network's training, unless a graph would freeze what changes from one forward to the next."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__("this network's training")
+        self._model = model
+
+    def __call__(self, run: Callable[[], None]) -> Replay:
+        watch, states = Watch(self._model), host_states()
+        replay = super().__call__(run)
+        if host_states() != states:
+            raise CannotRunError(
+                "cuda_graph must be off for this network, which draws from Python's or numpy's generator in a forward"
+            )
+        _, changed = watch.ask()
+        if changed:
+            module, name = changed[0]
+            raise CannotRunError(
+                f"cuda_graph must be off for this network, whose forward changes an attribute: {module or 'model'}.{name}"
+            )
+        return replay
 
 
 @torch.no_grad()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from part_fast import checks, distributed
 from part_fast.attacks.catalogue import ATTACKS
@@ -134,7 +133,6 @@ def train(
         opened(config, out, resume, overwrite),
         algorithms(device, tf32=config.tf32, deterministic=config.deterministic),
         Progress(config.epochs * n, behind, config.epochs, log, shown=main) as progress,
-        adversarial_logits(model) as seen,
         summary_writer(str(out)) if summary_writer and main else contextlib.nullcontext() as writer,
         Stop() as stop,
     ):
@@ -170,8 +168,8 @@ def train(
                     epoch.agreement = gradient_agreement(model, engine.attack_model, x, y)
                 epsilon = batch_epsilon(method, budget, bank, batch.indices, drawn, config, mix)
                 view = None if remembered is None else remembered.at(batch.indices, drawn)
-                loss = train_step(engine, method, x, y, epsilon, epoch.done, len(order), epoch.number, view)
-                epoch.add(loss, seen[-1], y)
+                learned = train_step(engine, method, x, y, epsilon, epoch.done, len(order), epoch.number, view)
+                epoch.add(*learned, y)
                 epoch.seconds = time.perf_counter() - began
                 if not engine.at_update:
                     progress.update(len(x) * distributed.size())
@@ -223,25 +221,6 @@ def train(
     if main:
         draw(out, rows, config, say)
     return rows
-
-
-@contextlib.contextmanager
-def adversarial_logits(model: nn.Module) -> Iterator[list[Tensor]]:
-    """In `with adversarial_logits(model) as seen`, seen[-1] is the output of the latest train-mode forward.
-
-    Every method's loss ends with the forward of its adversarial images, so this serves all six alike.
-    """
-    seen: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: object, logits: Tensor) -> None:
-        if module.training:
-            seen[:] = [logits.detach()]
-
-    handle = model.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def draw(out: Path, rows: list[dict[str, Any]], config: TrainConfig, say: Callable[[str], None]) -> None:

@@ -82,27 +82,32 @@ def batch_attack(
     return Attacked(attack.run(model, x, y, eps, config.alpha, config.steps, start, config.seed), begin)
 
 
-def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: Tensor, config: TrainConfig) -> Tensor:
-    """The training loss, a scalar, of images x (N,C,H,W), what an attack made of them, labels y, and a model in train
-    mode.
+class Loss(NamedTuple):
+    """The training loss of a batch, a scalar, and the logits (N,classes) of its adversarial images."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: Tensor, config: TrainConfig) -> Loss:
+    """The loss of images x (N,C,H,W), what an attack made of them, labels y, and a model in train mode.
 
     y: class indices (N,) or probabilities (N,classes).
     Where the attack gives its start, the loss also gets the mean squared difference of its logits there and of those
     of the adversarial images, times `pgi_lambda`; gradients flow through both.
     """
-    objective = METHODS[method].objective
-    if attacked.start is None:
-        return objective(model, x, attacked.x_adv, y, config.beta)
-    logits: list[Tensor] = [model(attacked.start)]
+    logits: list[Tensor] = []
 
     def forward(images: Tensor) -> Tensor:
         logits.append(model(images))
         return logits[-1]
 
-    loss = objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with the adversarial images
-    change: Tensor = F.mse_loss(logits[-1].float(), logits[0].float())
-    total: Tensor = loss + config.pgi_lambda * change
-    return total
+    if attacked.start is not None:
+        forward(attacked.start)
+    loss = METHODS[method].objective(forward, x, attacked.x_adv, y, config.beta)  # which ends with x_adv
+    if attacked.start is not None:
+        loss = loss + config.pgi_lambda * F.mse_loss(logits[-1].float(), logits[0].float())
+    return Loss(loss, logits[-1])
 
 
 def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:
@@ -120,8 +125,8 @@ def train_step(
     total: int | None = None,
     epoch: int = 0,
     view: BankView | None = None,
-) -> Tensor:
-    """Attack, loss, backward, update; the loss, a scalar without a graph, of images x (N,C,H,W), labels y.
+) -> Loss:
+    """Attack, loss, backward, update; the loss, without a graph, of images x (N,C,H,W), labels y.
 
     y: class indices (N,), or probabilities (N,classes), as CutMix makes them. The attack is given y, and the loss what
         label smoothing makes of it, as in Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021: with
@@ -134,9 +139,13 @@ def train_step(
     with engine.collecting():
         attacked = batch_attack(method, engine.attack_model, x, y, epsilon, engine.config, view)
         target = smooth_labels(y, engine.classes, smoothing) if smoothing else y
-        with engine.perturbed(lambda: batch_loss(method, engine.model, x, attacked, target, engine.config), epoch):
-            loss = batch_loss(method, engine.trained, x, attacked, target, engine.config)
-            engine.backward(loss, len(x))
+
+        def loss(x: Tensor, y: Tensor, *attacked: Tensor) -> Loss:
+            return batch_loss(method, engine.trained, x, Attacked(*attacked), y, engine.config)
+
+        batch = (x, target, *(images for images in attacked if images is not None))
+        with engine.perturbed(lambda: batch_loss(method, engine.model, x, attacked, target, engine.config).loss, epoch):
+            found = Loss(*engine.learn(method, loss, *batch))
         engine.measure(attacked.x_adv)
     engine.end()
-    return loss.detach()
+    return found
