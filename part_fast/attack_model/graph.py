@@ -185,8 +185,9 @@ class Graphs:
             expected = run(*(tensor.clone() for tensor in inputs))
         if not _all_equal(expected, before):
             del self._held[place]
+            device = inputs[0].device
             raise CannotRunError(
-                f"cuda_graph must be off for {self._of}: a graph was captured on {inputs[0].device}, and it does nothing"
+                f"cuda_graph must be off for {self._of}: a graph was captured on {device}, and it does nothing"
             )
 
 

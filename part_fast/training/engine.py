@@ -292,10 +292,8 @@ class _Recorder(Capture):
             )
         _, changed = watch.ask()
         if changed:
-            module, name = changed[0]
-            raise CannotRunError(
-                f"cuda_graph must be off for this network, whose forward changes an attribute: {module or 'model'}.{name}"
-            )
+            name = ".".join(part for part in changed[0] if part)
+            raise CannotRunError(f"cuda_graph must be off for this network, whose forward changes its {name}")
         return replay
 
 
