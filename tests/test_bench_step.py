@@ -425,13 +425,12 @@ def test_a_peak_counts_when_it_repeats():
 def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
     """Before a step's peak is read the graphs of the others are gone, and it has captured its own."""
     made = step_cases.StepCases(config(), CPU)
-    held = made.engine.attack_model.graphs = Graphs()
+    every = made.engine.attack_model.graphs, made.engine.graphs = [Graphs(record=lambda run: run) for _ in range(2)]
+    for graphs in every:
+        graphs("key", lambda x: (x + 1,), torch.zeros(1))
+        assert len(graphs) == 1
     made.forget_graphs()
-    assert made.engine.attack_model.graphs is not held
-    assert len(made.engine.attack_model.graphs) == 0
-    made.engine.attack_model.graphs = None
-    made.forget_graphs()
-    assert made.engine.attack_model.graphs is None
+    assert [len(graphs) for graphs in every] == [0, 0]
 
 
 def test_goals_of_a_gpu_are_at_batch_128():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import math
@@ -119,6 +120,11 @@ class Graphs:
     def __len__(self) -> int:
         """How many graphs are held."""
         return len(self._held)
+
+    def clear(self) -> None:
+        """Let go of all graphs, and of the memory that they ran on."""
+        self._held.clear()
+        self._record = copy.copy(self._record)  # whose pool is a new one
 
     def __call__(self, key: Hashable, run: Run, *inputs: Tensor, changes: Sequence[Tensor] = ()) -> Sequence[Tensor]:
         first = inputs[0]

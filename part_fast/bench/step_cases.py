@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from part_fast import methods
-from part_fast.attack_model.graph import Graphs
 from part_fast.attacks.ascend import clean_logits
 from part_fast.bench.cases import MismatchError
 from part_fast.bench.clocks import Progress, silent
@@ -118,8 +117,9 @@ class StepCases:
     def forget_graphs(self) -> None:
         """Let go of every CUDA graph and of its memory; the next steps capture theirs anew."""
         for engine in (self.engine, self.fp32):
-            if engine.attack_model.graphs is not None:
-                engine.attack_model.graphs = Graphs()
+            for graphs in (engine.attack_model.graphs, engine.graphs):
+                if graphs is not None:
+                    graphs.clear()
         if self.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()

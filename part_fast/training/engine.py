@@ -283,6 +283,9 @@ class _Recorder(Capture):
         super().__init__("this network's training")
         self._model = model
 
+    def __reduce__(self) -> tuple[type[_Recorder], tuple[nn.Module]]:
+        return _Recorder, (self._model,)
+
     def __call__(self, run: Callable[[], None]) -> Replay:
         watch, states = Watch(self._model), host_states()
         replay = super().__call__(run)
