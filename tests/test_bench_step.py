@@ -348,6 +348,8 @@ def test_attack_replayed_from_a_graph_is_one_range():
     """On a stand-in for CUDA graphs that runs what it recorded, without the ranges that Python opens around it."""
 
     def record(run):
+        run()
+
         def replay():
             with mock.patch.object(sys.modules["part_fast.attacks.ascend"], "record_function", contextlib.nullcontext):
                 run()
@@ -425,7 +427,9 @@ def test_a_peak_counts_when_it_repeats():
 def test_each_peak_is_of_a_steps_own_graphs(monkeypatch):
     """Before a step's peak is read the graphs of the others are gone, and it has captured its own."""
     made = step_cases.StepCases(config(), CPU)
-    every = made.engine.attack_model.graphs, made.engine.graphs = [Graphs(record=lambda run: run) for _ in range(2)]
+    every = made.engine.attack_model.graphs, made.engine.graphs = [
+        Graphs(record=lambda run: run() or run) for _ in range(2)
+    ]
     for graphs in every:
         graphs("key", lambda x: (x + 1,), torch.zeros(1))
         assert len(graphs) == 1

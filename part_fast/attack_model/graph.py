@@ -41,7 +41,7 @@ class Capture:
         self._pool: Any = None
         self._streams: dict[int, torch.cuda.Stream] = {}
 
-    def __reduce__(self) -> tuple[type[Capture], tuple[str]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Capture, (self._of,)  # a copy has a pool of its own: it may replay while the original does
 
     def __call__(self, run: Callable[[], None]) -> Replay:

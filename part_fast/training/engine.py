@@ -283,7 +283,7 @@ class _Recorder(Capture):
         super().__init__("this network's training")
         self._model = model
 
-    def __reduce__(self) -> tuple[type[_Recorder], tuple[nn.Module]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return _Recorder, (self._model,)
 
     def __call__(self, run: Callable[[], None]) -> Replay:
