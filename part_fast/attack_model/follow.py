@@ -42,6 +42,8 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self.attributes: dict[tuple[str, str], Any] = {}
+        self.objects_taken = 0  # how often: whoever lists the model's objects does it anew
+        self._listed_for, self._addresses = -1, list[int]()
         self.take()
         _listen(self)
 
@@ -77,6 +79,7 @@ class Watch:
     def _take_objects(self) -> None:
         model = self._model()
         assert model is not None
+        self.objects_taken += 1
         self._modules = dict(_modules(model))
         tables = [t for m in self._modules.values() for t in (m.__dict__, m._parameters, m._buffers, m._modules)]
         self.attributes = {
@@ -143,18 +146,23 @@ class Watch:
     def take_values(self) -> None:
         """Remember what the tensors hold now."""
         self._told = False
-        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
-        plain = [tensor for tensor in self._tensors if _is_plain(tensor)]
-        self._placed = plain
-        self._unread = any(tensor.device.type not in ("cpu", "meta") for tensor in self._tensors)
+        # Once an update; lists of the same objects in the same memory are the same.
+        if self._listed_for != self.objects_taken or self._marks()[1] != self._addresses:
+            self._list()
+            self._listed_for = self.objects_taken
         self._versions, self._addresses = self._marks()
+        self._sampled = self._read()
+        self._all = [tensor.detach().clone() for tensor in self._placed] if _thorough() else None
+
+    def _list(self) -> None:
+        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._placed = [tensor for tensor in self._tensors if _is_plain(tensor)]
+        self._unread = any(tensor.device.type not in ("cpu", "meta") for tensor in self._tensors)
         parts: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in plain:
+        for tensor in self._placed:
             if tensor.device.type == "cpu" and tensor.numel():
                 parts.setdefault(tensor.dtype, []).append(_sample(tensor.detach()))
         self._parts = list(parts.values())
-        self._sampled = self._read()
-        self._all = [tensor.detach().clone() for tensor in plain] if _thorough() else None
 
     def _marks(self) -> tuple[list[int], list[int]]:
         return [tensor._version for tensor in self._versioned], [tensor.data_ptr() for tensor in self._placed]

@@ -196,7 +196,8 @@ class AttackModel(nn.Module):
             if change is Change.STRUCTURE or not self._set(attributes):
                 self._rebuild()
             elif change is Change.VALUES:
-                self._plan()
+                if self._planned_for != self._watch.objects_taken:  # else its tensors are the same ones, as in training
+                    self._plan()
                 self._take_values()
             elif self._watch.unread:
                 self._take_values(noticed=False)
@@ -213,7 +214,8 @@ class AttackModel(nn.Module):
     @torch.no_grad()
     def _plan(self) -> None:
         """Which of the model's tensors go where."""
-        model = self.source
+        assert self._watch is not None
+        model, self._planned_for = self.source, self._watch.objects_taken
         # Under all their names: of a tensor that has two, the copy may have lost the first with a BatchNorm.
         every = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
         theirs = dict(itertools.chain(*every))
@@ -221,7 +223,6 @@ class AttackModel(nn.Module):
         folded = [f"{conv}.{kind}" for kind in ("weight", "bias") for conv, _ in self._pairs]
         plain = [name for name in ours if name not in set(folded)]
         # Tensors that are plain attributes are copied like buffers, of lists and dicts the items made anew.
-        assert self._watch is not None
         kept, self._holding = [], []
         for (name, key), value in self._watch.attributes.items():
             mine = getattr(self.module.get_submodule(name), key, None)
