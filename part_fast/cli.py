@@ -406,7 +406,7 @@ class Study:
     out: Path
     """The folder to make or to go on with: a run folder per arm and seed, study.json, two tables, study.png."""
     dataset: str = "fashion-mnist"
-    """The images that the runs are trained on: fashion-mnist."""
+    """The images that the runs are trained on: fashion-mnist, with a small network, or cifar10, with ResNet-18."""
     arms: tuple[str, ...] = ()
     """The arms to train now, such as AT PART; default: all. The tables show all that have results."""
     seeds: int = 5
