@@ -220,7 +220,16 @@ def strided(kind: str, shape: tuple[int, int, int, int], device: str = "cpu") ->
     """Images in [0,1] of that kind and shape, with their strides."""
     value = STRIDED[kind](*shape)
     assert not any(value.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
-    return value if device == "cpu" else torch.empty_strided(shape, value.stride(), device=device).copy_(value)
+    return move(value, device)
+
+
+def move(value: Tensor, device: str) -> Tensor:
+    """On the device with the same strides, and elements that share memory still share it: `.to` makes them apart."""
+    if device == "cpu" or value.layout != torch.strided:
+        return value.to(device)
+    memory = value.new_empty(0).set_(value.untyped_storage()).to(device)
+    moved = memory.as_strided(value.size(), value.stride(), value.storage_offset())
+    return moved.requires_grad_(value.requires_grad)
 
 
 EPS = 8 / 255
@@ -389,9 +398,12 @@ BAD_SIZES = [
 
 
 def on_device(value: object, device: str) -> object:
-    """A bad argument moved to where the good ones are, unless its device is what is bad."""
-    movable = isinstance(value, (Tensor, PackedEpsilon)) and value.device.type == "cpu" and device != "cpu"
-    return value.to(device) if movable else value  # type: ignore[attr-defined]
+    """A bad argument, or one in a pair, moved to where the good ones are, unless its device is what is bad."""
+    if isinstance(value, tuple):
+        return tuple(on_device(each, device) for each in value)
+    if not isinstance(value, (Tensor, PackedEpsilon)) or value.device.type != "cpu":
+        return value
+    return move(value, device) if isinstance(value, Tensor) else value.to(device)
 
 
 def assert_error(call: Callable[[], object], argument: str, error: type[Exception], got: str) -> None:

@@ -262,7 +262,8 @@ def fast_case(
             eps_step_reference(x_adv, grad, x, *settings, bank, places, 127 / EPS)
             return x_adv
 
-        return {"uniform_start": noise, "bank_start": start, "eps_step_": step}[op]
+        made: dict[str, Callable[..., Any]] = {"uniform_start": noise, "bank_start": start, "eps_step_": step}
+        return made[op]
 
     return Case(
         op=op,
