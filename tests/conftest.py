@@ -60,7 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """An interpreted launch takes up to a second, so the widest tests run a part there. Their k shares no factor with
-    the number of dtypes, layouts and so on, so that a part still meets each of them."""
+    the number of dtypes, layouts and so on, so that a part still meets each of them.
+
+    With PART_FAST_TESTS_EACH=k the ops' tests on a GPU run with about each k-th of their parameters.
+    """
+    each = int(os.environ.get("PART_FAST_TESTS_EACH", "1"))
+    if each > 1:
+        thin_out(config, items, each)
     if not INTERPRETED:
         return
     seen: dict[str, int] = {}
@@ -73,6 +79,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         test = item.nodeid.partition("[")[0]
         seen[test] = seen.get(test, -1) + 1
         (dropped if seen[test] % mark.args[0] else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+def thin_out(config: pytest.Config, items: list[pytest.Item], each: int) -> None:
+    """Of the ops' tests on a GPU: the first of each test and backend, and those whose hash is a multiple of `each`."""
+    seen: set[tuple[str, str]] = set()
+    kept, dropped = [], []
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
+        if item.get_closest_marker("gpu") is None or not isinstance(backend, Backend):
+            kept.append(item)
+            continue
+        test = item.nodeid.partition("[")[0], backend.name
+        chosen = test not in seen or zlib.crc32(item.nodeid.encode()) % each == 0
+        seen.add(test)
+        (kept if chosen else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 
