@@ -482,22 +482,42 @@ def test_training_dry_run(tmp_path):
     assert {row["name"] for row in found if row["kind"] == "ok"} == {"train", "evaluate, masks"}
 
 
-def test_the_tests_part_reports_each_failure(tmp_path, monkeypatch):
-    """By a checkout of one file: one test passes, one fails, one is skipped."""
-    (tmp_path / "setup.py").touch()
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
-    (tmp_path / "tests" / "test_some.py").write_text(
-        "import pytest\n\npytestmark = pytest.mark.gpu\n\n\ndef test_good():\n    pass\n\n\n"
-        "def test_bad():\n    assert 1 == 2\n\n\ndef test_absent():\n    pytest.skip('not here')\n"
-    )
+def run_tests(folder, tests, *arguments):
+    """The part `tests` of a checkout of one file."""
+    (folder / "setup.py").touch()
+    (folder / "csrc").mkdir()
+    (folder / "tests").mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
+    (folder / "tests" / "test_some.py").write_text(f"import pytest, time\n\npytestmark = pytest.mark.gpu\n\n\n{tests}")
+    given = ["tests", "--out", str(folder), "--device", "cpu", *arguments]
     code = (
-        f"import pathlib, sys; from part_fast.gpu import checkout; checkout.ROOT = pathlib.Path({str(tmp_path)!r}); "
-        f"sys.exit(checkout.main(['tests', '--out', {str(tmp_path)!r}, '--device', 'cpu']))"
+        f"import pathlib, sys; from part_fast.gpu import checkout; checkout.ROOT = pathlib.Path({str(folder)!r}); "
+        f"sys.exit(checkout.main({given!r}))"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+
+
+def test_the_tests_part_stops_in_time(tmp_path):
+    """pytest-xdist's processes too, which are not stopped as pytest's own is, and would run what they hold."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    many = "@pytest.mark.parametrize('i', range(1000))\ndef test_slow(i):\n    time.sleep(0.1)\n"
+    until = time.time() + 12
+    done = run_tests(tmp_path, many, "--workers", "2", "--until", str(until))
+    assert time.time() < until + 8  # all of them take 50 s
+    assert done.returncode == 0, done.stdout + done.stderr
+    (counts,) = rows(tmp_path, kind="value")
+    assert 0 < counts["passed"] < 500
+    assert len(rows(tmp_path, kind="late")) == 1
+
+
+def test_the_tests_part_reports_each_failure(tmp_path):
+    """One test passes, one fails, one is skipped."""
+    done = run_tests(
+        tmp_path,
+        "def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n\n\n"
+        "def test_absent():\n    pytest.skip('not here')\n",
     )
     assert done.returncode == record.CASES_FAILED, done.stdout + done.stderr
     (failed,) = rows(tmp_path, kind="failed")

@@ -151,7 +151,10 @@ class Outcomes:
         elif report.when == "call":
             self.passed += 1
         if self.recorder.late and self.session is not None:
-            self.session.shouldstop = "out of time"
+            # pytest-xdist looks at its own, not at the session's.
+            for each in (self.session, self.session.config.pluginmanager.getplugin("dsession")):
+                if each is not None:
+                    each.shouldstop = "out of time"
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -200,7 +203,8 @@ def tests(recorder: Recorder, expression: str, workers: int, work: float) -> Non
     ]
     command += ["-k", expression] if expression else []
     if workers > 1:
-        command += ["-n", str(workers)]
+        # What a process holds it runs to the end: no quarter of all tests, as by default.
+        command += ["-n", str(workers), "--maxschedchunk", "4"]
     os.chdir(ROOT)
     begin = time.perf_counter()
     code = int(pytest.main(command, plugins=[outcomes]))
