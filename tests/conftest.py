@@ -60,7 +60,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """An interpreted launch takes up to a second, so the widest tests run a part there. Their k shares no factor with
-    the number of dtypes, layouts and so on, so that a part still meets each of them."""
+    the number of dtypes, layouts and so on, so that a part still meets each of them.
+
+    With PART_FAST_TESTS_EACH=k the ops' tests on a GPU run with about each k-th of their parameters.
+    """
+    each = int(os.environ.get("PART_FAST_TESTS_EACH", "1"))
+    if each > 1:
+        thin_out(config, items, each)
     if not INTERPRETED:
         return
     seen: dict[str, int] = {}
@@ -73,6 +79,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         test = item.nodeid.partition("[")[0]
         seen[test] = seen.get(test, -1) + 1
         (dropped if seen[test] % mark.args[0] else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=dropped)
+
+
+def thin_out(config: pytest.Config, items: list[pytest.Item], each: int) -> None:
+    """Of the ops' tests on a GPU: the first of each test and backend, and those whose hash is a multiple of `each`."""
+    seen: set[tuple[str, str]] = set()
+    kept, dropped = [], []
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")  # type: ignore[attr-defined]
+        if item.get_closest_marker("gpu") is None or not isinstance(backend, Backend):
+            kept.append(item)
+            continue
+        test = item.nodeid.partition("[")[0], backend.name
+        chosen = test not in seen or zlib.crc32(item.nodeid.encode()) % each == 0
+        seen.add(test)
+        (kept if chosen else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
 
@@ -220,7 +243,16 @@ def strided(kind: str, shape: tuple[int, int, int, int], device: str = "cpu") ->
     """Images in [0,1] of that kind and shape, with their strides."""
     value = STRIDED[kind](*shape)
     assert not any(value.is_contiguous(memory_format=f) for f in (torch.contiguous_format, torch.channels_last))
-    return value if device == "cpu" else torch.empty_strided(shape, value.stride(), device=device).copy_(value)
+    return move(value, device)
+
+
+def move(value: Tensor, device: str) -> Tensor:
+    """On the device with the same strides, and elements that share memory still share it: `.to` makes them apart."""
+    if device == "cpu" or value.layout != torch.strided:
+        return value.to(device)
+    memory = value.new_empty(0).set_(value.untyped_storage()).to(device)
+    moved = memory.as_strided(value.size(), value.stride(), value.storage_offset())
+    return moved.requires_grad_(value.requires_grad)
 
 
 EPS = 8 / 255
@@ -389,9 +421,12 @@ BAD_SIZES = [
 
 
 def on_device(value: object, device: str) -> object:
-    """A bad argument moved to where the good ones are, unless its device is what is bad."""
-    movable = isinstance(value, (Tensor, PackedEpsilon)) and value.device.type == "cpu" and device != "cpu"
-    return value.to(device) if movable else value  # type: ignore[attr-defined]
+    """A bad argument, or one in a pair, moved to where the good ones are, unless its device is what is bad."""
+    if isinstance(value, tuple):
+        return tuple(on_device(each, device) for each in value)
+    if not isinstance(value, (Tensor, PackedEpsilon)) or value.device.type != "cpu":
+        return value
+    return move(value, device) if isinstance(value, Tensor) else value.to(device)
 
 
 def assert_error(call: Callable[[], object], argument: str, error: type[Exception], got: str) -> None:

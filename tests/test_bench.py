@@ -81,6 +81,36 @@ def test_all_providers_compute_the_same(case):
     cases.check(case, cases.providers_of(case, CPU), CPU)
 
 
+@pytest.mark.parametrize("case", small_cases(), ids=lambda case: case.name)
+def test_what_is_compiled_is_one_graph_of_torchs_own_operations(case, monkeypatch):
+    """And chooses no backend, which Dynamo before torch 2.14 does not trace."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    def refused(name):
+        raise AssertionError(f"backend {name} chosen inside of what is compiled")
+
+    plain, inputs = case.plain(CPU), case.inputs(CPU, 0)
+    with part_fast.backend("reference"):
+        wanted = case.run(*copied(inputs))
+    monkeypatch.setattr(part_fast.backends, "backend", refused)
+    torch.compiler.reset()
+    got = COMPILE(plain, fullgraph=True, dynamic=False, backend=keep)(*copied(inputs))
+    assert len(graphs) == 1
+    assert not [node for node in graphs[0].nodes if "part_fast" in str(node.target)]
+    assert float(((got.double() - wanted.double()).abs() > case.near * wanted.double().abs().max()).sum()) <= (
+        case.away * wanted.numel()
+    )
+
+
+def copied(inputs):
+    """The same, to be written to."""
+    return tuple(value.clone() if isinstance(value, torch.Tensor) else value for value in inputs)
+
+
 @pytest.mark.parametrize(
     ("case", "count"),
     [

@@ -111,7 +111,7 @@ def test_independent_quantile(backend, dtype, q):
             chosen = np.zeros((shape[0], size[0] * size[1]), bool)
             np.put_along_axis(chosen, order, True, axis=1)
             chosen &= (cam.amax((1, 2)) > cam.amin((1, 2))).cpu().numpy()[:, None]
-            assert (mask.flatten(1).numpy() == chosen).all()
+            assert (mask.cpu().flatten(1).numpy() == chosen).all()
 
 
 @pytest.mark.thin(7)

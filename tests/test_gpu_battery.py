@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import INTERPRETED, ROOT
 
-from part_fast.gpu import attacks, battery, ops, oracle, page, record, sanitize, speed, training
+from part_fast.gpu import attacks, battery, checkout, ops, oracle, page, record, sanitize, speed, training
 from part_fast.gpu.__main__ import main
 from part_fast.gpu.battery import Part, Process, Settings
 
@@ -104,6 +105,19 @@ def test_time_not_used_is_the_others(settings, monkeypatch):
     assert limits == pytest.approx([60 / 6, 60 * 2 / 5, 60], abs=1)
 
 
+def test_what_fails_alike_is_one_line_and_no_table_is_wide(tmp_path):
+    """One fault of a hundred tests hides no other; all is in the results."""
+    long = "TypeError: " + "no " * 200
+    for i in range(60):
+        record.append(tmp_path, {"part": "tests", "kind": "failed", "name": f"test {i}", "error": long})
+    record.append(tmp_path, {"part": "bench", "kind": "failed", "name": "an op", "error": "ValueError: another"})
+    text = page.sections(tmp_path, {})["failures"]
+    assert re.search(r"^\| tests +\| test 0 and 59 more +\| TypeError: no [no ]*\.\.\. +\|$", text, re.MULTILINE)
+    assert re.search(r"^\| bench +\| an op +\| ValueError: another +\|$", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) < 170
+    assert "more, in" not in text
+
+
 def test_processes_are_told_when_to_stop_and_judged_ones_are_not(settings):
     said = "import sys; print(sys.argv)"
     battery.run(settings, (), [[part("a", python(said, "told"), python(said, "judged", True))]])
@@ -183,6 +197,9 @@ def test_parts_on_a_gpu_name_modules_that_are_there(monkeypatch, tmp_path):
                 assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
     names = [process.name for process in battery._sanitize(settings)]
     assert names == ["memcheck cuda", "racecheck cuda", "initcheck cuda", "synccheck cuda", "memcheck triton"]
+    *_, triton = battery._sanitize(settings)
+    assert triton.command[0] == sys.executable  # not the tool: it compiles first
+    assert triton.command[triton.command.index("--watch") + 1] == "/cuda/bin/compute-sanitizer"
     monkeypatch.setattr(battery, "find_sanitizer", lambda: None)
     assert "neither on PATH" in battery._sanitize(settings)
 
@@ -250,6 +267,45 @@ def test_kinds_of_kernels():
     assert {name: speed.kernel_kind(name) for name in kinds} == kinds
 
 
+def event(name, device, microseconds, count=1, annotation=False):
+    return SimpleNamespace(
+        key=name, device_type=f"DeviceType.{device}", self_device_time_total=microseconds, count=count,
+        is_user_annotation=annotation,
+    )  # fmt: skip
+
+
+def test_ranges_are_not_kernels():
+    """A profile has each named range on the host and, as long as its kernels, on the device."""
+    averages = [
+        event("part_fast: attack forward", "CPU", 0, 10, annotation=True),
+        event("part_fast: attack forward", "CUDA", 900.0, 10, annotation=True),
+        event("Optimizer.step#SGD.step", "CPU", 0),
+        event("Optimizer.step#SGD.step", "CUDA", 80.0),  # by its name alone
+        event("aten::conv2d", "CPU", 0, 20),
+        event("cudaLaunchKernel", "CPU", 0, 40),
+        event("void part_fast::pgd_step_kernel<float>", "CUDA", 30.0, 10),
+        event("sm90_xmma_fprop", "CUDA", 700.0, 20),
+        event("Memset (Device)", "CUDA", 5.0, 2),
+    ]
+    assert speed.kernels_in(averages) == [
+        (700.0, 20, "sm90_xmma_fprop"),
+        (30.0, 10, "void part_fast::pgd_step_kernel<float>"),
+        (5.0, 2, "Memset (Device)"),
+    ]
+
+
+def test_ranges_of_a_profile_have_their_names_on_the_host():
+    """What tells them apart, as torch's own profiler has it."""
+    x = torch.ones(3)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile, torch.profiler.record_function("part_fast: a range"):
+        x + x
+    averages = {each.key: each for each in profile.key_averages()}
+    assert averages["part_fast: a range"].is_user_annotation
+    assert not averages["aten::add"].is_user_annotation
+    assert speed.kernels_in(averages.values()) == []
+
+
 # --- the oracle -------------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +362,42 @@ def test_attacks_dry_run(tmp_path):
     }
 
 
+def some_attacks(tmp_path, results):
+    """Checks whose attacks find what `results` has, one after the other."""
+    found = iter(results)
+    return SimpleNamespace(
+        recorder=recorder(tmp_path), model=None, attack_model=lambda *way: None,
+        attack=lambda *given, **more: next(found),
+        budgets=lambda: {"float": 0.1}, device=CPU, x=torch.zeros(10), start=lambda x: x, same=None,
+        strength=lambda x: (1.0, 0.5),
+    )  # fmt: skip
+
+
+def off_by(share):
+    """A hundred pixels, of which so many are not 0."""
+    return (torch.arange(100) < 100 * share).float()
+
+
+def test_two_starts_may_end_in_the_same_place_but_for_some_pixels(tmp_path):
+    """Most pixels end on their bound."""
+    attacks.Checks.random_starts(some_attacks(tmp_path, [off_by(0), off_by(0.1), off_by(0.01)]))
+    (row,) = rows(tmp_path, name="random starts")
+    assert (row["two_draws_off"], row["one_seed_off"]) == pytest.approx((0.1, 0.01))
+    with pytest.raises(AssertionError, match="two draws are one start"):
+        attacks.Checks.random_starts(some_attacks(tmp_path, [off_by(0), off_by(0.01), off_by(0)]))
+    with pytest.raises(AssertionError, match="a seed does not repeat"):
+        attacks.Checks.random_starts(some_attacks(tmp_path, [off_by(0), off_by(0.5), off_by(0.5)]))
+
+
+def test_the_network_itself_is_said_once(tmp_path):
+    for compiled in (False, True):
+        checks = some_attacks(tmp_path, [off_by(0)] * 3)
+        checks.recorder.until = 0  # none of the ways of computing it
+        attacks.Checks.agree(checks, compile=compiled)
+    names = [row["name"] for row in rows(tmp_path, kind="value")]
+    assert names == [f"agree, the network itself, float {loss}" for loss in ("ce", "kl", "margin")]
+
+
 @pytest.mark.slow
 def test_attacks_check_sees_another_attack(tmp_path, monkeypatch):
     """An attack model with other weights attacks more weakly, or elsewhere."""
@@ -324,8 +416,52 @@ def test_attacks_check_sees_another_attack(tmp_path, monkeypatch):
 
 
 def test_sanitize_dry_run(capsys):
-    assert sanitize.main(["--device", "cpu", "--backend", "cpp", "--few"]) == 0
-    assert capsys.readouterr().out.endswith("calls on cpp: done\n")
+    assert sanitize.main(["--device", "cpu", "--backend", "cpp", "--much", "few"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].endswith("calls on cpp: done")
+    assert len(said) > 5  # how far it is
+
+
+def test_sanitize_compiles_before_it_is_watched(capfd):
+    tool = "import subprocess, sys; print('watching', flush=True); sys.exit(subprocess.call(sys.argv[1:]))"
+    command = ["--device", "cpu", "--backend", "cpp", "--much", "least", "--watch", sys.executable, "-c", tool]
+    assert sanitize.main(command) == 0
+    said = capfd.readouterr().out.splitlines()
+    ends = [i for i, line in enumerate(said) if line.endswith("calls on cpp: done")]
+    assert ends == [said.index("watching") - 2, len(said) - 1]
+    assert sanitize.main([*command[:-2], "-c", "raise SystemExit(9)"]) == battery.SANITIZER_FOUND
+
+
+@pytest.mark.skipif(INTERPRETED, reason="looks at what a process that compiles would compile")
+def test_what_triton_is_watched_with_is_quick_to_compile(monkeypatch):
+    """Every kernel is among it, and few enough are: one takes most of a second."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    import importlib
+
+    from part_fast import backends, kernels
+
+    found = set()
+
+    def launch(op, *arguments):
+        name = op.name.removeprefix("_")
+        module = importlib.import_module(f"part_fast.kernels.{name.rstrip('_').removesuffix('_bwd')}")
+        return getattr(module, name)(*arguments)
+
+    def note(self):
+        """As Triton tells specialisations apart."""
+        kinds = []
+        for value in self.arguments.values():
+            aligned = value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else value
+            whole = isinstance(value, int) and (value == 1, value % 16 == 0)
+            kinds.append((value.dtype, aligned) if isinstance(value, torch.Tensor) else (value is None, whole))
+        found.add((self.kernel.__name__, *kinds, *map(str, self.constants.values())))
+
+    monkeypatch.setattr(backends.RawOp, "__call__", launch)
+    monkeypatch.setattr(backends.RawOp, "on", lambda op, asked, *arguments: launch(op, *arguments))
+    monkeypatch.setattr(kernels.Launch, "run", note)
+    sanitize.launches("reference", "cpu", "least")
+    assert len({kernel[0] for kernel in found}) == 12
+    assert len(found) <= 70
 
 
 def test_settings_dry_run(tmp_path):
@@ -346,22 +482,41 @@ def test_training_dry_run(tmp_path):
     assert {row["name"] for row in found if row["kind"] == "ok"} == {"train", "evaluate, masks"}
 
 
-def test_the_tests_part_reports_each_failure(tmp_path, monkeypatch):
-    """By a checkout of one file: one test passes, one fails, one is skipped."""
-    (tmp_path / "setup.py").touch()
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
-    (tmp_path / "tests" / "test_some.py").write_text(
-        "import pytest\n\npytestmark = pytest.mark.gpu\n\n\ndef test_good():\n    pass\n\n\n"
-        "def test_bad():\n    assert 1 == 2\n\n\ndef test_absent():\n    pytest.skip('not here')\n"
-    )
+def run_tests(folder, tests, *arguments):
+    """The part `tests` of a checkout of one file."""
+    (folder / "setup.py").touch()
+    (folder / "csrc").mkdir()
+    (folder / "tests").mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
+    (folder / "tests" / "test_some.py").write_text(f"import pytest, time\n\npytestmark = pytest.mark.gpu\n\n\n{tests}")
+    given = ["tests", "--out", str(folder), "--device", "cpu", *arguments]
     code = (
-        f"import pathlib, sys; from part_fast.gpu import checkout; checkout.ROOT = pathlib.Path({str(tmp_path)!r}); "
-        f"sys.exit(checkout.main(['tests', '--out', {str(tmp_path)!r}, '--device', 'cpu']))"
+        f"import pathlib, sys; from part_fast.gpu import checkout; checkout.ROOT = pathlib.Path({str(folder)!r}); "
+        f"sys.exit(checkout.main({given!r}))"
     )
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+
+
+def test_the_tests_part_stops_in_time(tmp_path):
+    """pytest-xdist's processes too, which are not stopped as pytest's own is, and would run what they hold."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    many = "@pytest.mark.parametrize('i', range(1000))\ndef test_slow(i):\n    time.sleep(0.1)\n"
+    # All of them take 50 s, and to begin some seconds; however slow the machine is, what is late runs no further.
+    done = run_tests(tmp_path, many, "--workers", "2", "--until", str(time.time() + 12))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (counts,) = rows(tmp_path, kind="value")
+    assert 0 < counts["passed"] < 500
+    assert len(rows(tmp_path, kind="late")) == 1
+
+
+def test_the_tests_part_reports_each_failure(tmp_path):
+    """One test passes, one fails, one is skipped."""
+    done = run_tests(
+        tmp_path,
+        "def test_good():\n    pass\n\n\ndef test_bad():\n    assert 1 == 2\n\n\n"
+        "def test_absent():\n    pytest.skip('not here')\n",
     )
     assert done.returncode == record.CASES_FAILED, done.stdout + done.stderr
     (failed,) = rows(tmp_path, kind="failed")
@@ -369,6 +524,13 @@ def test_the_tests_part_reports_each_failure(tmp_path, monkeypatch):
     assert "assert 1 == 2" in failed["error"]
     (counts,) = rows(tmp_path, kind="value")
     assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
+
+
+def test_no_more_tests_than_there_is_time_for():
+    assert checkout.share(4500, 10, 95) == 7
+    assert checkout.share(4500, 10, 1000) == 1
+    assert checkout.share(600, 5, float("inf")) == 1
+    assert checkout.share(600, 5, 0) == 120  # which tests/conftest.py still gives one of each
 
 
 def run_command(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

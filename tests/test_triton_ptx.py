@@ -5,6 +5,7 @@ puts itself in the place of `Launch.run`, so that grid, arguments, constexprs an
 Out-of-bounds and misaligned accesses, races and deadlocks raise; what is not written stays NaN. It cannot show speed.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -563,6 +564,55 @@ def test_every_kernel_compiles_for_every_gpu(launches):
         for cc in NVIDIA:
             assert compiled(launch, cc).asm["cubin"], (name, cc)
         assert compiled(launch, "gfx942", "hip").asm["amdgcn"], name
+
+
+@pytest.mark.parametrize("method", range(4))
+def test_cam_of_one_pixel_ptx(ptx, method):
+    """Triton makes a constant of an argument that is 1, here the number of pixels, and a constant has no `.to`."""
+    ptx.cc = 90
+    activation, gradient = torch.rand(2, 5, 1, 1), torch.randn(2, 5, 1, 1)
+    result = launcher("cam")(activation, gradient, method)
+    expected = CAM._reference(activation.double(), gradient.double(), method)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def of_one(launch, names):
+    """The launch with 1 in the place of these arguments, to be compiled and not run."""
+    return dataclasses.replace(launch, arguments={**launch.arguments, **dict.fromkeys(names, 1)})
+
+
+def whole_numbers(launch) -> list[str]:
+    """The arguments of which Triton makes a constant where they are 1."""
+    general = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
+    return [name for name, value in launch.arguments.items() if isinstance(value, int) and name not in general]
+
+
+def each_form(launches) -> dict[str, object]:
+    """Launches of every kernel, one for each set of the constants that choose what its arguments are used in."""
+    found = representative(launches)
+    many = torch.zeros(2, 3, 80, 80)  # more than a tile
+    for method in (0, 1):
+        launches.clear()
+        launcher("cam")(many, many, method)
+        found[f"cam {method}, more than a tile"] = launches[0]
+    every = {}
+    for name, launch in found.items():
+        chosen = (launch.constants.get(key) for key in ("METHOD", "WHOLE", "SOURCE", "RULE", "FORM", "KEPT"))
+        every.setdefault((launch.kernel.__name__, *chosen), (name, launch))
+    return dict(every.values())
+
+
+def test_every_kernel_compiles_where_all_its_arguments_are_1(launches):
+    for name, launch in each_form(launches).items():
+        names = whole_numbers(launch)
+        assert compiled(of_one(launch, names), 90).asm["cubin"], (name, names)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_where_an_argument_is_1(launches):
+    for name, launch in each_form(launches).items():
+        for one in whole_numbers(launch):
+            assert compiled(of_one(launch, [one]), 90).asm["cubin"], (name, one)
 
 
 def test_pgd_step_compiles_for_amd(launches):

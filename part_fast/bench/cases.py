@@ -29,7 +29,10 @@ from part_fast.ops import (
     uniform_start,
     upsample_cam,
 )
+from part_fast.ops.bank_start import _reference as bank_reference
 from part_fast.ops.cam_mask import jet
+from part_fast.ops.eps_step import _reference_ as eps_step_reference
+from part_fast.ops.uniform_start import _reference as uniform_reference
 from part_fast.ops.upsample_cam import keys_taps
 from part_fast.optional import needs
 
@@ -244,11 +247,23 @@ def fast_case(
         return eps_step_(x_adv, grad, x, eps, 1.25, bank=bank, places=places, scale=EPS)
 
     def plain(device: torch.device) -> Callable[..., Any]:
-        def reference(*given: Any) -> Tensor:
-            with backends.backend("reference"):
-                return run(*given)
+        # Not `run` on the backend "reference": Dynamo before torch 2.14 traces no choice of a backend.
+        def bounds(x: Tensor, eps: Any) -> tuple[Tensor, float, float]:
+            return (eps.bits, EPS, EPS_LOW) if packed else (eps.expand(x.shape), 0.0, 0.0)
 
-        return reference
+        def noise(x: Tensor, eps: Any) -> Tensor:
+            return uniform_reference(x, *bounds(x, eps), 1.0, 7, 0.0, 1.0)
+
+        def start(x: Tensor, eps: Any, bank: Tensor, places: Tensor) -> Tensor:
+            return bank_reference(x, bank, places, *bounds(x, eps), EPS / 127, 0.0, 1.0)
+
+        def step(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Any, bank: Tensor, places: Tensor) -> Tensor:
+            settings = *bounds(x, eps), 1.25, True, True, 0.0, 1.0
+            eps_step_reference(x_adv, grad, x, *settings, bank, places, 127 / EPS)
+            return x_adv
+
+        made: dict[str, Callable[..., Any]] = {"uniform_start": noise, "bank_start": start, "eps_step_": step}
+        return made[op]
 
     return Case(
         op=op,

@@ -91,14 +91,14 @@ def _module(settings: Settings, name: str, *arguments: str, **environment: str) 
 
 
 def _ops(settings: Settings) -> list[Process]:
-    """cuda by one process, all its cases; a thinned selection by the others, Triton, which compiles, by many."""
+    """cuda by two processes, all its cases; a thinned selection by the others, Triton, which compiles, by many."""
     values = "step,backward,fast,cam,upsample,soft,mask"
     if settings.device == "cpu":
         return [_module(settings, "ops", "--backends", "cpp,reference", "--kinds", f"{values},big", "--thin", "101")]
     # The reference works on the host too, which neither a stream nor a graph holds.
     kinds = f"{values},stream,graph"
-    shards = max(1, settings.cores - 4)
-    found = [_module(settings, "ops", "--backends", "cuda", "--kinds", kinds)]
+    shards = max(1, settings.cores - 5)
+    found = [_module(settings, "ops", "--backends", "cuda", "--kinds", kinds, "--shard", f"{i}/2") for i in range(2)]
     found.append(_module(settings, "ops", "--backends", "reference", "--kinds", values, "--thin", "11"))
     found.append(_module(settings, "ops", "--backends", "cuda,triton", "--kinds", "big"))
     for i in range(shards):
@@ -112,30 +112,35 @@ def _ops(settings: Settings) -> list[Process]:
 def _tests(settings: Settings) -> list[Process] | str:
     if settings.device == "cpu":
         return "needs a CUDA device"
-    workers = str(max(1, settings.cores // 2 - 1))
-    selections = ("not triton-gpu", "triton-gpu")
-    return [_module(settings, "checkout", "tests", "--select", name, "--workers", workers) for name in selections]
+    # Seconds of work, as far as an H100 got with it: Triton's is compiling.
+    few, many = settings.cores // 3, settings.cores - settings.cores // 3 - 1
+    return [
+        _module(settings, "checkout", "tests", "--select", name, "--workers", str(max(1, workers)), "--work", work)
+        for name, workers, work in (("not triton-gpu", few, "600"), ("triton-gpu", many, "4500"))
+    ]
 
 
 def _sanitize(settings: Settings) -> list[Process] | str:
     launches = [sys.executable, "-m", "part_fast.gpu.sanitize", "--device", settings.device]
     if settings.device == "cpu":
-        return [Process("launches, not watched", [*launches, "--backend", "cpp", "--few"], judged=True)]
+        return [Process("launches, not watched", [*launches, "--backend", "cpp", "--much", "few"], judged=True)]
     tool = find_sanitizer()
     if tool is None:
         return "compute-sanitizer is neither on PATH nor in CUDA's folders"
     # Without PyTorch's cache of memory, so that what lies beside a tensor is nobody's.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = []
-    for check, backend, few, environment in (
-        ("memcheck", "cuda", False, alone),
-        ("racecheck", "cuda", True, {}),
-        ("initcheck", "cuda", True, {}),
-        ("synccheck", "cuda", True, {}),
-        ("memcheck", "triton", True, alone),
+    for check, backend, much, environment in (
+        ("memcheck", "cuda", "all", alone),
+        ("racecheck", "cuda", "few", {}),
+        ("initcheck", "cuda", "few", {}),
+        ("synccheck", "cuda", "few", {}),
+        ("memcheck", "triton", "least", alone),
     ):
         watch = [tool, "--tool", check, "--error-exitcode", str(SANITIZER_FOUND)]
-        command = [*watch, *launches, "--backend", backend] + ["--few"] * few
+        command = [*launches, "--backend", backend, "--much", much]
+        # Triton compiles first, unwatched, which under the tool takes longer than there is time for.
+        command = [*command, "--watch", *watch] if backend == "triton" else [*watch, *command]
         found.append(Process(f"{check} {backend}", command, environment, judged=True))
     return found
 
@@ -163,15 +168,15 @@ def _poster(settings: Settings) -> list[Process] | str:
 # Side by side: what times nothing. The weights are seconds that were thought to be enough on an H100.
 GROUPS: tuple[tuple[Part, ...], ...] = (
     (Part("build", 70, "the libraries, compiled for this card", lambda s: [_module(s, "checkout", "build")]),),
-    (Part("environment", 15, "card, versions, backends", lambda s: [_module(s, "checkout", "environment")]),),
-    (Part("ops", 70, "every op against an oracle, on every backend", _ops),),
+    (Part("environment", 12, "card, versions, backends", lambda s: [_module(s, "checkout", "environment")]),),
+    (Part("ops", 65, "every op against an oracle, on every backend", _ops),),
     (
-        Part("attacks", 110, "graphs, compile, precision: the same attack", lambda s: [_module(s, "attacks")]),
-        Part("tests", 110, "the tests marked gpu", _tests),
-        Part("sanitize", 110, "every kernel under compute-sanitizer", _sanitize),
+        Part("attacks", 115, "graphs, compile, precision: the same attack", lambda s: [_module(s, "attacks")]),
+        Part("tests", 115, "the tests marked gpu", _tests),
+        Part("sanitize", 115, "every kernel under compute-sanitizer", _sanitize),
     ),
-    (Part("host", 15, "microseconds of Python in a call", _host),),
-    (Part("bench", 70, "ops beside torch.compile", lambda s: [_module(s, "speed", "ops")], ("ops.csv",)),),
+    (Part("host", 12, "microseconds of Python in a call", _host),),
+    (Part("bench", 80, "ops beside torch.compile", lambda s: [_module(s, "speed", "ops")], ("ops.csv",)),),
     (
         Part(
             "step",
@@ -190,7 +195,7 @@ GROUPS: tuple[tuple[Part, ...], ...] = (
             ("settings.csv",),
         ),
     ),
-    (Part("train", 60, "a short training, killed and resumed", lambda s: [_module(s, "training")]),),
+    (Part("train", 120, "a short training, killed and resumed", lambda s: [_module(s, "training")]),),
     (Part("poster", 540, "rows of the published table", _poster, asked=True),),
 )
 PARTS = tuple(part.name for group in GROUPS for part in group)

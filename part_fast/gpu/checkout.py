@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -150,7 +151,10 @@ class Outcomes:
         elif report.when == "call":
             self.passed += 1
         if self.recorder.late and self.session is not None:
-            self.session.shouldstop = "out of time"
+            # pytest-xdist looks at its own, not at the session's.
+            for each in (self.session, self.session.config.pluginmanager.getplugin("dsession")):
+                if each is not None:
+                    each.shouldstop = "out of time"
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -158,8 +162,21 @@ class Outcomes:
             self.recorder.line("failed", f"collecting {report.nodeid}", error=str(report.longrepr)[-400:])
 
 
-def tests(recorder: Recorder, expression: str, workers: int) -> None:
-    """The tests marked gpu whose names match `expression`, by so many processes where pytest-xdist is there."""
+# Seconds until the workers of pytest-xdist have started and collected the tests.
+COLLECTING = 25.0
+
+
+def share(work: float, workers: int, seconds: float) -> int:
+    """k, so that each k-th of tests that take `work` seconds one after another fits into `seconds`; 1 for all."""
+    return max(1, math.ceil(work / workers / max(1.0, seconds - COLLECTING)))
+
+
+def tests(recorder: Recorder, expression: str, workers: int, work: float) -> None:
+    """The tests marked gpu whose names match `expression`, by so many processes where pytest-xdist is there.
+
+    work: seconds that all of them take one after another. Where that is more than there is time for, tests/conftest.py
+    thins out their parameters: every test runs, with each k-th of them.
+    """
     if (why := why_no_checkout()) is not None:
         return recorder.skip("tests", why)
     absent = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
@@ -168,6 +185,10 @@ def tests(recorder: Recorder, expression: str, workers: int) -> None:
     import pytest
 
     outcomes = Outcomes(recorder, expression)
+    if importlib.util.find_spec("xdist") is None:
+        workers = 1
+    each = share(work, workers, recorder.until - time.time())
+    os.environ["PART_FAST_TESTS_EACH"] = str(each)
     command = [
         "tests",
         "-m",
@@ -181,14 +202,15 @@ def tests(recorder: Recorder, expression: str, workers: int) -> None:
         "no:cacheprovider",
     ]
     command += ["-k", expression] if expression else []
-    if importlib.util.find_spec("xdist") is not None and workers > 1:
-        command += ["-n", str(workers)]
+    if workers > 1:
+        # What a process holds it runs to the end: no quarter of all tests, as by default.
+        command += ["-n", str(workers), "--maxschedchunk", "4"]
     os.chdir(ROOT)
     begin = time.perf_counter()
     code = int(pytest.main(command, plugins=[outcomes]))
     seconds = time.perf_counter() - begin
     counts = {"passed": outcomes.passed, "failed": recorder.failures, "skipped": outcomes.skipped}
-    recorder.value(f"tests, {expression or 'all'}", **counts, seconds=seconds)
+    recorder.value(f"tests, {expression or 'all'}", **counts, each=each, seconds=seconds)
     if code == pytest.ExitCode.NO_TESTS_COLLECTED or (outcomes.passed == 0 and outcomes.skipped):
         recorder.skip(f"tests, {expression or 'all'}", "no test marked gpu runs here")
     elif recorder.late:
@@ -206,10 +228,11 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("what", choices=("build", "environment", "tests"))
     flags.add_argument("--select", default="", help="tests: pytest's -k")
     flags.add_argument("--workers", type=int, default=1, help="tests: processes")
+    flags.add_argument("--work", type=float, default=0.0, help="tests: seconds that they take one after another")
     args = flags.parse_args(arguments)
     recorder = Recorder(args.what, args)
     if args.what == "tests":
-        tests(recorder, args.select, args.workers)
+        tests(recorder, args.select, args.workers, args.work)
     else:
         (build if args.what == "build" else environment)(recorder)
     return recorder.code

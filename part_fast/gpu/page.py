@@ -13,7 +13,8 @@ from typing import Any
 from part_fast.gpu.record import RESULTS
 
 Row = dict[str, Any]
-FAILURES = 40  # shown; all are in results.jsonl
+# Shown: lines of the failures' table, and characters of an error; all is in results.jsonl.
+FAILURES, ERROR = 40, 120
 PROFILED = "kernels of "
 NO_CARD = "no GPU"
 PRINTED = ("heading", "ops", "settings", "goals", "kernels", "skipped", "parts", "failures")
@@ -104,9 +105,21 @@ def _failures(rows: Sequence[Row]) -> str:
     failed = [row for row in rows if row["kind"] == "failed"]
     if not failed:
         return ""
-    cells = [(row["part"], row["name"], row.get("error", "")) for row in failed[:FAILURES]]
-    more = f"\n\nand {len(failed) - FAILURES} more, in {RESULTS}" if len(failed) > FAILURES else ""
-    return f"## Failures\n\n{_table(('part', 'case', 'error'), cells)}{more}"
+    # One line for all that failed alike, or one fault would hide the others.
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in failed:
+        alike.setdefault((row["part"], row.get("error", "")), []).append(row["name"])
+    cells = [
+        (part, f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}", _cut(error))
+        for (part, error), names in alike.items()
+    ]
+    more = f"\n\nand {len(cells) - FAILURES} more, in {RESULTS}" if len(cells) > FAILURES else ""
+    return f"## Failures\n\n{_table(('part', 'case', 'error'), cells[:FAILURES])}{more}"
+
+
+def _cut(error: str) -> str:
+    """At most ERROR characters: a table is as wide as its widest cell."""
+    return error if len(error) <= ERROR else f"{error[: ERROR - 3]}..."
 
 
 def _skipped(rows: Sequence[Row]) -> str:

@@ -1,12 +1,16 @@
 """A few launches of every kernel, for compute-sanitizer to watch: small and odd shapes, aligned and not, all dtypes.
 
 compute-sanitizer --tool memcheck python -m part_fast.gpu.sanitize --backend cuda
+
+Triton compiles a kernel for every dtype, alignment and form of eps, which takes most of a second each: it gets
+`--much least`, and `--watch`, by which all is compiled before the tool watches.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
 import sys
 from typing import Any
 
@@ -34,10 +38,12 @@ CAMS = [(2, 33, 5, 3), (2, 512, 4, 4), (1, 640, 8, 8), (2, 5, 1, 1)]
 SIZES = [((3, 4, 4), (32, 32)), ((2, 5, 7), (30, 44)), ((1, 2, 9), (7, 9)), ((1, 16, 16), (65, 130))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS, EPS_LOW, ALPHA = 0.1, 0.05, 0.01
+# How many dtypes, and shapes of each kind, the first of them.
+SHARES = {"all": None, "few": 2, "least": 1}
 
 
-def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, device: str) -> int:
-    """The ops on images and their gradients, in every form of eps; how many calls."""
+def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, device: str, each: int = 1) -> int:
+    """The ops on images and their gradients, in each `each`-th form of eps; how many calls."""
     n, c, h, w = shape
     count = n * c * h * w
     memory = torch.rand(3, count + 3, device=device).to(dtype)
@@ -56,7 +62,7 @@ def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, devi
         PackedEpsilon.pack(mask, EPS, EPS_LOW),
         PackedEpsilon.pack(mask.expand(n, c, h, w), EPS, EPS_LOW),
     )
-    for pad, eps in itertools.product((0, 3), forms):  # 3: no access of 16 bytes is aligned
+    for pad, eps in itertools.product((0, 3), forms[::each]):  # 3: no access of 16 bytes is aligned
         x_adv, grad, x = (row[pad : pad + count].view(shape) for row in memory)
         if pad == 0:
             x_adv, grad, x = (value.clone() for value in (x_adv, grad, x))
@@ -74,7 +80,7 @@ def steps(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, devi
         bank_start(x, **kept, eps=eps)
         eps_step_(x_adv.clone(), grad, x, eps, 1.0)
         eps_step_(x_adv, grad.float(), x, eps, 1.0, **kept)
-    return 10 * 2 * len(forms)
+    return 10 * 2 * len(forms[::each])
 
 
 def cams(shape: tuple[int, int, int, int], dtype: torch.dtype, last: bool, device: str) -> int:
@@ -105,22 +111,35 @@ def main(arguments: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     flags.add_argument("--backend", required=True)
     flags.add_argument("--device", default="cuda")
-    flags.add_argument("--few", action="store_true", help="two dtypes and two shapes of each op")
+    flags.add_argument("--much", choices=tuple(SHARES), default="all", help="few: two dtypes and shapes; least: one")
+    flags.add_argument("--watch", nargs=argparse.REMAINDER, help="a command to launch all under, once it is compiled")
     args = flags.parse_args(arguments)
-    some = slice(2 if args.few else None)
+    launches(args.backend, args.device, args.much)
+    if not args.watch:
+        return 0
+    print("compiled; now watched", flush=True)
+    own = [sys.executable, "-m", "part_fast.gpu.sanitize", "--backend", args.backend]
+    return subprocess.call([*args.watch, *own, "--device", args.device, "--much", args.much])
+
+
+def launches(backend: str, device: str, much: str) -> None:
+    """Launch them, and print how far it is: what is killed halfway has said so much."""
+    some = slice(SHARES[much])
     torch.manual_seed(0)
     count = 0
-    with part_fast.backend(args.backend):
-        for dtype, last in itertools.product(DTYPES[some], (False, True)):
-            count += sum(steps(shape, dtype, last, args.device) for shape in IMAGES[some])
-            count += sum(cams(shape, dtype, last, args.device) for shape in CAMS[some])
-        large = [] if args.few else [((1, 7, 7), (224, 224))]
+    with part_fast.backend(backend):
+        for dtype, last in itertools.product(DTYPES[some], (False,) if much == "least" else (False, True)):
+            for images in IMAGES[some]:
+                count += steps(images, dtype, last, device, each=2 if much == "least" else 1)
+                print(f"{count} calls on {backend}: images {images} {dtype}", flush=True)
+            count += sum(cams(shape, dtype, last, device) for shape in CAMS[some])
+        large = [((1, 7, 7), (224, 224))] if much == "all" else []
         for dtype, (shape, size) in itertools.product(DTYPES[some], SIZES[some] + large):
-            count += maps(shape, size, dtype, args.device)
-    if args.device == "cuda":
+            count += maps(shape, size, dtype, device)
+            print(f"{count} calls on {backend}: maps {shape} {dtype}", flush=True)
+    if device == "cuda":
         torch.cuda.synchronize()
-    print(f"{count} calls on {args.backend}: done")
-    return 0
+    print(f"{count} calls on {backend}: done", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -296,8 +296,7 @@ class Network:
         with torch.profiler.profile(activities=activities) as profile:
             step()
             synchronize(self.device)
-        events = [event for event in profile.key_averages() if str(event.device_type).endswith("CUDA")]
-        found = sorted(((event.self_device_time_total, event.count, event.key) for event in events), reverse=True)
+        found = kernels_in(profile.key_averages())
         kinds: dict[str, float] = {}
         for microseconds, _, name in found:
             kind = kernel_kind(name)
@@ -383,6 +382,19 @@ class Network:
             self.recorder.case(f"{self.model}: kernels, compiled", lambda: self.kernels(compile=True), quiet=True)
         measure("AT bf16, compiled, whole step in one graph (experiment)", lambda: self.whole_step(True), "AT")
         measure("published PART", lambda: self.published("published PART"), "published PART")
+
+
+def kernels_in(events: Iterable[Any]) -> list[tuple[float, int, str]]:
+    """(microseconds, count, name) of each kernel, copy and memset of a profile's averages, the longest first.
+
+    A named range, ours or the optimizer's, is among the device's events too, as long as all that ran in it; unlike a
+    kernel it has the same name on the host.
+    """
+    averages = list(events)
+    on_device = [event for event in averages if str(event.device_type).endswith("CUDA")]
+    on_host = {event.key for event in averages if str(event.device_type).endswith("CPU")}
+    kernels = [event for event in on_device if not event.is_user_annotation and event.key not in on_host]
+    return sorted(((event.self_device_time_total, event.count, event.key) for event in kernels), reverse=True)
 
 
 def kernel_kind(name: str) -> str:

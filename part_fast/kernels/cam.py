@@ -58,7 +58,8 @@ def cam_kernel(
 def channel_weights(a, g, inside, pixels, METHOD: tl.constexpr):
     """Weights of the tile's channels from all their pixels."""
     if METHOD == GRADCAM:
-        weight = divide(tl.sum(g, 1), tl.zeros((1,), a.dtype) + pixels.to(a.dtype))
+        # Not `pixels.to`: Triton makes a constant of an argument of 1, here of a map of one pixel, which has none.
+        weight = divide(tl.sum(g, 1), tl.full((1,), pixels, a.dtype))
     else:
         shifted = a + tl.full((1, 1), 1e-8, a.dtype)
         weight = divide(tl.sum(g * a, 1), tl.sum(tl.where(inside, shifted, tl.zeros_like(a)), 1))
@@ -85,7 +86,7 @@ def channel_weights_far(
             above += tl.sum(g * a, 1)
             below += tl.sum(tl.where(inside, a + tl.full((1, 1), 1e-8, DTYPE), tl.zeros_like(a)), 1)
     if METHOD == GRADCAM:
-        below += pixels.to(DTYPE)
+        below += tl.full((1,), pixels, DTYPE)
     return divide(above, below)
 
 
