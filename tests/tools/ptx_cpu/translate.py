@@ -455,6 +455,9 @@ class Translator:
         stores = [f"store<{bits}>(at + {size * k}, {self.read(name, bits)});" for k, name in enumerate(from_)]
         return self.access(i, i.operands[0], size * len(from_), "WRITE", " ".join(stores))
 
+    def _prefetch(self, i: Instruction) -> str:
+        return self.access(i, i.operands[0], 1, "READ", "")
+
     def _atom(self, i: Instruction) -> str:
         i.refuse("v2", "v4", "v8", "f16", "bf16", "f16x2", "bf16x2")
         known, bits = TYPES[i.type], f"u{TYPES[i.type].bits}"
