@@ -184,7 +184,7 @@ class Enlarged {
   template <bool FIRST>
   __device__ __forceinline__ void prepare(int row, int rows) const {
     const int start = FIRST ? 0 : keys_taps<C, int32_t>(row, maps_.h, maps_.height).index[0];
-    const int places = maps_.h * maps_.w, from = map_of(start);
+    const int places = maps_.h * maps_.w, from = start * maps_.w;
     // This thread's first value, or one that another thread has too.
     C value = maps_.at(map_ + min(from + static_cast<int>(threadIdx.x), places - 1));
     const int step = blockDim.x;
@@ -234,8 +234,6 @@ class Enlarged {
     }
     __syncthreads();
   }
-
-  __device__ __forceinline__ int map_of(int row) const { return row * maps_.w; }
 
   // Minimum and maximum of the map, given `value` of it for each thread, also for later; the block's first barrier.
   __device__ __forceinline__ void find_range(C value, C& low, C& high) const {

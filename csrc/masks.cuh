@@ -45,10 +45,11 @@ class Chosen {
   static constexpr int LOOKS = RULE == QUANTILE ? DIGITS : 1;
 
   __device__ __forceinline__ void begin() {
-    if constexpr (RULE == ZSCORE) return;
+    if constexpr (RULE != ZSCORE) {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 256; i += blockDim.x) histogram()[i] = 0;
-    __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x); i < 256; i += blockDim.x) histogram()[i] = 0;
+      __syncthreads();
+    }
   }
 
   __device__ __forceinline__ void look(int round, int count, const C (&u)[QUAD]) {
