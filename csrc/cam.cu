@@ -155,7 +155,12 @@ class Matrix {
   // Runs that a thread asks for before it looks at one: as many as its registers hold beside the sums.
   template <bool A, bool G>
   __host__ __device__ static constexpr int at_once() {
-    return (A && G) || N == 1 ? (N == 4 ? 2 : 1) : (N == 4 ? 4 : 2);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    constexpr int MOST = 2;  // of four, ptxas spills there
+#else
+    constexpr int MOST = 4;
+#endif
+    return (A && G) || N == 1 ? (N == 4 ? 2 : 1) : (N == 4 ? MOST : 2);
   }
 
   // A run of what is asked for of the two.

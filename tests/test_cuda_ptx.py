@@ -381,13 +381,15 @@ def test_pgd_step_bfloat16(cuda):
 
 # Forms of eps that a thread can read beside its run of the images, see csrc/runs.cuh, by layout.
 RUNS = {
-    "contiguous": {"float", "()", "(N,1,1,1)", "(N,1,H,W)", "(N,C,H,W)", "(H,W)", "PackedEpsilon M=1", "PackedEpsilon M=C"},
+    "contiguous": {
+        "float", "()", "(N,1,1,1)", "(N,1,H,W)", "(N,C,H,W)", "(H,W)", "PackedEpsilon M=1", "PackedEpsilon M=C",
+    },
     "channels_last": {"float", "()", "(N,1,1,1)", "(N,1,H,W)", "(N,C,H,W) channels_last", "PackedEpsilon M=1"},
 }  # fmt: skip
 
 
 def run_runs(cuda, dtype, cc, usual=True):
-    """Every form of eps with gradients of the images' type, in the kernels that are for it and in those that are not."""
+    """Every form of eps with gradients of the images' type, in the kernels for it and in those for the rest."""
     for shape, layout, form in itertools.product(((3, 3, 16, 24), (2, 5, 8, 8)), RUNS, EPS_FORMS):
         for kind in {torch.float32, dtype}:
             case = (shape, layout, form, dtype, kind)

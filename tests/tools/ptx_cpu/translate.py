@@ -42,7 +42,7 @@ MODIFIERS = {
     "clamp", "l", "r",
     # Of memory's order and of caches, which do not change what one thread after another reads.
     "weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "cta", "gpu", "sys", "nc", "ca", "cg", "cs",
-    "lu", "cv", "wb", "wt",
+    "lu", "cv", "wb", "wt", "L2",
 }  # fmt: skip
 CACHE_HINT = re.compile(r"L1__(no_allocate|evict_\w+)|L2__\d+B")
 # They order the accesses of threads, which run one after another here.
