@@ -25,31 +25,19 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BWD_BLOCKS<T>)
     bank_start_kernel(const __grid_constant__ Start<T> a) {
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
-  const int64_t tile = this_tile();
-  const int count = static_cast<int>(min(int64_t{TILE}, a.numel - tile));
-  if (count <= 0) return;
-  const EpsTile<C, N> bound(a.eps, tile, count);
-  const LevelsTile<C, N> levels(a.bank, tile, count);
-  if (a.aligned && count == TILE) {
+  using Levels = LevelsTile<C, N>;
+  over_tile<T>(
+      a.numel, a.eps, a.aligned, [&](int64_t tile, int count, bool) { return Levels(a.bank, tile, count); },
+      [&](const Levels& levels, int run, int64_t at, const C(&eps)[N]) {
+        T x[N];
+        load_run(a.x + at, x);
+        C level[N];
+        levels.read(run, level);
 #pragma unroll
-    for (int run = 0; run < EACH / N; ++run) {
-      const int64_t at = this_run<T>(tile, run);
-      T x[N];
-      load_run(a.x + at, x);
-      C eps[N], level[N];
-      bound.read(run, eps);
-      levels.read(run, level);
-#pragma unroll
-      for (int i = 0; i < N; ++i) x[i] = a.moved(x[i], level[i], eps[i]);
-      store_run(a.out + at, x);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const int64_t at = tile + i;
-    a.out[at] = a.moved(a.x[at], levels[i], bound[i]);
-  }
+        for (int i = 0; i < N; ++i) x[i] = a.moved(x[i], level[i], eps[i]);
+        store_run(a.out + at, x);
+      },
+      [&](const Levels& levels, int i, int64_t at, C eps) { a.out[at] = a.moved(a.x[at], levels[i], eps); });
 }
 
 Tensor bank_start(const Tensor& x, const Tensor& bank, const Tensor& places, const std::optional<Tensor>& eps,

@@ -41,27 +41,36 @@ class Matrix {
       : activation_(activation), gradient_(gradient), rows_(rows), runs_(columns / N), stride_(stride) {}
 
   // finish(row, sums over the row of what `terms` adds), once for each row. weigh(row, run, weights) fills the
-  // run's weights, terms(a, g, weight, sums) adds an element.
-  template <bool A, bool G, typename Weigh, typename Terms, typename Finish>
+  // run's weights, terms(a, g, weight, sums) adds an element. LONG: whether rows are long and few rather than short and
+  // many; a thread asks for several runs of one row at a time, or for runs of several rows.
+  template <bool A, bool G, bool LONG, typename Weigh, typename Terms, typename Finish>
   __device__ __forceinline__ void over_rows(const Weigh& weigh, const Terms& terms, const Finish& finish) const {
     // As many lanes as a row has runs, rounded up to a power of two.
     int lanes = 1;
     while (lanes < 32 && lanes < runs_) lanes *= 2;
     const int group = threadIdx.x / lanes, groups = blockDim.x / lanes, lane = threadIdx.x % lanes;
-    constexpr int AT_ONCE = N == 1 || N == 8 ? 1 : 2;
+    constexpr int ROWS = LONG ? 1 : at_once<A, G>(), RUNS = LONG ? at_once<A, G>() : 1;
 #pragma unroll 1
-    for (int base = 0; base < rows_; base += groups * AT_ONCE) {
-      Pair<C> sums[AT_ONCE];
+    for (int base = 0; base < rows_; base += groups * ROWS) {
+      Pair<C> sums[ROWS];
 #pragma unroll 1
-      for (int run = lane; run < runs_; run += lanes) {
+      for (int first = lane; first < runs_; first += lanes * RUNS) {
+        Runs<A, G> runs[ROWS * RUNS];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
-          const int row = base + i * groups + group;
-          if (row < rows_) add<A, G>(row, run, weigh, terms, [&](int) -> Pair<C>& { return sums[i]; });
+        for (int i = 0; i < ROWS * RUNS; ++i) {
+          runs[i].read(*this, min(base + i % ROWS * groups + group, rows_ - 1),
+                       min(first + i / ROWS * lanes, runs_ - 1));
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS * RUNS; ++i) {
+          const int row = base + i % ROWS * groups + group, run = first + i / ROWS * lanes;
+          if (row < rows_ && run < runs_) {
+            runs[i].add(row, run, weigh, terms, [&](int) -> Pair<C>& { return sums[i % ROWS]; });
+          }
         }
       }
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; ++i) {
+      for (int i = 0; i < ROWS; ++i) {
 #pragma unroll 1
         for (int other = lanes / 2; other > 0; other /= 2) {
           sums[i].first += __shfl_xor_sync(0xffffffffu, sums[i].first, other);
@@ -84,10 +93,18 @@ class Matrix {
       int slices = blockDim.x / width;
       const int slice = threadIdx.x / width, run = from + threadIdx.x % width;
       Pair<C> sums[N];
+      constexpr int AT_ONCE = at_once<A, G>();
       if (slice < slices) {
-#pragma unroll(N == 8 ? 1 : 2)
-        for (int row = slice; row < rows_; row += slices) {
-          add<A, G>(row, run, weigh, terms, [&](int i) -> Pair<C>& { return sums[i]; });
+#pragma unroll 1
+        for (int first = slice; first < rows_; first += slices * AT_ONCE) {
+          Runs<A, G> runs[AT_ONCE];
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; ++i) runs[i].read(*this, min(first + i * slices, rows_ - 1), run);
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; ++i) {
+            const int row = first + i * slices;
+            if (row < rows_) runs[i].add(row, run, weigh, terms, [&](int j) -> Pair<C>& { return sums[j]; });
+          }
         }
       }
       int place = slice;
@@ -122,6 +139,7 @@ class Matrix {
 #pragma unroll 1
       for (int i = threadIdx.x; i < width * N; i += blockDim.x) {
         Pair<C> total;
+#pragma unroll 4
         for (int s = 0; s < slices; ++s) {
           const int at = spread(s * width * N + i);
           total.first += room[at];
@@ -134,17 +152,35 @@ class Matrix {
   }
 
  private:
-  template <bool A, bool G, typename Weigh, typename Terms, typename To>
-  __device__ __forceinline__ void add(int row, int run, const Weigh& weigh, const Terms& terms, const To& to) const {
-    T a[N] = {}, g[N] = {};
-    const int64_t at = static_cast<int64_t>(row) * stride_ + run * N;
-    if (A) load_run(activation_ + at, a);
-    if (G) load_run(gradient_ + at, g);
-    C weights[N] = {};
-    weigh(row, run, weights);
-#pragma unroll
-    for (int i = 0; i < N; ++i) terms(load(a[i]), load(g[i]), weights[i], to(i));
+  // Runs that a thread asks for before it looks at one: as many as its registers hold beside the sums.
+  template <bool A, bool G>
+  __host__ __device__ static constexpr int at_once() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    constexpr int MOST = 2;  // of four, ptxas spills there
+#else
+    constexpr int MOST = 4;
+#endif
+    return (A && G) || N == 1 ? (N == 4 ? 2 : 1) : (N == 4 ? MOST : 2);
   }
+
+  // A run of what is asked for of the two.
+  template <bool A, bool G>
+  struct Runs {
+    T a[N] = {}, g[N] = {};
+
+    __device__ __forceinline__ void read(const Matrix& matrix, int row, int run) {
+      const int64_t at = static_cast<int64_t>(row) * matrix.stride_ + run * N;
+      if (A) load_run(matrix.activation_ + at, a);
+      if (G) load_run(matrix.gradient_ + at, g);
+    }
+    template <typename Weigh, typename Terms, typename To>
+    __device__ __forceinline__ void add(int row, int run, const Weigh& weigh, const Terms& terms, const To& to) const {
+      C weights[N] = {};
+      weigh(row, run, weights);
+#pragma unroll
+      for (int i = 0; i < N; ++i) terms(load(a[i]), load(g[i]), weights[i], to(i));
+    }
+  };
 
   // Where over_columns keeps its i-th sum. A thread has one word of 16 bytes, or two; of those, every second four
   // threads swap theirs, so that the first words of eight threads lie in all banks, and the second ones too.
@@ -171,6 +207,20 @@ struct Weights {
   }
 };
 
+// Has the block's `count` elements brought to the L2 cache, if all blocks' fit there together: what is read second
+// comes while what is read first is waited for.
+template <typename T>
+__device__ __forceinline__ void prefetch(const T* from, int count) {
+  constexpr int LINE = 128, MOST = 64 << 10;
+  const char* const bytes = reinterpret_cast<const char*>(from);
+  const int64_t size = static_cast<int64_t>(count) * sizeof(T);
+  if (size > MOST) return;
+#pragma unroll 1
+  for (int i = threadIdx.x * LINE; i < size; i += blockDim.x * LINE) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes + i));
+  }
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void cam_of_image(const Cam<T>& a, char* shared) {
   using C = compute_t<T>;
@@ -188,6 +238,7 @@ __device__ __forceinline__ void cam_of_image(const Cam<T>& a, char* shared) {
     const Matrix<T, N> matrix(a.activation + at, a.gradient + at, rows, columns,
                               a.channels_last ? a.channels : a.pixels);
 
+    if (a.method == GRADCAM && channels == a.channels) prefetch(a.activation + at, channels * a.pixels);
     const auto nothing = [](int, int, C(&)[N]) {};
     const auto of_row = [&](int row, int, C(&to)[N]) {
 #pragma unroll
@@ -223,13 +274,13 @@ __device__ __forceinline__ void cam_of_image(const Cam<T>& a, char* shared) {
       if (a.method == GRADCAM) matrix.template over_columns<false, true, false>(room, nothing, mean, weight);
       if (a.method == XGRADCAM) matrix.template over_columns<true, true, true>(room, nothing, ratio, weight);
       if (a.method <= XGRADCAM) {
-        matrix.template over_rows<true, false>(of_columns, weighted, finish);
+        matrix.template over_rows<true, false, true>(of_columns, weighted, finish);
       } else {
-        matrix.template over_rows<true, true>(nothing, local, finish);
+        matrix.template over_rows<true, true, true>(nothing, local, finish);
       }
     } else {
-      if (a.method == GRADCAM) matrix.template over_rows<false, true>(nothing, mean, weight);
-      if (a.method == XGRADCAM) matrix.template over_rows<true, true>(nothing, ratio, weight);
+      if (a.method == GRADCAM) matrix.template over_rows<false, true, false>(nothing, mean, weight);
+      if (a.method == XGRADCAM) matrix.template over_rows<true, true, false>(nothing, ratio, weight);
       if (a.method <= XGRADCAM) {
         matrix.template over_columns<true, false, false>(room, of_row, weighted, finish);
       } else {

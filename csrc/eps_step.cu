@@ -1,8 +1,23 @@
 // eps_step_ on a GPU: the step, and what it leaves in the bank, in one launch. See part_fast/ops/eps_step.py.
 #include "bank.cuh"
+#include "runs.cuh"
 
 namespace part_fast {
 namespace {
+
+// How an element moves.
+template <typename C>
+struct Move {
+  C step, clip_low, clip_high;
+  bool of_eps, project;
+
+  template <typename T>
+  __device__ __forceinline__ T moved(T x_adv, C sign, T x, C eps) const {
+    const C free = moved_by_step(load(x_adv), sign, load(x), of_eps ? step * eps : step);
+    const C result = project ? part_fast::project(free, load(x), eps) : load(x) + free;
+    return store<T>(clip(result, clip_low, clip_high));
+  }
+};
 
 // T is the images' type.
 template <typename T>
@@ -13,15 +28,9 @@ struct Step {
   const void* grad;
   int64_t numel;
   EpsView<C> eps;
-  C step, clip_low, clip_high;
+  Move<C> move;
   ScalarType grad_dtype;
-  bool of_eps, project, aligned;
-
-  __device__ __forceinline__ T moved(T x_adv, C sign, T x, C eps) const {
-    const C free = part_fast::moved_by_step(load(x_adv), sign, load(x), of_eps ? step * eps : step);
-    const C result = project ? part_fast::project(free, load(x), eps) : load(x) + free;
-    return store<T>(clip(result, clip_low, clip_high));
-  }
+  bool aligned;
 };
 
 template <typename T>
@@ -36,40 +45,58 @@ template <typename T, typename F>
 __device__ __forceinline__ void step_tile(const Step<T>& s, const F& kept) {
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
-  const int64_t tile = this_tile();
-  const int count = static_cast<int>(min(int64_t{TILE}, s.numel - tile));
-  if (count <= 0) return;
-  const EpsTile<C, N> bound(s.eps, tile, count);
-  if (s.aligned && count == TILE) {
-    const Signs signs = signs_of<N>(s.grad, s.grad_dtype, tile);
+  over_tile<T>(
+      s.numel, s.eps, s.aligned,
+      [&](int64_t tile, int, bool whole) -> Signs { return whole ? signs_of<N>(s.grad, s.grad_dtype, tile) : 0; },
+      [&](Signs signs, int run, int64_t at, const C(&eps)[N]) {
+        T x_adv[N], x[N];
+        load_run(s.x_adv + at, x_adv);
+        load_run(s.x + at, x);
 #pragma unroll
-    for (int run = 0; run < EACH / N; ++run) {
-      const int64_t at = this_run<T>(tile, run);
-      T x_adv[N], x[N];
-      load_run(s.x_adv + at, x_adv);
-      load_run(s.x + at, x);
-      C eps[N];
-      bound.read(run, eps);
+        for (int i = 0; i < N; ++i) x_adv[i] = s.move.moved(x_adv[i], sign_at<C>(signs, run * N + i), x[i], eps[i]);
+        store_run(s.x_adv + at, x_adv);
 #pragma unroll
-      for (int i = 0; i < N; ++i) x_adv[i] = s.moved(x_adv[i], sign_at<C>(signs, run * N + i), x[i], eps[i]);
-      store_run(s.x_adv + at, x_adv);
-#pragma unroll
-      for (int i = 0; i < N; ++i) kept(static_cast<int>(at - tile) + i, x_adv[i], x[i]);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const int64_t at = tile + i;
-    const T x = s.x[at], result = s.moved(s.x_adv[at], sign_of<C>(s.grad, s.grad_dtype, at), x, bound[i]);
-    s.x_adv[at] = result;
-    kept(i, result, x);
-  }
+        for (int i = 0; i < N; ++i) kept(static_cast<int>(at - this_tile()) + i, x_adv[i], x[i]);
+      },
+      [&](Signs, int i, int64_t at, C eps) {
+        const T x = s.x[at], result = s.move.moved(s.x_adv[at], sign_of<C>(s.grad, s.grad_dtype, at), x, eps);
+        s.x_adv[at] = result;
+        kept(i, result, x);
+      });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) eps_step_kernel(const __grid_constant__ Step<T> a) {
   step_tile(a, [](int, T, T) {});
+}
+
+// The usual call; see runs.cuh. The gradient is of the images' type.
+template <typename T>
+struct StepRuns {
+  using C = compute_t<T>;
+  T* x_adv;
+  const T *grad, *x;
+  EpsRuns<T> eps;
+  Move<C> move;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
+    eps_step_runs_kernel(const __grid_constant__ StepRuns<T> a) {
+  using C = compute_t<T>;
+  constexpr int N = RUN<T>;
+  const uint32_t run = this_run();
+  if (run >= a.eps.runs) return;
+  const int64_t at = static_cast<int64_t>(run) * N;
+  T x_adv[N], grad[N], x[N];
+  load_run(a.x_adv + at, x_adv);
+  load_run(a.grad + at, grad);
+  load_run(a.x + at, x);
+  C eps[N];
+  a.eps.read(run, eps);
+#pragma unroll
+  for (int i = 0; i < N; ++i) x_adv[i] = a.move.moved(x_adv[i], sign<C>(grad[i]), x[i], eps[i]);
+  store_run(a.x_adv + at, x_adv);
 }
 
 template <typename T>
@@ -105,16 +132,18 @@ void eps_step_(const Tensor& x_adv, const Tensor& grad, const Tensor& x, const s
                        grad.data_ptr(),
                        x_adv.numel(),
                        view_eps<C>(images, eps_of(eps, eps_high, eps_low)),
-                       static_cast<C>(step),
-                       static_cast<C>(clip_low),
-                       static_cast<C>(clip_high),
+                       {static_cast<C>(step), static_cast<C>(clip_low), static_cast<C>(clip_high), of_eps, project},
                        grad.scalar_type(),
-                       of_eps,
-                       project,
                        aligned_16(data<T>(x_adv), data<T>(x), static_cast<const char*>(grad.data_ptr()))};
     if (bank && places) {
       const Stored<T> stored = {a, BankView(images, *bank, *places), static_cast<C>(levels)};
       launch(eps_step_bank_kernel<T>, tile_grid(a.numel), IMAGES_BLOCK, 0, x_adv, stored);
+      return;
+    }
+    const EpsRuns<T> runs(a.eps, a.numel);
+    if (runs.kind != runs.NONE && a.aligned && a.grad_dtype == x_adv.scalar_type()) {
+      const StepRuns<T> usual = {a.x_adv, static_cast<const T*>(a.grad), a.x, runs, a.move};
+      launch(eps_step_runs_kernel<T>, run_grid(runs), IMAGES_BLOCK, 0, x_adv, usual);
     } else {
       launch(eps_step_kernel<T>, tile_grid(a.numel), IMAGES_BLOCK, 0, x_adv, a);
     }

@@ -210,6 +210,37 @@ class EpsTile {
   C* shared_;
 };
 
+// A warp's tile: prepare(tile, whole) first, by the whole warp, then either of_run(its result, run, at, eps) for each
+// run of this lane, elements from `at` on, or of_one(its result, i, at, eps) for single elements, the i-th of the tile.
+template <typename T, typename Prepare, typename OfRun, typename OfOne>
+__device__ __forceinline__ void over_tile(int64_t numel, const EpsView<compute_t<T>>& eps, bool aligned,
+                                          const Prepare& prepare, const OfRun& of_run, const OfOne& of_one) {
+  using C = compute_t<T>;
+  constexpr int N = RUN<T>;
+  const int64_t tile = this_tile();
+  const int count = static_cast<int>(min(int64_t{TILE}, numel - tile));
+  if (count <= 0) return;
+  const bool whole = aligned && count == TILE;
+  const EpsTile<C, N> bound(eps, tile, count);
+  const auto prepared = prepare(tile, count, whole);
+  if (whole) {
+#pragma unroll
+    for (int run = 0; run < EACH / N; ++run) {
+      C of_eps[N];
+      bound.read(run, of_eps);
+      of_run(prepared, run, this_run<T>(tile, run), of_eps);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) of_one(prepared, i, tile + i, bound[i]);
+}
+
+// For those that have nothing to prepare.
+struct Nothing {
+  __device__ __forceinline__ Nothing operator()(int64_t, int, bool) const { return {}; }
+};
+
 template <typename C>
 EpsView<C> view_eps(const Images& images, const Eps& eps) {
   EpsView<C> view = {};

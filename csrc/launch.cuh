@@ -61,6 +61,24 @@ struct Divisor {
   }
 };
 
+// Divisor for 0 <= n < 2^31.
+struct SmallDivisor {
+  uint32_t multiplier = 0;
+  int32_t shift = -1;  // -1: by one
+
+  SmallDivisor() = default;
+  explicit SmallDivisor(int64_t by) {
+    if (by < 2) return;
+    int bits = 1;
+    while (bits < 31 && (int64_t{1} << bits) < by) ++bits;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + bits)) + static_cast<uint64_t>(by) - 1) / by);
+    shift = bits - 1;
+  }
+  __device__ __forceinline__ uint32_t divide(uint32_t n) const {
+    return shift < 0 ? n : __umulhi(multiplier, n) >> shift;
+  }
+};
+
 // f(Type<T>{}) with the floating type that `dtype` names, on the device.
 template <typename F>
 __device__ __forceinline__ auto on_dtype(ScalarType dtype, const F& f) {
@@ -101,7 +119,7 @@ __device__ __forceinline__ void put_run(T* to, const T (&from)[N]) {
   }
 }
 
-// The same to device memory. By an intrinsic: a plain assignment is sometimes compiled to a store for each element.
+// The same to device memory. By an instruction: a plain assignment is sometimes compiled to a store for each element.
 template <typename T, int N>
 __device__ __forceinline__ void store_run(T* to, const T (&from)[N]) {
   constexpr int size = sizeof(T) * N;
@@ -110,7 +128,14 @@ __device__ __forceinline__ void store_run(T* to, const T (&from)[N]) {
   for (int i = 0; i < size / static_cast<int>(sizeof(Word)); ++i) {
     Word word;
     memcpy(&word, reinterpret_cast<const char*>(from) + i * sizeof(Word), sizeof(Word));
-    __stwb(reinterpret_cast<Word*>(to) + i, word);
+    Word* const place = reinterpret_cast<Word*>(to) + i;
+    if constexpr (sizeof(Word) == 16) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(word.x), "r"(word.y), "r"(word.z),
+                   "r"(word.w)
+                   : "memory");
+    } else {
+      __stwb(place, word);
+    }
   }
 }
 

@@ -5,7 +5,8 @@
 
 namespace part_fast {
 
-__constant__ const Jet JET = make_jet();
+// Not in constant memory, from which threads that want different entries are served one after the other.
+__device__ const Jet JET = make_jet();
 
 // An unsigned integer in the order of the values, with -0 and 0 alike.
 __device__ __forceinline__ uint32_t ordered(float value) {
@@ -39,15 +40,16 @@ class Chosen {
       state().prefix = 0;
       state().need = k;
     }
-    __syncthreads();
   }
 
   static constexpr int LOOKS = RULE == QUANTILE ? DIGITS : 1;
 
   __device__ __forceinline__ void begin() {
+    if constexpr (RULE != ZSCORE) {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < 256; i += blockDim.x) histogram()[i] = 0;
-    __syncthreads();
+      for (int i = static_cast<int>(threadIdx.x); i < 256; i += blockDim.x) histogram()[i] = 0;
+      __syncthreads();
+    }
   }
 
   __device__ __forceinline__ void look(int round, int count, const C (&u)[QUAD]) {
@@ -74,22 +76,7 @@ class Chosen {
     if constexpr (RULE == QUANTILE) {
       decide_digit(round);
     } else {
-      // Twice: the mean, then the deviation from it.
-#pragma unroll 1
-      for (int moment = 0; moment < 2; ++moment) {
-        double result;
-        if constexpr (RULE == ZSCORE) {
-          result = reduce(moment == 0 ? sum_ : squares_, room(), Add()) / pixels_;
-          // u lies around [0,1] and its map is not flat: nothing is lost by this form in float64.
-          if (moment == 1) result -= state().mean * state().mean;
-        } else {
-          result = over_colours(moment) / (3.0 * pixels_);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0)
-          (moment == 0 ? state().mean : state().deviation) = moment == 0 ? result : sqrt(max(result, 0.0));
-        __syncthreads();
-      }
+      decide_moments();
     }
     if constexpr (RULE == RELEASED) {
 #pragma unroll 1
@@ -132,23 +119,61 @@ class Chosen {
   __device__ __forceinline__ int* histogram() const { return reinterpret_cast<int*>(block_room() + Room::HISTOGRAM); }
   // The channels that each colour is kept in, four bits: a word for each bank.
   __device__ __forceinline__ uint32_t* table() const { return reinterpret_cast<uint32_t*>(block_room() + Room::TABLE); }
+  // One for each colour, where the map was: every band is prepared by now, or will be again.
+  __device__ __forceinline__ double* terms() const { return reinterpret_cast<double*>(block_room() + Room::MAP); }
   __device__ __forceinline__ double* room() const { return reinterpret_cast<double*>(block_room() + Room::REDUCTION); }
 
-  // The sum over the colours of their count times their values, or their squared deviations, in the order of the
-  // reference: eight interleaved sums, then their sum.
-  __device__ __forceinline__ double over_colours(int moment) const {
-    if (threadIdx.x < LANES) {
-      double sum = 0;
-#pragma unroll 1
-      for (int i = static_cast<int>(threadIdx.x); i < COLOURS; i += LANES) {
-        sum += histogram()[i] * (moment == 0 ? sum_of(JET.value[i]) : squares_of(JET.value[i], state().mean));
+  // The mean, then the deviation from it.
+  __device__ __forceinline__ void decide_moments() const {
+    if constexpr (RULE == ZSCORE) {
+      const int warps = static_cast<int>(blockDim.x) / 32;
+      const double sum = reduce_warp(sum_, Add()), squares = reduce_warp(squares_, Add());
+      if (threadIdx.x % 32 == 0) {
+        room()[threadIdx.x / 32] = sum;
+        room()[warps + threadIdx.x / 32] = squares;
       }
-      room()[threadIdx.x] = sum;
+      __syncthreads();
+      if (threadIdx.x == 0) {
+        // One after the other: a division in float64 takes many registers.
+#pragma unroll 1
+        for (int moment = 0; moment < 2; ++moment) {
+          double result = room()[moment * warps];
+#pragma unroll 4
+          for (int i = 1; i < warps; ++i) result += room()[moment * warps + i];
+          result /= pixels_;
+          // u lies around [0,1] and its map is not flat: nothing is lost by this form in float64.
+          if (moment == 1) result = sqrt(max(result - state().mean * state().mean, 0.0));
+          (moment == 0 ? state().mean : state().deviation) = result;
+        }
+      }
+      __syncthreads();
+    } else {
+#pragma unroll 1
+      for (int moment = 0; moment < 2; ++moment) {
+        const double result = over_colours(moment) / (3.0 * pixels_);
+        if (threadIdx.x == 0) {
+          (moment == 0 ? state().mean : state().deviation) = moment == 0 ? result : sqrt(max(result, 0.0));
+        }
+        __syncthreads();
+      }
+    }
+  }
+
+  // The sum over the colours of their count times their values, or their squared deviations, in the order of the
+  // reference: eight interleaved sums, then their sum. For the first warp.
+  __device__ __forceinline__ double over_colours(int moment) const {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < COLOURS; i += blockDim.x) {
+      terms()[i] = histogram()[i] * (moment == 0 ? sum_of(JET.value[i]) : squares_of(JET.value[i], state().mean));
     }
     __syncthreads();
-    double sum = room()[0];
-#pragma unroll 1
-    for (int i = 1; i < LANES; ++i) sum += room()[i];
+    if (threadIdx.x >= 32) return 0;
+    double mine = 0;
+#pragma unroll 8
+    for (int i = static_cast<int>(threadIdx.x) % LANES; i < COLOURS; i += LANES) mine += terms()[i];
+    double sum = __shfl_sync(0xffffffffu, mine, 0);
+#pragma unroll
+    for (int i = 1; i < LANES; ++i) sum += __shfl_sync(0xffffffffu, mine, i);
     return sum;
   }
 

@@ -1,5 +1,5 @@
 // pgd_step on a GPU: out of place, in place, and its gradient, one launch each. See part_fast/ops/pgd_step.py.
-#include "images.cuh"
+#include "runs.cuh"
 
 namespace part_fast {
 namespace {
@@ -30,6 +30,12 @@ struct Step {
         aligned(aligned_16(this->x_adv, this->x, this->grad)) {}
 
   __device__ __forceinline__ C moved(C x_adv, C sign, C x) const { return moved_by_step(x_adv, sign, x, alpha); }
+  __device__ __forceinline__ T stepped(C x_adv, C sign, C x, C eps) const {
+    return store<T>(clip(project(moved(x_adv, sign, x), x, eps), clip_low, clip_high));
+  }
+  __device__ __forceinline__ Signs signs(int64_t tile, bool whole) const {
+    return whole ? signs_of<RUN<T>>(grad, grad_dtype, tile) : 0;
+  }
 };
 
 template <typename T>
@@ -43,38 +49,64 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS) pgd_step_kernel(c
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   const Step<T>& s = a.step;
-  const auto stepped = [&](C x_adv, C sign, C x, C eps) {
-    return store<T>(clip(project(s.moved(x_adv, sign, x), x, eps), s.clip_low, s.clip_high));
-  };
-  const int64_t tile = this_tile();
-  const int count = static_cast<int>(min(int64_t{TILE}, s.numel - tile));
-  if (count <= 0) return;
-  const EpsTile<C, N> bound(s.eps, tile, count);
-  if (s.aligned && count == TILE) {
-    const Signs signs = signs_of<N>(s.grad, s.grad_dtype, tile);
+  over_tile<T>(
+      s.numel, s.eps, s.aligned, [&](int64_t tile, int, bool whole) { return s.signs(tile, whole); },
+      [&](Signs signs, int run, int64_t at, const C(&eps)[N]) {
+        T x_adv[N], x[N], out[N];
+        load_run(s.x_adv + at, x_adv);
+        load_run(s.x + at, x);
 #pragma unroll
-    for (int run = 0; run < EACH / N; ++run) {
-      const int64_t at = this_run<T>(tile, run);
-      T x_adv[N], x[N];
-      load_run(s.x_adv + at, x_adv);
-      load_run(s.x + at, x);
-      C eps[N];
-      bound.read(run, eps);
-      T out[N];
+        for (int i = 0; i < N; ++i) {
+          out[i] = s.stepped(load(x_adv[i]), sign_at<C>(signs, run * N + i), load(x[i]), eps[i]);
+        }
+        store_run(a.out + at, out);
+      },
+      [&](Signs, int, int64_t at, C eps) {
+        const C sign = sign_of<C>(s.grad, s.grad_dtype, at);
+        a.out[at] = s.stepped(load(s.x_adv[at]), sign, load(s.x[at]), eps);
+      });
+}
+
+// The usual call; see runs.cuh. The gradient is of the images' type.
+template <typename T>
+struct FwdRuns {
+  using C = compute_t<T>;
+  const T *x_adv, *grad, *x;
+  T* out;
+  EpsRuns<T> eps;
+  C alpha, clip_low, clip_high;
+
+  FwdRuns(const Fwd<T>& a, const EpsRuns<T>& eps)
+      : x_adv(a.step.x_adv),
+        grad(static_cast<const T*>(a.step.grad)),
+        x(a.step.x),
+        out(a.out),
+        eps(eps),
+        alpha(a.step.alpha),
+        clip_low(a.step.clip_low),
+        clip_high(a.step.clip_high) {}
+};
+
+template <typename T>
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
+    pgd_step_runs_kernel(const __grid_constant__ FwdRuns<T> a) {
+  using C = compute_t<T>;
+  constexpr int N = RUN<T>;
+  const uint32_t run = this_run();
+  if (run >= a.eps.runs) return;
+  const int64_t at = static_cast<int64_t>(run) * N;
+  T x_adv[N], grad[N], x[N];
+  load_run(a.x_adv + at, x_adv);
+  load_run(a.grad + at, grad);
+  load_run(a.x + at, x);
+  C eps[N];
+  a.eps.read(run, eps);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        out[i] = stepped(load(x_adv[i]), sign_at<C>(signs, run * N + i), load(x[i]), eps[i]);
-      }
-      store_run(a.out + at, out);
-    }
-    return;
+  for (int i = 0; i < N; ++i) {
+    const C moved = moved_by_step(load(x_adv[i]), sign<C>(grad[i]), load(x[i]), a.alpha);
+    x[i] = store<T>(clip(project(moved, load(x[i]), eps[i]), a.clip_low, a.clip_high));
   }
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const int64_t at = tile + i;
-    const C sign = sign_of<C>(s.grad, s.grad_dtype, at);
-    a.out[at] = stepped(load(s.x_adv[at]), sign, load(s.x[at]), bound[i]);
-  }
+  store_run(a.out + at, x);
 }
 
 template <typename T>
@@ -93,39 +125,27 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BWD_BLOCKS<T>)
   const auto passed = [&](C grad_out, C moved, C x, C eps) {
     return clipped(project(moved, x, eps), s.clip_low, s.clip_high) ? C(0) : grad_out;
   };
-  const int64_t tile = this_tile();
-  const int count = static_cast<int>(min(int64_t{TILE}, s.numel - tile));
-  if (count <= 0) return;
-  const EpsTile<C, N> bound(s.eps, tile, count);
-  if (s.aligned && count == TILE) {
-    const Signs signs = signs_of<N>(s.grad, s.grad_dtype, tile);
+  over_tile<T>(
+      s.numel, s.eps, s.aligned, [&](int64_t tile, int, bool whole) { return s.signs(tile, whole); },
+      [&](Signs signs, int run, int64_t at, const C(&eps)[N]) {
+        T x_adv[N], x[N], grad_out[N];
+        load_run(s.x_adv + at, x_adv);
+        load_run(s.x + at, x);
+        load_run(a.grad_out + at, grad_out);
+        Signs sides = 0;
 #pragma unroll
-    for (int run = 0; run < EACH / N; ++run) {
-      const int64_t at = this_run<T>(tile, run);
-      T x_adv[N], x[N], grad_out[N];
-      load_run(s.x_adv + at, x_adv);
-      load_run(s.x + at, x);
-      load_run(a.grad_out + at, grad_out);
-      C eps[N];
-      bound.read(run, eps);
-      Signs sides = 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const C moved = s.moved(load(x_adv[i]), sign_at<C>(signs, run * N + i), load(x[i]));
-        grad_out[i] = store<T>(passed(load(grad_out[i]), moved, load(x[i]), eps[i]));
-        sides |= signs_at(side(moved, eps[i]), i);
-      }
-      a.to.write_run(at, grad_out, sides);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const int64_t at = tile + i;
-    const C sign = sign_of<C>(s.grad, s.grad_dtype, at), x = load(s.x[at]), eps = bound[i];
-    const C moved = s.moved(load(s.x_adv[at]), sign, x);
-    a.to.write_one(at, passed(load(a.grad_out[at]), moved, x, eps), side(moved, eps));
-  }
+        for (int i = 0; i < N; ++i) {
+          const C moved = s.moved(load(x_adv[i]), sign_at<C>(signs, run * N + i), load(x[i]));
+          grad_out[i] = store<T>(passed(load(grad_out[i]), moved, load(x[i]), eps[i]));
+          sides |= signs_at(side(moved, eps[i]), i);
+        }
+        a.to.write_run(at, grad_out, sides);
+      },
+      [&](Signs, int, int64_t at, C eps) {
+        const C sign = sign_of<C>(s.grad, s.grad_dtype, at), x = load(s.x[at]);
+        const C moved = s.moved(load(s.x_adv[at]), sign, x);
+        a.to.write_one(at, passed(load(a.grad_out[at]), moved, x, eps), side(moved, eps));
+      });
 }
 
 template <typename... Arguments>
@@ -135,6 +155,11 @@ void pgd_step_into(const Tensor& out, const Tensor& x_adv, const Arguments&... a
     using T = typename decltype(type)::type;
     Fwd<T> a = {Step<T>(x_adv, arguments...), mutable_data<T>(out)};
     a.step.aligned = a.step.aligned && aligned_16(a.out);
+    const EpsRuns<T> runs(a.step.eps, a.step.numel);
+    if (runs.kind != runs.NONE && a.step.aligned && a.step.grad_dtype == x_adv.scalar_type()) {
+      launch(pgd_step_runs_kernel<T>, run_grid(runs), IMAGES_BLOCK, 0, x_adv, FwdRuns<T>(a, runs));
+      return;
+    }
     launch(pgd_step_kernel<T>, tile_grid(a.step.numel), IMAGES_BLOCK, 0, x_adv, a);
   });
 }

@@ -1,5 +1,5 @@
 // project_linf on a GPU and its gradient, one launch each. See part_fast/ops/project_linf.py.
-#include "images.cuh"
+#include "runs.cuh"
 
 namespace part_fast {
 namespace {
@@ -22,6 +22,11 @@ struct Projection {
 };
 
 template <typename T>
+__device__ __forceinline__ T projected(T x_adv, T x, compute_t<T> eps) {
+  return store<T>(project(load(x_adv) - load(x), load(x), eps));
+}
+
+template <typename T>
 struct Fwd {
   Projection<T> projection;
   T* out;
@@ -33,34 +38,42 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   const Projection<T>& p = a.projection;
-  const int64_t tile = this_tile();
-  const int count = static_cast<int>(min(int64_t{TILE}, p.numel - tile));
-  if (count <= 0) return;
-  const EpsTile<C, N> bound(p.eps, tile, count);
-  if (p.aligned && count == TILE) {
+  over_tile<T>(
+      p.numel, p.eps, p.aligned, Nothing(),
+      [&](Nothing, int, int64_t at, const C(&eps)[N]) {
+        T x_adv[N], x[N];
+        load_run(p.x_adv + at, x_adv);
+        load_run(p.x + at, x);
 #pragma unroll
-    for (int run = 0; run < EACH / N; ++run) {
-      const int64_t at = this_run<T>(tile, run);
-      T x_adv[N], x[N];
-      load_run(p.x_adv + at, x_adv);
-      load_run(p.x + at, x);
-      C eps[N];
-      bound.read(run, eps);
-      T out[N];
+        for (int i = 0; i < N; ++i) x[i] = projected(x_adv[i], x[i], eps[i]);
+        store_run(a.out + at, x);
+      },
+      [&](Nothing, int, int64_t at, C eps) { a.out[at] = projected(p.x_adv[at], p.x[at], eps); });
+}
+
+// The usual call; see runs.cuh.
+template <typename T>
+struct FwdRuns {
+  const T *x_adv, *x;
+  T* out;
+  EpsRuns<T> eps;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
+    project_linf_runs_kernel(const __grid_constant__ FwdRuns<T> a) {
+  constexpr int N = RUN<T>;
+  const uint32_t run = this_run();
+  if (run >= a.eps.runs) return;
+  const int64_t at = static_cast<int64_t>(run) * N;
+  T x_adv[N], x[N];
+  load_run(a.x_adv + at, x_adv);
+  load_run(a.x + at, x);
+  compute_t<T> eps[N];
+  a.eps.read(run, eps);
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        out[i] = store<T>(project(load(x_adv[i]) - load(x[i]), load(x[i]), eps[i]));
-      }
-      store_run(a.out + at, out);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const int64_t at = tile + i;
-    const C x = load(p.x[at]);
-    a.out[at] = store<T>(project(load(p.x_adv[at]) - x, x, bound[i]));
-  }
+  for (int i = 0; i < N; ++i) x[i] = projected(x_adv[i], x[i], eps[i]);
+  store_run(a.out + at, x);
 }
 
 template <typename T>
@@ -76,32 +89,21 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BWD_BLOCKS<T>)
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   const Projection<T>& p = a.projection;
-  const int64_t tile = this_tile();
-  const int count = static_cast<int>(min(int64_t{TILE}, p.numel - tile));
-  if (count <= 0) return;
-  const EpsTile<C, N> bound(p.eps, tile, count);
-  if (p.aligned && count == TILE) {
+  over_tile<T>(
+      p.numel, p.eps, p.aligned, Nothing(),
+      [&](Nothing, int, int64_t at, const C(&eps)[N]) {
+        T x_adv[N], x[N], grad_out[N];
+        load_run(p.x_adv + at, x_adv);
+        load_run(p.x + at, x);
+        load_run(a.grad_out + at, grad_out);
+        Signs sides = 0;
 #pragma unroll
-    for (int run = 0; run < EACH / N; ++run) {
-      const int64_t at = this_run<T>(tile, run);
-      T x_adv[N], x[N], grad_out[N];
-      load_run(p.x_adv + at, x_adv);
-      load_run(p.x + at, x);
-      load_run(a.grad_out + at, grad_out);
-      C eps[N];
-      bound.read(run, eps);
-      Signs sides = 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) sides |= signs_at(side(load(x_adv[i]) - load(x[i]), eps[i]), i);
-      a.to.write_run(at, grad_out, sides);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const int64_t at = tile + i;
-    a.to.write_one(at, load(a.grad_out[at]), side(load(p.x_adv[at]) - load(p.x[at]), bound[i]));
-  }
+        for (int i = 0; i < N; ++i) sides |= signs_at(side(load(x_adv[i]) - load(x[i]), eps[i]), i);
+        a.to.write_run(at, grad_out, sides);
+      },
+      [&](Nothing, int, int64_t at, C eps) {
+        a.to.write_one(at, load(a.grad_out[at]), side(load(p.x_adv[at]) - load(p.x[at]), eps));
+      });
 }
 
 Tensor project_linf(const Tensor& x_adv, const Tensor& x, const std::optional<Tensor>& eps, double eps_high,
@@ -112,6 +114,12 @@ Tensor project_linf(const Tensor& x_adv, const Tensor& x, const std::optional<Te
       using T = typename decltype(type)::type;
       Fwd<T> a = {Projection<T>(x_adv, x, eps, eps_high, eps_low), mutable_data<T>(out)};
       a.projection.aligned = a.projection.aligned && aligned_16(a.out);
+      const EpsRuns<T> runs(a.projection.eps, a.projection.numel);
+      if (runs.kind != runs.NONE && a.projection.aligned) {
+        const FwdRuns<T> usual = {a.projection.x_adv, a.projection.x, a.out, runs};
+        launch(project_linf_runs_kernel<T>, run_grid(runs), IMAGES_BLOCK, 0, x_adv, usual);
+        return;
+      }
       launch(project_linf_fwd_kernel<T>, tile_grid(a.projection.numel), IMAGES_BLOCK, 0, x_adv, a);
     });
   }

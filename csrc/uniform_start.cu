@@ -33,35 +33,24 @@ __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
   using C = compute_t<T>;
   constexpr int N = RUN<T>;
   constexpr int WORDS = N < 4 ? N : 4;  // of a block that a run takes at once; a run of two may take the second two
-  const int64_t tile = this_tile();
-  const int count = static_cast<int>(min(int64_t{TILE}, a.numel - tile));
-  if (count <= 0) return;
-  const EpsTile<C, N> bound(a.eps, tile, count);
-  if (a.aligned && count == TILE) {
+  over_tile<T>(
+      a.numel, a.eps, a.aligned, Nothing(),
+      [&](Nothing, int, int64_t at, const C(&eps)[N]) {
+        T x[N];
+        load_run(a.x + at, x);
 #pragma unroll
-    for (int run = 0; run < EACH / N; ++run) {
-      const int64_t at = this_run<T>(tile, run);
-      T x[N];
-      load_run(a.x + at, x);
-      C eps[N];
-      bound.read(run, eps);
+        for (int i = 0; i < N; i += WORDS) {
+          const Words words = philox(static_cast<uint64_t>(at + i) / 4, a.key);
+          const int first = WORDS == 4 ? 0 : static_cast<int>(at % 4);
 #pragma unroll
-      for (int i = 0; i < N; i += WORDS) {
-        const Words words = philox(static_cast<uint64_t>(at + i) / 4, a.key);
-        const int first = WORDS == 4 ? 0 : static_cast<int>(at % 4);
-#pragma unroll
-        for (int j = 0; j < WORDS; ++j) x[i + j] = a.moved(x[i + j], word_at(words, first + j), eps[i + j]);
-      }
-      store_run(a.out + at, x);
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const int64_t at = tile + i;
-    const Words words = philox(static_cast<uint64_t>(at) / 4, a.key);
-    a.out[at] = a.moved(a.x[at], word_at(words, static_cast<int>(at % 4)), bound[i]);
-  }
+          for (int j = 0; j < WORDS; ++j) x[i + j] = a.moved(x[i + j], word_at(words, first + j), eps[i + j]);
+        }
+        store_run(a.out + at, x);
+      },
+      [&](Nothing, int, int64_t at, C eps) {
+        const Words words = philox(static_cast<uint64_t>(at) / 4, a.key);
+        a.out[at] = a.moved(a.x[at], word_at(words, static_cast<int>(at % 4)), eps);
+      });
 }
 
 Tensor uniform_start(const Tensor& x, const std::optional<Tensor>& eps, double eps_high, double eps_low, double scale,

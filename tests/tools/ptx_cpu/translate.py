@@ -42,7 +42,7 @@ MODIFIERS = {
     "clamp", "l", "r",
     # Of memory's order and of caches, which do not change what one thread after another reads.
     "weak", "volatile", "relaxed", "acquire", "release", "acq_rel", "sc", "cta", "gpu", "sys", "nc", "ca", "cg", "cs",
-    "lu", "cv", "wb", "wt",
+    "lu", "cv", "wb", "wt", "L2",
 }  # fmt: skip
 CACHE_HINT = re.compile(r"L1__(no_allocate|evict_\w+)|L2__\d+B")
 # They order the accesses of threads, which run one after another here.
@@ -454,6 +454,9 @@ class Translator:
             raise UnsupportedError("registers for another number of values")
         stores = [f"store<{bits}>(at + {size * k}, {self.read(name, bits)});" for k, name in enumerate(from_)]
         return self.access(i, i.operands[0], size * len(from_), "WRITE", " ".join(stores))
+
+    def _prefetch(self, i: Instruction) -> str:
+        return self.access(i, i.operands[0], 1, "READ", "")
 
     def _atom(self, i: Instruction) -> str:
         i.refuse("v2", "v4", "v8", "f16", "bf16", "f16x2", "bf16x2")
