@@ -9,7 +9,7 @@ import torch
 from fake_gpu import net
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from part_fast import AttackModel, PackedEpsilon, checks, mma, pgd
+from part_fast import AttackModel, CamBudget, PackedEpsilon, checks, mma, pgd
 from part_fast.attack_model.graph import MOST, Graphs
 
 EPS, ALPHA = 0.1, 0.03
@@ -285,3 +285,33 @@ def test_copies_hold_no_graphs(gpu):
     again = pickle.loads(pickle.dumps(fast.graphs))
     assert isinstance(again, Graphs)
     assert len(again) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ensemble"}, {"rule": "soft"}], ids=str)
+def test_a_budget_of_a_copy_with_graphs_is_captured_and_follows_the_weights(gpu, options):
+    model = gpu.put(net())
+    fast, plain = (CamBudget(AttackModel(model, cuda_graph=graph), EPS, 0.01, **options) for graph in (True, False))
+    maps = []
+    for seed in range(3):
+        x, _ = batch(gpu, seed=seed)
+        for got, expected in zip(fast.with_logits(x), plain.with_logits(x), strict=True):
+            assert same(got, expected)
+        maps.append(fast(x))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    assert len(gpu.graphs) == 1
+    assert not same(maps[0], maps[1])  # what one call gave is not overwritten by the next
+    target = gpu.put(torch.tensor([3, 2, 1, 0]))
+    assert same(fast(x, target), plain(x, target))
+    assert len(gpu.graphs) == 1  # a target that is given is checked, which a graph cannot
+
+
+def test_budgets_of_one_copy_have_graphs_of_their_own(gpu):
+    fast = attacked(gpu)
+    x, _ = batch(gpu)
+    first, second = (CamBudget(fast, EPS, 0.01, target_layer=layer) for layer in ("layer4", "stem"))
+    expected = CamBudget(attacked(gpu, graph=False), EPS, 0.01, target_layer="stem")(x)
+    assert not same(first(x), expected)
+    assert same(second(x), expected)
+    assert len(gpu.graphs) == 2

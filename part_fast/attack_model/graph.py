@@ -214,6 +214,11 @@ def _all_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     )
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether what is done with x now is recorded, so that no value can be read."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def surroundings(module: nn.Module, device: torch.device) -> Hashable:
     """What decides what a captured run of `module` computes besides its arguments: part of the key of a graph.
 

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
-from part_fast.attack_model.graph import surroundings
+from part_fast.attack_model.graph import capturing, surroundings
 from part_fast.attacks.objectives import Loss, objective
 from part_fast.checks import Bound, Clip
 from part_fast.errors import BadTypeError, BadValueError
@@ -113,7 +113,7 @@ def ascend(
                 leaf = x_adv.detach().requires_grad_()
                 with record_function("part_fast: attack forward"):
                     logits = checks.logits(forward(leaf), x)
-                if step == 0 and not _capturing(x):
+                if step == 0 and not capturing(x):
                     checks.labels("y", y, x, logits.shape[1], soft=True)
                 with record_function("part_fast: attack backward"):
                     grad = input_gradient(loss(logits, y, *others).sum(), leaf)
@@ -205,10 +205,6 @@ def _take(
     view = step.store
     kept = {} if view is None else {"bank": view.bank, "places": view.places, "scale": view.scale}
     eps_step_(x_adv, grad, x, eps, step.factor, clip, alpha=step.alpha, project=step.project, **kept)  # type: ignore[arg-type]
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_images(

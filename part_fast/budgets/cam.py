@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 
@@ -11,6 +12,7 @@ from torch.profiler import record_function
 
 from part_fast import checks
 from part_fast.attack_model import AttackModel
+from part_fast.attack_model.graph import capturing, surroundings
 from part_fast.budgets.controls import check_control, control_map
 from part_fast.budgets.external import Explain, check_method, external_cam
 from part_fast.budgets.rules import Rule, ensemble, find_rule, rule_weights
@@ -66,7 +68,8 @@ class CamBudget:
     generator: of random numbers, on any device, such as each thread's own; default: torch's, which are the process's.
 
     A call is batched: one eval-mode forward, and a backward from the logits to the target layer only (nothing
-    before it records a graph). It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
+    before it records a graph). Of an AttackModel that captures CUDA graphs these are one launch, unless `target` is
+    given. It leaves no trace: training mode, hooks, .grad, BatchNorm statistics and the
     random generators are as before, also after an exception. Calls for one model from several threads
     take turns. What other threads draw meanwhile stays drawn, unless the model itself draws; if something was drawn,
     one more forward tells by whom.
@@ -200,11 +203,20 @@ class CamBudget:
                 return attention_maps(self.method, model, x, target, self.reshape)
             if isinstance(model, AttackModel) and _run(model) is not self._ran:
                 self.target_layer, self._ran = _find_layer(model, self._asked), _run(model)
-            output, logits = self._forward(model, x)
-            target = _target(target, logits, x)
-            with torch.enable_grad():
-                score = logits.gather(1, target[:, None].clone()).sum()
-            gradient = input_gradient(score, output)
+            if isinstance(model, AttackModel) and model.graphs is not None and target is None:
+                key = (self, self._members, self.target_layer, surroundings(model.module, x.device))
+                maps, logits = model.graphs(key, functools.partial(self._native, model), x)
+            else:
+                maps, logits = self._native(model, x, target)
+        return maps, logits
+
+    def _native(self, model: nn.Module, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The maps by this package's own methods, and the logits: what is captured of an AttackModel with graphs."""
+        output, logits = self._forward(model, x)
+        target = _target(target, logits, x)
+        with torch.enable_grad():
+            score = logits.gather(1, target[:, None].clone()).sum()
+        gradient = input_gradient(score, output)
         if gradient is None:
             raise BadValueError(
                 "target_layer must lead to the logits, got a layer whose output they do not depend on, or only through "
@@ -213,7 +225,7 @@ class CamBudget:
         activation = checks.dense(self._maps(output.detach(), model, x))
         # Pooling gives gradients that share elements (expanded), which ops refuse.
         gradient_maps = checks.same_format(self._maps(gradient.to(output.dtype), model, x), activation)
-        if output.ndim == 3 and not self._patches_read:
+        if output.ndim == 3 and not self._patches_read and not capturing(x):
             self._check_patches(gradient, gradient_maps)
         maps = [cam(activation, gradient_maps, member) for member in self._members]
         return (maps[0] if len(maps) == 1 else ensemble(maps)), logits.detach()
@@ -273,7 +285,8 @@ class CamBudget:
         handle = self.target_layer.register_forward_hook(cut)
         try:
             with torch.no_grad(), uncached_autocast():
-                logits = model(x)
+                # A copy to attack has followed its model already.
+                logits = model(x, follow=False) if isinstance(model, AttackModel) else model(x)
         finally:
             handle.remove()
         if not found:
