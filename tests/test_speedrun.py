@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
-from part_fast.config import PRESETS
 from part_fast.experiments import speedrun as speedruns
 from part_fast.experiments.arms import Result
 from part_fast.experiments.speedrun import SCALES, Scale, seconds_to_goal, speedrun
@@ -42,19 +41,27 @@ def test_seconds_until_the_goal_is_met(rows, seconds):
     assert seconds_to_goal(result(*rows), 0.5, 0.3) == seconds
 
 
-def test_the_full_scale_is_the_published_row():
-    (full,) = SCALES.values()
+def test_the_scales():
+    full, small = SCALES.values()
     assert (full.natural, full.pgd20) == (0.8258, 0.4369)
-    assert full.config == dataclasses.replace(PRESETS["fast-resnet18"], method="at", warmup_epochs=0)
-    assert (full.config.dataset, full.config.model) == ("cifar10", "resnet18")
-    full.config.check()
-    assert full.config.pgd_test_size  # or nobody would see that the goal is met
+    assert (full.config.dataset, full.config.model, full.config.train_size) == ("cifar10", "resnet18", None)
+    assert small.config.model == "resnet-small"
+    for scale in (full, small):
+        scale.config.check()
+        assert scale.config.method == "at"
+        assert scale.config.pgd_test_size  # or nobody would see that the goal is met
+
+
+def test_without_an_average_the_weights_themselves_count():
+    rows = [(1.0, 0.4, 0.4, 0.5, 0.3), (2.0, 0.6, 0.4, 0.6, 0.4)]
+    assert seconds_to_goal(result(*rows), 0.5, 0.3) == 1.0
+    assert seconds_to_goal(result(*rows), 0.5, 0.3, ("test",)) == 3.0
 
 
 def test_speedrun(tmp_path, monkeypatch):
     costs = {"speedrun": Cost(1.0, 1, 0), "kernels": Cost(1.5, 1, 0)}
     monkeypatch.setattr(speedruns, "step_costs", lambda *arguments, **named: costs)
-    scales = {"full": Scale(TINY, 0.0, 0.0, "made up", 2), "small": Scale(TINY, 1.0, 1.0, "made up", 2)}
+    scales = {"full": Scale(TINY, 0.0, 0.0, "made up", 2, True), "small": Scale(TINY, 1.0, 1.0, "made up", 2, True)}
     said = []
     record = speedrun(tmp_path, parts=True, autoattack=False, scales=scales, log=said.append)
     assert record["text"] in said
@@ -73,13 +80,18 @@ def test_speedrun(tmp_path, monkeypatch):
         evaluation = json.loads((folder / "evaluation.json").read_text())
         assert evaluation["checkpoint"].endswith("averaged.safetensors")
         assert row["pgd20"] == evaluation["results"]["pgd20"]["accuracy"]
-    names = ["speedrun", "without fast attack", "without averaged weights", "without schedule", "without kernels"]
+    names = ["speedrun", "without fast attack", "without schedule", "without averaged weights", "without kernels"]
     assert [part["arm"] for part in record["parts"]] == names
     config = json.loads((tmp_path / "without-schedule-seed0" / "config.json").read_text())
     assert (config["schedule"], config["lr_drops"]) == ("piecewise", [2, 2])
     assert json.loads((tmp_path / "without-fast-attack-seed1" / "config.json").read_text())["steps"] == 10
-    assert not (tmp_path / "without-averaged-weights-seed0" / "averaged.safetensors").exists()
-    whole, kernels = record["parts"][0], record["parts"][-1]
+    whole, plain, kernels = (record["parts"][i] for i in (0, 3, 4))
+    assert plain["seconds"] == whole["seconds"]
+    last = []
+    for seed in (0, 1):
+        with (tmp_path / f"speedrun-seed{seed}" / "metrics.csv").open(newline="") as file:
+            last.append(list(csv.DictReader(file))[-1])
+    assert plain["pgd20"]["mean"] == pytest.approx(sum(float(row["test_pgd20"]) for row in last) / 2)
     assert kernels["seconds_to_goal"] == pytest.approx(1.5 * whole["seconds_to_goal"])
 
     # A goal that nobody meets, from the results that are there.
@@ -95,7 +107,7 @@ def test_speedrun(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"scale": "large"}, "scale must be one of full, got 'large'"),
+        ({"scale": "large"}, "scale must be one of full, small, got 'large'"),
         ({"runs": 0}, "runs must be >= 1, got 0"),
     ],
 )
