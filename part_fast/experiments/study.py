@@ -51,7 +51,13 @@ ARMS: dict[str, dict[str, Any]] = {
 CONFIGS = {
     # The attack of one step does not overfit catastrophically in so many epochs, as FGSM-RS can.
     "cifar10": dataclasses.replace(
-        PRESETS["fast-resnet18"], attack="n-fgsm", epochs=23, warmup_epochs=3, batch_size=256, pgd_test_size=0
+        PRESETS["fast-resnet18"],
+        attack="n-fgsm",
+        epochs=23,
+        warmup_epochs=3,
+        batch_size=256,
+        average="ema:0.995",
+        pgd_test_size=0,
     ),
     "fashion-mnist": dataclasses.replace(
         PRESETS["demo"], dataset="fashion-mnist", train_size=6000, test_size=5000, epochs=5, lr_drops=(4,)
