@@ -291,17 +291,19 @@ def test_copies_hold_no_graphs(gpu):
 def test_a_budget_of_a_copy_with_graphs_is_captured_and_follows_the_weights(gpu, options):
     model = gpu.put(net())
     fast, plain = (CamBudget(AttackModel(model, cuda_graph=graph), EPS, 0.01, **options) for graph in (True, False))
-    maps = []
+    given, kept = [], []
     for seed in range(3):
         x, _ = batch(gpu, seed=seed)
         for got, expected in zip(fast.with_logits(x), plain.with_logits(x), strict=True):
             assert same(got, expected)
-        maps.append(fast(x))
+            given.append(got)
+            kept.append(got.clone())
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
     assert len(gpu.graphs) == 1
-    assert not same(maps[0], maps[1])  # what one call gave is not overwritten by the next
+    assert all(map(same, given, kept))  # what one call gave is not overwritten by the next
+    assert not same(given[1], given[3])
     target = gpu.put(torch.tensor([3, 2, 1, 0]))
     assert same(fast(x, target), plain(x, target))
     assert len(gpu.graphs) == 1  # a target that is given is checked, which a graph cannot

@@ -648,8 +648,8 @@ SM_BLOCKS = {80: 32, 90: 32, 100: 32, 120: 24}
 def occupancy(arch: int, registers: int, threads: int, shared: int) -> float:
     """Share of an SM's threads that can be resident. Registers come in units of 8 a thread, 65536 an SM."""
     by_registers = 65536 // (-(-registers // 8) * 8 * 32) // (threads // 32)
-    # cuobjdump counts the kilobyte that the system takes of every block, but not on sm_80.
-    by_shared = SM_SHARED[arch] // (shared + (1024 if arch < 90 else 0))
+    # cuobjdump counts the kilobyte that the system takes of every block, but not on sm_80, nor where no other is taken.
+    by_shared = SM_SHARED[arch] // (shared + 1024 if arch < 90 else max(shared, 1024))
     return min(SM_THREADS[arch] // threads, by_registers, by_shared, SM_BLOCKS[arch]) * threads / SM_THREADS[arch]
 
 

@@ -114,7 +114,7 @@ def test_weights_without_a_gradient_stay(gpu, monkeypatch):
 
 
 def test_frozen_batch_norm_is_captured_anew(gpu, monkeypatch):
-    engine, _ = trained(gpu, net(10), monkeypatch, cuda_graph=True)
+    engine, _ = trained(gpu, net(10), monkeypatch, batch_size=N, cuda_graph=True)
     engine.model.stem[1].eval()
     kept = engine.model.stem[1].running_mean.inner.clone()
     x, y = gpu.put(torch.rand(N, 3, 16, 16)), gpu.put(torch.arange(N))
