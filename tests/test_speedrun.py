@@ -52,6 +52,13 @@ def test_the_scales():
         assert scale.config.pgd_test_size  # or nobody would see that the goal is met
 
 
+def test_the_last_test_on_more_images_counts_too():
+    scale = Scale(TINY, 0.5, 0.3, "made up", 1, False)
+    rows = [(1.0, 0.4, 0.4), (2.0, 0.6, 0.2)]
+    assert speedruns._to_goal(result(*rows, natural=0.5, pgd20=0.3), scale) == 3.0
+    assert speedruns._to_goal(result(*rows, natural=0.5, pgd20=0.2), scale) is None
+
+
 def test_without_an_average_the_weights_themselves_count():
     rows = [(1.0, 0.4, 0.4, 0.5, 0.3), (2.0, 0.6, 0.4, 0.6, 0.4)]
     assert seconds_to_goal(result(*rows), 0.5, 0.3) == 1.0
