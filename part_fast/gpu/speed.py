@@ -360,6 +360,8 @@ class Network:
         if not self.recorder.dry:
             self.recorder.case(f"{self.model}: refresh of masks", self.refresh, quiet=True)
         measure(f"PART, bank, bf16{graph}", lambda: self.ours("part", bank=True), "PART, bank")
+        for method, attack in (("at", "fgsm-rs"), ("part", "n-fgsm")):
+            measure(f"{method.upper()} {attack} bf16{graph}", partial(self.ours, method, attack=attack))
         measure("input-gradient AT", lambda: self.published("input-gradient AT"), "input-gradient AT")
         if self.recorder.dry:
             return
