@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import random
 import threading
 import weakref
@@ -45,8 +44,15 @@ def generators_put_back(device: torch.device) -> Iterator[None]:
 
 
 def host_states() -> tuple[object, ...]:
-    """States of Python's and numpy's generators, to be compared."""
-    return random.getstate(), pickle.dumps(numpy.random.get_state(legacy=False))
+    """States of Python's and numpy's generators, of numbers and containers alone, which can be compared and kept."""
+    return random.getstate(), _plain(numpy.random.get_state(legacy=False))
+
+
+def _plain(value: Any) -> Any:
+    """Arrays in dictionaries as lists, which numpy takes back; processes cannot send each other uint32 tensors."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, numpy.ndarray) else value
 
 
 @contextlib.contextmanager

@@ -194,7 +194,11 @@ def test_wrong_baseline_is_refused(small, monkeypatch, pair, planted, what):
 
 
 def test_wrong_training_of_ours_is_refused(small, monkeypatch):
-    monkeypatch.setattr(step, "batch_loss", lambda *args, right=step.batch_loss, **more: 1.001 * right(*args, **more))
+    def wrong(*args, right=step.batch_loss):
+        found = right(*args)
+        return found._replace(loss=1.001 * found.loss)
+
+    monkeypatch.setattr(step, "batch_loss", wrong)
     with pytest.raises(cases.MismatchError, match="update_off"):
         step_cases.compare(small_cases(small), *AT)
 

@@ -192,7 +192,12 @@ def test_a_gpu_is_asked_for_the_loss_at_every_50th_step_alone(gpu, tmp_path, mon
     assert looks == [3, 6, 8]  # every third of the eight steps, and all of the epoch at its end
     assert "fp32 on imagined" in lines[0]
     looks.clear()
-    monkeypatch.setattr(loop, "train_step", lambda *given: step(*given) * (float("nan") if given[5] == 6 else 1))
+
+    def diverged(*given):
+        found = step(*given)
+        return found._replace(loss=found.loss * float("nan")) if given[5] == 6 else found
+
+    monkeypatch.setattr(loop, "train_step", diverged)
     with pytest.raises(RuntimeError, match="the loss is not finite in step 4, on"):
         loop.train(config, tmp_path / "bad", log=lines.append)
     assert looks == [3, 6]

@@ -19,6 +19,7 @@ from part_fast.attacks.catalogue import ATTACKS
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Dataset, batch_length, to_float
 from part_fast.errors import BadValueError, CannotRunError
+from part_fast.random_state import host_states
 from part_fast.training.engine import Engine
 
 # Updates of a GPU between two looks at the loss, each of which waits for it; a CPU has the number at once.
@@ -173,7 +174,7 @@ def get_rng(device: torch.device) -> tuple[Any, ...]:
     They are tensors, numbers and containers, which a file holds without code.
     """
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), gpu, random.getstate(), _plain(np.random.get_state(legacy=False))
+    return torch.get_rng_state(), gpu, *host_states()
 
 
 def set_rng(states: tuple[Any, ...], device: torch.device) -> None:
@@ -196,13 +197,6 @@ def same_rng(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_rng(states, device)
-
-
-def _plain(value: Any) -> Any:
-    """Arrays in dictionaries as lists, which numpy takes back; processes cannot send each other uint32 tensors."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def refuse_bad_loss(epoch: Epoch, order: Tensor, config: TrainConfig, checkpoint: str) -> None:
