@@ -406,7 +406,9 @@ class Study:
     out: Path
     """The folder to make or to go on with: a run folder per arm and seed, study.json, two tables, study.png."""
     dataset: str = "fashion-mnist"
-    """The images that the runs are trained on: fashion-mnist, with a small network, or cifar10, with ResNet-18."""
+    """The images that the runs are trained on: fashion-mnist or cifar10."""
+    scale: str = "small"
+    """small: a small network on some of the images, for CPU cores; full, of cifar10: ResNet-18 on all, for a GPU."""
     arms: tuple[str, ...] = ()
     """The arms to train now, such as AT PART; default: all. The tables show all that have results."""
     seeds: int = 5
@@ -426,7 +428,8 @@ class Study:
     def run(self) -> None:
         from part_fast.experiments.study import CONFIGS, study
 
-        config = CONFIGS[check_choice("dataset", self.dataset, CONFIGS)]
+        scales = CONFIGS[check_choice("dataset", self.dataset, CONFIGS)]
+        config = scales[check_choice(f"scale of {self.dataset}", self.scale, scales)]
         config = dataclasses.replace(config, root=self.root, download=self.download, device=self.device)
         only = self.arms or None
         study(self.out, config=config, seeds=self.seeds, only=only, results=self.results, autoattack=self.autoattack)
@@ -474,6 +477,9 @@ class Attacks:
     """Runs of each attack."""
     equal: tuple[str, ...] = ("epochs", "seconds")
     """What is equal between attacks: epochs, seconds, or one after the other."""
+    results: Path | None = None
+    """The folder of results, a small file per network, from which the comparison goes on without the run folders;
+    default: results in the folder."""
     autoattack: bool = True
     """Test by AutoAttack too, on 1,000 images."""
     root: str | None = None
@@ -488,7 +494,8 @@ class Attacks:
 
         names = ("model", "epochs", "train_size", "root", "download", "device")
         config = dataclasses.replace(CONFIG, **{name: getattr(self, name) for name in names})
-        attacks(self.out, config=config, seeds=self.seeds, equal=self.equal, autoattack=self.autoattack)
+        own = ("seeds", "equal", "results", "autoattack")
+        attacks(self.out, config=config, **{name: getattr(self, name) for name in own})
 
 
 @dataclass

@@ -227,7 +227,7 @@ def test_held_graphs_are_bounded(gpu):
         assert len(fast.graphs) == MOST
         attack(fast, x, y, steps=1, alpha=alphas[0])
         attack(fast, x, y, steps=1, alpha=alphas[1])
-    with pytest.warns(UserWarning, match=f"more than {MOST} CUDA graphs of attacks, each used once"):
+    with pytest.warns(UserWarning, match=f"more than {MOST} CUDA graphs of this attack, each used once"):
         attack(fast, x, y, steps=1, alpha=alphas[MOST])  # in the place of the third, which nobody asked for again
     assert len(fast.graphs) == MOST
     captured = len(gpu.graphs)
@@ -239,6 +239,20 @@ def test_held_graphs_are_bounded(gpu):
     with pytest.warns(UserWarning, match="each used once"):
         attack(fast, x, y, steps=1, alpha=alphas[2])
     assert len(gpu.graphs) == captured + 1
+
+
+def test_too_many_graphs_of_training_are_called_so():
+    def record(run):
+        run()
+        return run
+
+    graphs = Graphs("this network's training", record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for key in range(MOST):
+            graphs(key, lambda x: [x + 1], torch.zeros(2))
+    with pytest.warns(UserWarning, match=f"more than {MOST} CUDA graphs of this network's training, each used once"):
+        graphs(MOST, lambda x: [x + 1], torch.zeros(2))
 
 
 def test_replaced_graphs_are_done_before_their_memory_goes(gpu):

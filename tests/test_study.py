@@ -46,7 +46,7 @@ def test_arms_are_all_controls_and_rules():
         "region:centre",
         "learned",
     ]
-    for config in CONFIGS.values():
+    for config in (config for scales in CONFIGS.values() for config in scales.values()):
         # Below 0.7 points of standard error at any accuracy; None are all 10,000.
         assert 0.5 / (config.test_size or 10_000) ** 0.5 < 0.0071
         for changes in ARMS.values():

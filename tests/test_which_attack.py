@@ -9,8 +9,10 @@ from conftest import TINY_RUN, load_once
 
 from part_fast.attacks.catalogue import ATTACKS, for_training
 from part_fast.experiments import attacks as tables
+from part_fast.experiments import step_cost
 from part_fast.experiments.attacks import ARMS, CONFIG, attacks
 from part_fast.experiments.step_cost import Cost, step_costs
+from part_fast.training.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -48,18 +50,19 @@ def test_attacks(tmp_path, monkeypatch):
     for row in record["rows"]:
         assert row["seconds"] == pytest.approx(costs[row["attack"]].seconds * 40 * row["epochs"])
         assert row["bank_bytes"] == (3072 * 40 if row["attack"] == "FGSM-PGI" else 0)
-        slug = row["attack"].lower()
-        folder = tmp_path / row["equal"] / f"{slug}-seed0"
+        folder = tmp_path / f"{row['attack'].lower()}-{row['epochs']}-epochs-seed0"
         config = json.loads((folder / "config.json").read_text())
         assert config["epochs"] == row["epochs"]
         evaluation = json.loads((folder / "evaluation.json").read_text())
         assert row["pgd20"]["mean"] == evaluation["results"]["pgd20"]["accuracy"]
+    # The slowest attack's network is the same in both, and trained once.
+    assert len(list((tmp_path / "results").glob("*-seed0.json"))) == 5
     # Other timings on another day change nothing in what is kept.
     costs["FGSM"] = Cost(2.0, 2**20, 0)
     monkeypatch.setattr("part_fast.experiments.arms.train", None)
     again = attacks(tmp_path, config=TINY, arms=FEW, autoattack=False, log=said.append)
     assert [row["epochs"] for row in again["rows"]] == [2, 2, 2, 6, 4, 2]
-    (tmp_path / "seconds" / "epochs.json").write_text('{"FGSM": 0}')
+    (tmp_path / "results" / "epochs.json").write_text('{"FGSM": 0}')
     with pytest.raises(ValueError, match=r"epochs.json must hold a number of epochs for each of FGSM, FGSM-PGI, PGD-2"):
         attacks(tmp_path, config=TINY, arms=FEW, equal=["seconds"], autoattack=False)
 
@@ -76,6 +79,31 @@ def test_bad_arguments(arguments, says, tmp_path):
     with pytest.raises(ValueError, match=f"^{says}$"):
         attacks(tmp_path / "out", config=TINY, arms=FEW, **arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_averages_forward_costs_its_share_of_an_epoch(monkeypatch):
+    def timed(calls, clock, rounds, progress):
+        return {name: [9.0, 0.4 if name == "the average's forward" else 2.0, 0.0] for name in calls}, {}
+
+    monkeypatch.setattr(step_cost, "time_in_turn", timed)
+    monkeypatch.setattr(step_cost, "AVERAGE_BATCHES", 3)
+    data = load_once("demo", "train").subset(100)  # five batches, three of which have it
+    averaged = dataclasses.replace(TINY, attack="fgsm", average="ema:0.5")
+    assert step_costs({"one": averaged}, data, 3)["one"].seconds == pytest.approx((2.0 + 3 / 5 * 0.4) / 20)
+    assert step_costs({"one": averaged}, data.subset(40), 3)["one"].seconds == pytest.approx((2.0 + 0.4) / 20)
+    plain = dataclasses.replace(averaged, average="none")
+    assert step_costs({"one": plain}, data, 3)["one"].seconds == pytest.approx(2.0 / 20)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_timed_step_is_none_of_an_epochs_last(monkeypatch, kernels):
+    measured = []
+    monkeypatch.setattr(Engine, "measure", lambda self, x: measured.append(self._measures))
+    train = step_cost._with_kernels if kernels else step_cost._without_kernels
+    data = load_once("demo", "train").subset(20)
+    step, _ = step_cost._step(dataclasses.replace(TINY, attack="fgsm", average="ema:0.5"), data, train)
+    step()
+    assert not any(measured)
 
 
 def test_more_steps_cost_more_and_a_bank_has_its_bytes():

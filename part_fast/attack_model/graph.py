@@ -169,8 +169,9 @@ class Graphs:
             _, oldest = self._held.popitem(last=False)
             if oldest.replays == 1:
                 warnings.warn(
-                    f"more than {MOST} CUDA graphs of attacks, each used once: capturing takes longer than it saves "
-                    "where every attack has another loss, alpha, number of steps, clip or eps: take cuda_graph=False",
+                    f"more than {MOST} CUDA graphs of {self._of}, each used once: capturing takes longer than it saves "
+                    "where no two batches have the same shape and settings (of an attack: loss, alpha, number of "
+                    "steps, clip, eps): take cuda_graph=False",
                     stacklevel=4,
                 )
         self._held[place] = graph

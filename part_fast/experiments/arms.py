@@ -9,6 +9,7 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class Result:
 
 def slug(arm: str) -> str:
     """The arm's part in names of files."""
-    return arm.lower().replace(" ", "-")
+    return re.sub(r"[^a-z0-9]+", "-", arm.lower()).strip("-")
 
 
 def read_result(path: Path) -> Result:

@@ -9,7 +9,7 @@ from typing import Any
 
 from part_fast import checks
 from part_fast.config import PRESETS, TrainConfig
-from part_fast.data.catalogue import DATASETS, load
+from part_fast.data.catalogue import load
 from part_fast.errors import BadValueError
 from part_fast.experiments.arms import Result, measured, percent, read_results, summary, train_arms
 from part_fast.experiments.compare import mean_and_spread
@@ -50,6 +50,7 @@ def attacks(
     arms: Mapping[str, Mapping[str, Any]] = ARMS,
     seeds: int = 1,
     equal: Sequence[str] = tuple(EQUAL),
+    results: Path | None = None,
     autoattack: bool = True,
     log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -57,8 +58,10 @@ def attacks(
 
     arms: name -> the fields of `config` that it changes, the slowest one last. equal: "epochs", config.epochs of each
     attack; "seconds", as many epochs of each as take the time of config.epochs of the last one. The times are those of
-    training steps, timed in turn in this process. autoattack: test by AutoAttack too, on 1,000 images.
-    `out` then holds run folders and results below epochs and seconds, attacks.json and attacks.csv.
+    training steps, timed in turn in this process. results: the folder of one small file per network, default
+    out/results, and of epochs.json, the epochs of as many seconds; what has a file is not trained again. autoattack:
+    test by AutoAttack too, on 1,000 images.
+    `out` then holds run folders, attacks.json and attacks.csv.
 
     Returns: what attacks.json holds.
     Errors: ValueError for an unknown `equal`; what `train` and `evaluate` raise.
@@ -66,66 +69,71 @@ def attacks(
     checks.count("seeds", seeds, 1)
     if not equal or set(equal) - set(EQUAL):
         raise BadValueError(f"equal must be of {', '.join(EQUAL)}, got {', '.join(equal) or 'none'}")
-    data = load(config.dataset, "train", config.root, config.download).subset(config.batch_size)
+    data = load(config.dataset, "train", config.root, config.download)
+    data = data if config.train_size is None else data.subset(config.train_size)
     configs = {name: dataclasses.replace(config, **changes) for name, changes in arms.items()}
     log(f"{len(arms)} attacks: timing training steps")
     costs = step_costs(configs, data, ROUNDS)
-    record: dict[str, Any] = {"seeds": seeds, "config": config.to_json(), "environment": environment()}
+    kept = out / "results" if results is None else results
+    epochs = {"epochs": dict.fromkeys(arms, config.epochs)}
+    if "seconds" in equal:
+        epochs["seconds"] = _as_long(config.epochs, costs, kept / "epochs.json")
+    networks = {  # one that both tables have is trained once
+        _network(name, count): {**arms[name], "epochs": count} for kind in equal for name, count in epochs[kind].items()
+    }
+    train_arms(out, kept, config, networks, range(seeds), autoattack=networks if autoattack else (), log=log)
+    found = [one for one in read_results(kept, networks) if one.seed < seeds]
     rows: list[dict[str, Any]] = []
     text: list[str] = []
     for kind in equal:
-        planned = {name: dict(changes) for name, changes in arms.items()}
-        if kind == "seconds":
-            planned = _as_long(config, planned, costs, out / kind / "epochs.json")
-        names = list(planned) if autoattack else []
-        train_arms(out / kind, out / kind / "results", config, planned, range(seeds), autoattack=names, log=log)
-        results = [one for one in read_results(out / kind / "results", arms) if one.seed < seeds]
-        found = _rows(results, costs, config)
-        rows += [{"equal": kind, **row} for row in found]
-        text += [f"{EQUAL[kind]}:", _table(found, measured(results), seeds), ""]
-    record |= {"rows": rows, "text": "\n".join(text).rstrip()}
+        of_kind = [_row(name, count, found, costs[name], len(data)) for name, count in epochs[kind].items()]
+        rows += [{"equal": kind, **row} for row in of_kind]
+        text += [f"{EQUAL[kind]}:", _table(of_kind, measured(found), seeds), ""]
+    record = {
+        "seeds": seeds,
+        "config": config.to_json(),
+        "environment": environment(),
+        "rows": rows,
+        "text": "\n".join(text).rstrip(),
+    }
     files.write_csv(out / "attacks.csv", [_flat(row) for row in rows])
     files.write_json(out / "attacks.json", record)
     log(f"{record['text']}\n\nattacks.json and attacks.csv are in {out}")
     return record
 
 
-def _as_long(
-    config: TrainConfig, arms: Mapping[str, dict[str, Any]], costs: Mapping[str, Cost], kept: Path
-) -> dict[str, dict[str, Any]]:
-    """The arms with as many epochs as take the time of the last one's; timings differ, so they are kept in a file."""
+def _network(attack: str, epochs: int) -> str:
+    """What a network is called among the results."""
+    return f"{attack}, {epochs} epochs"
+
+
+def _as_long(epochs: int, costs: Mapping[str, Cost], kept: Path) -> dict[str, int]:
+    """Attack -> as many epochs as take the time of the last one's; timings differ, so they are kept in a file."""
     if kept.is_file():
-        epochs = read_json(kept)
-        if list(epochs) != list(arms) or not all(type(number) is int and number > 0 for number in epochs.values()):
-            raise BadValueError(f"{kept} must hold a number of epochs for each of {', '.join(arms)}, got {epochs}")
-    else:
-        seconds = costs[list(arms)[-1]].seconds * config.epochs
-        epochs = {name: max(1, round(seconds / costs[name].seconds)) for name in arms}
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(kept, epochs)
-    return {name: {**changes, "epochs": epochs[name]} for name, changes in arms.items()}
+        found: dict[str, int] = read_json(kept)
+        if list(found) != list(costs) or not all(type(number) is int and number > 0 for number in found.values()):
+            raise BadValueError(f"{kept} must hold a number of epochs for each of {', '.join(costs)}, got {found}")
+        return found
+    seconds = costs[list(costs)[-1]].seconds * epochs
+    found = {name: max(1, round(seconds / cost.seconds)) for name, cost in costs.items()}
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(kept, found)
+    return found
 
 
-def _rows(results: Sequence[Result], costs: Mapping[str, Cost], config: TrainConfig) -> list[dict[str, Any]]:
-    """A row per attack; memory is that of a step, and of a bank for all training images where there is one."""
-    images = config.train_size or DATASETS[config.dataset].train_images
-    assert images is not None  # of a folder of images, of which no table is made
-    rows = []
-    for name, by in summary(results).items():
-        of_arm = [one for one in results if one.arm == name]
-        epochs = len(of_arm[0].rows)
-        rows.append(
-            {
-                "attack": name,
-                "epochs": epochs,
-                "seconds": costs[name].seconds * images * epochs,
-                "trained_seconds": mean_and_spread([one.seconds for one in of_arm])["mean"],
-                "step_bytes": costs[name].bytes,
-                "bank_bytes": costs[name].bank * images,
-                **{key: value for key, value in by.items() if key != "seeds"},
-            }
-        )
-    return rows
+def _row(attack: str, epochs: int, results: Sequence[Result], cost: Cost, images: int) -> dict[str, Any]:
+    """Memory is that of a step, and of a bank for all training images where there is one."""
+    of_network = [one for one in results if one.arm == _network(attack, epochs)]
+    (accuracies,) = summary(of_network).values()
+    return {
+        "attack": attack,
+        "epochs": epochs,
+        "seconds": cost.seconds * images * epochs,
+        "trained_seconds": mean_and_spread([one.seconds for one in of_network])["mean"],
+        "step_bytes": cost.bytes,
+        "bank_bytes": cost.bank * images,
+        **{key: value for key, value in accuracies.items() if key != "seeds"},
+    }
 
 
 def _table(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str], seeds: int) -> str:

@@ -118,7 +118,8 @@ def speedrun(
     ]
     record: dict[str, Any] = {"scale": scale, "goal": {"natural": chosen.natural, "pgd20": chosen.pgd20}, "runs": rows}
     if parts:
-        data = load(config.dataset, "train", config.root, config.download).subset(config.batch_size)
+        data = load(config.dataset, "train", config.root, config.download)
+        data = data if config.train_size is None else data.subset(config.train_size)
         costs = step_costs({WHOLE: config}, data, ROUNDS, without_kernels=KERNELS)
         record["parts"] = _parts(results, chosen, costs[KERNELS].seconds / costs[WHOLE].seconds)
         text += ["", _parts_table(record["parts"])]
