@@ -84,19 +84,8 @@ template <typename T>
 __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
     eps_step_runs_kernel(const __grid_constant__ StepRuns<T> a) {
   using C = compute_t<T>;
-  constexpr int N = RUN<T>;
-  const uint32_t run = this_run();
-  if (run >= a.eps.runs) return;
-  const int64_t at = static_cast<int64_t>(run) * N;
-  T x_adv[N], grad[N], x[N];
-  load_run(a.x_adv + at, x_adv);
-  load_run(a.grad + at, grad);
-  load_run(a.x + at, x);
-  C eps[N];
-  a.eps.read(run, eps);
-#pragma unroll
-  for (int i = 0; i < N; ++i) x_adv[i] = a.move.moved(x_adv[i], sign<C>(grad[i]), x[i], eps[i]);
-  store_run(a.x_adv + at, x_adv);
+  step_run(a.x_adv, a.grad, a.x, a.eps, a.x_adv,
+           [&](T x_adv, C sign, T x, C eps) { return a.move.moved(x_adv, sign, x, eps); });
 }
 
 template <typename T>

@@ -91,22 +91,10 @@ template <typename T>
 __global__ void __launch_bounds__(IMAGES_BLOCK, IMAGES_BLOCKS)
     pgd_step_runs_kernel(const __grid_constant__ FwdRuns<T> a) {
   using C = compute_t<T>;
-  constexpr int N = RUN<T>;
-  const uint32_t run = this_run();
-  if (run >= a.eps.runs) return;
-  const int64_t at = static_cast<int64_t>(run) * N;
-  T x_adv[N], grad[N], x[N];
-  load_run(a.x_adv + at, x_adv);
-  load_run(a.grad + at, grad);
-  load_run(a.x + at, x);
-  C eps[N];
-  a.eps.read(run, eps);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const C moved = moved_by_step(load(x_adv[i]), sign<C>(grad[i]), load(x[i]), a.alpha);
-    x[i] = store<T>(clip(project(moved, load(x[i]), eps[i]), a.clip_low, a.clip_high));
-  }
-  store_run(a.out + at, x);
+  step_run(a.x_adv, a.grad, a.x, a.eps, a.out, [&](T x_adv, C sign, T x, C eps) {
+    const C moved = moved_by_step(load(x_adv), sign, load(x), a.alpha);
+    return store<T>(clip(project(moved, load(x), eps), a.clip_low, a.clip_high));
+  });
 }
 
 template <typename T>

@@ -169,4 +169,25 @@ unsigned run_grid(const EpsRuns<T>& eps) {
 
 __device__ __forceinline__ uint32_t this_run() { return blockIdx.x * IMAGES_BLOCK + threadIdx.x; }
 
+// A step of this thread's run: `stepped(x_adv, the gradient's sign, x, eps)` of each element goes to `out`, which may be
+// x_adv.
+template <typename T, typename F>
+__device__ __forceinline__ void step_run(const T* x_adv, const T* grad, const T* x, const EpsRuns<T>& eps, T* out,
+                                         const F& stepped) {
+  using C = compute_t<T>;
+  constexpr int N = RUN<T>;
+  const uint32_t run = this_run();
+  if (run >= eps.runs) return;
+  const int64_t at = static_cast<int64_t>(run) * N;
+  T from[N], grads[N], centre[N];
+  load_run(x_adv + at, from);
+  load_run(grad + at, grads);
+  load_run(x + at, centre);
+  C bound[N];
+  eps.read(run, bound);
+#pragma unroll
+  for (int i = 0; i < N; ++i) from[i] = stepped(from[i], sign<C>(grads[i]), centre[i], bound[i]);
+  store_run(out + at, from);
+}
+
 }  // namespace part_fast
