@@ -69,6 +69,8 @@ def test_the_citation_is_the_packages():
     assert "arXiv:2406.00685" in text
 
 
-@pytest.mark.parametrize("page", ["docs/environment.md", "docs/structure.md", "docs/versions.md", "CONTRIBUTING.md", "CITATION.cff"])
+@pytest.mark.parametrize(
+    "page", ["docs/environment.md", "docs/structure.md", "docs/versions.md", "CONTRIBUTING.md", "CITATION.cff"]
+)
 def test_the_readme_links_it(page):
     assert f"({page})" in (ROOT / "README.md").read_text()
