@@ -15,6 +15,7 @@ from part_fast.errors import BadValueError
 from part_fast.evaluation.trained import load_trained
 from part_fast.experiments.arms import (
     MEASURES,
+    Result,
     differences,
     measured,
     read_results,
@@ -120,12 +121,8 @@ def study(
     )
 
     found = read_results(kept, arms)
-    names = list(dict.fromkeys(result.arm for result in found))
     measures = measured(found)
-    pairs = [("AT", name) for name in names if name != "AT"]
-    pairs += [(name, "PART") for name in names if name not in ("AT", "PART")]
-    table, compared = summary(found), differences(found, pairs)
-    text = f"{summary_table(table, measures)}\nmean ± standard deviation of the seeds\n\n{_differences(compared)}"
+    table, compared, text = tables(found)
     runs = [
         {
             "arm": one.arm,
@@ -158,6 +155,16 @@ def study(
         )
     log(f"{text}\n\nstudy.json, runs.csv, differences.csv and study.png are in {out}")
     return record
+
+
+def tables(results: Sequence[Result]) -> tuple[dict[str, Any], list[dict[str, Any]], str]:
+    """Of results in the order of their arms: (`summary`, `differences` from AT and of PART, both as text)."""
+    names = list(dict.fromkeys(result.arm for result in results))
+    pairs = [("AT", name) for name in names if name != "AT"]
+    pairs += [(name, "PART") for name in names if name not in ("AT", "PART")]
+    table, compared = summary(results), differences(results, pairs)
+    means = summary_table(table, measured(results))
+    return table, compared, f"{means}\nmean ± standard deviation of the seeds\n\n{_differences(compared)}"
 
 
 def _learned(config: TrainConfig, warm: Path) -> TrainConfig:
