@@ -33,12 +33,15 @@ from part_fast.optional import needs
 with needs("tyro", "train"):
     import tyro
 
-# None stands for what the run was trained with.
+# Flags that several commands have. Of a run's, None stands for what it was trained with.
 DatasetOfRun = Annotated[str | None, Doc(f"{described(DATASETS)}; default: the run's.")]
 ModelOfRun = Annotated[str | None, Doc(f"{described(MODELS)}; default: the run's.")]
-
-
 WeightsOfRun = Annotated[str | None, Doc("Of a run folder: last, best or averaged; default: last.")]
+_ONLY = "The only folder to look for the data set in"
+RootOfRun = Annotated[str | None, Doc(f"{_ONLY}; default: where the run found it, else as in train.")]
+Root = Annotated[str | None, Doc(f"{_ONLY}; default: as in train.")]
+Download = Annotated[bool, Doc("Download the data set where it is not found.")]
+Device = Annotated[str, Doc("cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one.")]
 
 
 @dataclass
@@ -89,10 +92,8 @@ class Evaluate:
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
     weights: WeightsOfRun = None
-    root: str | None = None
-    """The only folder to look for the data set in; default: where the run found it, else as in train."""
-    download: bool = False
-    """Download the data set where it is not found."""
+    root: RootOfRun = None
+    download: Download = False
     eps: float | None = None
     """How far a pixel may move; default: as in training."""
     alpha: float | None = None
@@ -101,8 +102,7 @@ class Evaluate:
     """Images per batch."""
     seed: int = 0
     """Seed of the attack's random start."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    device: Device = "auto"
     sanity_images: int = 0
     """Look on so many of the images for signs of gradient masking: a robustness that comes from useless gradients."""
     sweep: str | None = None
@@ -160,14 +160,11 @@ class Masks:
     dataset: DatasetOfRun = None
     model: ModelOfRun = None
     weights: WeightsOfRun = None
-    root: str | None = None
-    """The only folder to look for the data set in; default: where the run found it, else as in train."""
-    download: bool = False
-    """Download the data set where it is not found."""
+    root: RootOfRun = None
+    download: Download = False
     seed: int = 0
     """Seed of the attack's random start."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    device: Device = "auto"
 
     def run(self) -> None:
         from part_fast.evaluation.masks import masks
@@ -192,8 +189,7 @@ class Export:
     """The data set that the checkpoint was trained on; default: the run's."""
     model: ModelOfRun = None
     weights: WeightsOfRun = None
-    root: str | None = None
-    """The only folder to look for the data set in; default: where the run found it, else as in train."""
+    root: RootOfRun = None
 
     def run(self) -> None:
         from part_fast.evaluation.trained import described_weights, load_trained
@@ -227,8 +223,7 @@ class BenchOps:
     """Rounds, each of which times everything once; default: 21, with --quick 7."""
     threads: tuple[int, ...] = ()
     """Numbers of CPU threads; each case is measured with each; default: as many as torch has."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    device: Device = "auto"
     overwrite: bool = False
     """Replace the files in the folder."""
 
@@ -258,8 +253,7 @@ class BenchStep:
     """A small network and fewer rounds."""
     rounds: int | None = None
     """Rounds, each of which times everything once; default: 7, with --quick 3."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    device: Device = "auto"
     overwrite: bool = False
     """Replace the files in the folder."""
 
@@ -287,8 +281,7 @@ class BenchAttack:
     """Rounds, each of which times everything once; default: 9, with --quick 3."""
     threads: tuple[int, ...] = ()
     """Numbers of CPU threads; each network is measured with each; default: as many as torch has."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    device: Device = "auto"
     overwrite: bool = False
     """Replace the files in the folder."""
 
@@ -317,8 +310,7 @@ class BenchCam:
     """Rounds, each of which times everything once; default: 9, with --quick 3."""
     threads: tuple[int, ...] = ()
     """Numbers of CPU threads; each case is measured with each; default: as many as torch has."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    device: Device = "auto"
     overwrite: bool = False
     """Replace the files in the folder."""
 
@@ -340,8 +332,7 @@ class BenchScaling:
     """Rounds, each of which times everything once; default: 5, with --quick 3."""
     threads: tuple[int, ...] = ()
     """Numbers of CPU threads; the changes are measured with each; default: 1."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    device: Device = "auto"
     overwrite: bool = False
     """Replace the files in the folder."""
 
@@ -378,12 +369,9 @@ class Reproduce:
     ] = None
     dry_run: bool = False
     """Print the commands and an estimate of the time from a measured step."""
-    root: str | None = None
-    """The only folder to look for the data set in; default: as in train."""
-    download: bool = False
-    """Download the data set where it is not found."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    root: Root = None
+    download: Download = False
+    device: Device = "auto"
 
     def run(self) -> None:
         from part_fast.experiments.reproduce import MEASURES, reproduce
@@ -418,12 +406,9 @@ class Study:
     default: results in the folder."""
     autoattack: bool = False
     """Test AT and PART by AutoAttack too, on 1,000 images."""
-    root: str | None = None
-    """The only folder to look for the data set in; default: as in train."""
-    download: bool = False
-    """Download it where it is not found."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    root: Root = None
+    download: Download = False
+    device: Device = "auto"
 
     def run(self) -> None:
         from part_fast.experiments.study import CONFIGS, study
@@ -449,12 +434,9 @@ class Speedrun:
     """Train as many without each of what makes it fast, too."""
     autoattack: bool | None = None
     """Test by AutoAttack too, on 1,000 images; default: at full scale."""
-    root: str | None = None
-    """The only folder to look for CIFAR-10 in; default: as in train."""
-    download: bool = False
-    """Download it where it is not found."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    root: Root = None
+    download: Download = False
+    device: Device = "auto"
 
     def run(self) -> None:
         from part_fast.experiments.speedrun import speedrun
@@ -482,12 +464,9 @@ class Attacks:
     default: results in the folder."""
     autoattack: bool = True
     """Test by AutoAttack too, on 1,000 images."""
-    root: str | None = None
-    """The only folder to look for CIFAR-10 in; default: as in train."""
-    download: bool = False
-    """Download it where it is not found."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a CUDA device where there is one."""
+    root: Root = None
+    download: Download = False
+    device: Device = "auto"
 
     def run(self) -> None:
         from part_fast.experiments.attacks import CONFIG, attacks
