@@ -3,19 +3,23 @@
 import csv
 import dataclasses
 import json
+import re
 
 import pytest
-from conftest import TINY_RUN, load_once
+from conftest import ROOT, TINY_RUN, load_once
 
 from part_fast.attacks.catalogue import ATTACKS, for_training
 from part_fast.experiments import attacks as tables
 from part_fast.experiments import step_cost
+from part_fast.experiments.arms import MEASURES, PLACES, read_results
 from part_fast.experiments.attacks import ARMS, CONFIG, attacks
 from part_fast.experiments.step_cost import Cost, step_costs
+from part_fast.reading import read_json
 from part_fast.training.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
+PAGE = (ROOT / "docs" / "speedrun.md").read_text()
 TINY = dataclasses.replace(
     TINY_RUN, method="at", epochs=2, warmup_epochs=0, train_size=40, test_size=20, pgd_test_size=0, batch_size=20
 )
@@ -65,6 +69,22 @@ def test_attacks(tmp_path, monkeypatch):
     (tmp_path / "results" / "epochs.json").write_text('{"FGSM": 0}')
     with pytest.raises(ValueError, match=r"epochs.json must hold a number of epochs for each of FGSM, FGSM-PGI, PGD-2"):
         attacks(tmp_path, config=TINY, arms=FEW, equal=["seconds"], autoattack=False)
+
+
+def test_the_pages_tables_are_those_of_the_results():
+    networks = {f"{name}, {epochs} epochs" for name in ARMS for epochs in range(1, 100)}
+    found = {one.arm: one for one in read_results(ROOT / "docs" / "attacks", networks)}
+    rows = re.findall(r"^    (\S.*?)  +(\d+)  +\d+  +[\d +]+?  +([\d. ]+)$", PAGE, re.MULTILINE)
+    assert len(rows) == 2 * len(ARMS)
+    for name, epochs, printed in rows:
+        one = found.pop(f"{name}, {epochs} epochs") if name != "PGD-10" else found["PGD-10, 10 epochs"]
+        plan = dataclasses.replace(CONFIG, **ARMS[name], epochs=int(epochs)).to_json()
+        assert one.config == {field: value for field, value in plan.items() if field not in PLACES}
+        accuracies = [f"{100 * one.accuracy(key):.2f}" for key in MEASURES if key in one.correct]
+        assert printed.split() == accuracies[: len(printed.split())]
+    assert list(found) == ["PGD-10, 10 epochs"]
+    kept = read_json(ROOT / "docs" / "attacks" / "epochs.json")
+    assert [(name, int(epochs)) for name, epochs, _ in rows[len(ARMS) :]] == list(kept.items())
 
 
 @pytest.mark.parametrize(
