@@ -169,7 +169,7 @@ unsigned run_grid(const EpsRuns<T>& eps) {
 
 __device__ __forceinline__ uint32_t this_run() { return blockIdx.x * IMAGES_BLOCK + threadIdx.x; }
 
-// A step of this thread's run: `stepped(x_adv, sign of grad, x, eps)` of each element goes to `out`, or into x_adv.
+// A step of this thread's run: each element becomes `stepped(x_adv, sign of grad, x, eps)`. `out` may be x_adv.
 template <typename T, typename F>
 __device__ __forceinline__ void step_run(const T* x_adv, const T* grad, const T* x, const EpsRuns<T>& eps, T* out,
                                          const F& stepped) {

@@ -217,6 +217,9 @@ def test_bad_commands(capsys, tmp_path):
     assert "--out" in error_of(capsys, "train")
     assert "no run folder or checkpoint at" in error_of(capsys, "evaluate", tmp_path / "absent")
     assert "holds no run" in error_of(capsys, "masks", tmp_path, "--out", tmp_path / "grid.png")
+    study = ["study", "--out", tmp_path / "study", "--scale"]
+    assert "scale of fashion-mnist must be one of small, got 'full'" in error_of(capsys, *study, "full")
+    assert "must be one of small, full, got 'huge'" in error_of(capsys, *study, "huge", "--dataset", "cifar10")
     assert "out takes a .png file" in error_of(capsys, "masks", tmp_path, "--out", tmp_path / "grid")
     (tmp_path / "warmup").mkdir()
     assert "already holds a demo" in error_of(capsys, "demo", "--out", tmp_path)

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_RUN
 
 from part_fast.experiments import speedrun as speedruns
-from part_fast.experiments.arms import Result
+from part_fast.experiments.arms import PLACES, Result, read_results
 from part_fast.experiments.speedrun import SCALES, Scale, seconds_to_goal, speedrun
 from part_fast.experiments.step_cost import Cost
 
@@ -59,10 +59,20 @@ def test_the_last_test_on_more_images_counts_too():
     assert speedruns._to_goal(result(*rows, natural=0.5, pgd20=0.2), scale) is None
 
 
-def test_without_an_average_the_weights_themselves_count():
-    rows = [(1.0, 0.4, 0.4, 0.5, 0.3), (2.0, 0.6, 0.4, 0.6, 0.4)]
-    assert seconds_to_goal(result(*rows), 0.5, 0.3) == 1.0
-    assert seconds_to_goal(result(*rows), 0.5, 0.3, ("test",)) == 3.0
+def test_without_an_average_the_weights_themselves_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(speedruns, "evaluate", lambda *arguments, **named: None)
+    monkeypatch.setattr(speedruns, "is_correct", lambda folder, name: torch.arange(10) < 7)
+    whole = result((1.0, 0.4, 0.4, 0.5, 0.3), (2.0, 0.6, 0.4, 0.6, 0.4))
+    config = {name: value for name, value in TINY.to_json().items() if name not in PLACES}
+    whole = dataclasses.replace(whole, config=config | {"seed": 0})
+    speedruns._test_own_weights(whole, tmp_path, tmp_path, TINY)
+    (own,) = read_results(tmp_path, [speedruns.OWN])
+    assert own.accuracy("pgd20") == 0.7
+    assert own.config["average"] == "none"
+    assert seconds_to_goal(whole, 0.5, 0.3) == 1.0
+    assert seconds_to_goal(own, 0.5, 0.3) == 3.0
+    with pytest.raises(ValueError, match="has another configuration: .*'epochs': 3"):
+        speedruns._test_own_weights(whole, tmp_path, tmp_path, dataclasses.replace(TINY, epochs=4))
 
 
 def test_speedrun(tmp_path, monkeypatch):
@@ -94,11 +104,10 @@ def test_speedrun(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "without-fast-attack-seed1" / "config.json").read_text())["steps"] == 10
     whole, plain, kernels = (record["parts"][i] for i in (0, 3, 4))
     assert plain["seconds"] == whole["seconds"]
-    last = []
-    for seed in (0, 1):
-        with (tmp_path / f"speedrun-seed{seed}" / "metrics.csv").open(newline="") as file:
-            last.append(list(csv.DictReader(file))[-1])
-    assert plain["pgd20"]["mean"] == pytest.approx(sum(float(row["test_pgd20"]) for row in last) / 2)
+    last = [json.loads((tmp_path / f"speedrun-seed{i}" / "last" / "evaluation.json").read_text()) for i in (0, 1)]
+    assert all(one["checkpoint"].endswith("model.safetensors") for one in last)
+    accuracies = [one["results"]["pgd20"]["accuracy"] for one in last]
+    assert plain["pgd20"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert kernels["seconds_to_goal"] == pytest.approx(1.5 * whole["seconds_to_goal"])
 
     # A goal that nobody meets, from the results that are there.

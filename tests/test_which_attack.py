@@ -66,6 +66,9 @@ def test_attacks(tmp_path, monkeypatch):
     monkeypatch.setattr("part_fast.experiments.arms.train", None)
     again = attacks(tmp_path, config=TINY, arms=FEW, autoattack=False, log=said.append)
     assert [row["epochs"] for row in again["rows"]] == [2, 2, 2, 6, 4, 2]
+    longer = dataclasses.replace(TINY, epochs=3)
+    with pytest.raises(ValueError, match=r"epochs.json is of 2 epochs of PGD-2, got epochs 3: take another folder$"):
+        attacks(tmp_path, config=longer, arms=FEW, equal=["seconds"], autoattack=False)
     (tmp_path / "results" / "epochs.json").write_text('{"FGSM": 0}')
     with pytest.raises(ValueError, match=r"epochs.json must hold a number of epochs for each of FGSM, FGSM-PGI, PGD-2"):
         attacks(tmp_path, config=TINY, arms=FEW, equal=["seconds"], autoattack=False)

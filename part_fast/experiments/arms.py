@@ -31,8 +31,9 @@ from part_fast.training.checkpoint import STATE
 from part_fast.training.loop import train
 from part_fast.training.run_folder import WEIGHTS
 
-# What is measured of every arm, by its name in `evaluate`; and of some, on a subset, since it takes so long.
+# What is measured, by its name in `evaluate`: of every arm, and of some, on a subset, since it takes so long.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20", "aa": "AutoAttack"}
+ACCURACIES = ("natural", "pgd20")
 AUTOATTACK, AUTOATTACK_IMAGES = "aa", 1000
 # Fields that say where and from what files a run was made, which differ from machine to machine.
 PLACES = ("preset", "root", "download", "device", "init")
@@ -150,7 +151,7 @@ def train_arms(
     missing = {
         (name, seed): plan
         for (name, seed), plan in plans.items()
-        if not _has(kept, name, seed, plan, [*MEASURES] if name in autoattack else [*MEASURES][:2])
+        if not has_result(kept, name, plan, [*MEASURES] if name in autoattack else ACCURACIES)
     }
     for seed in seeds:
         warm = out / f"warmup-seed{seed}"
@@ -184,8 +185,12 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in PLACES}
 
 
-def _has(kept: Path, arm: str, seed: int, plan: TrainConfig, measures: Sequence[str]) -> bool:
-    path = kept / f"{slug(arm)}-seed{seed}.json"
+def has_result(kept: Path, arm: str, plan: TrainConfig, measures: Sequence[str]) -> bool:
+    """Whether `kept` holds a result of the arm with the seed of `plan` that has all these measures.
+
+    Errors: ValueError where it is of another configuration, and as `read_result`.
+    """
+    path = kept / f"{slug(arm)}-seed{plan.seed}.json"
     if not path.is_file():
         return False
     result, now = read_result(path), _identity(plan)
@@ -204,8 +209,8 @@ def _tested(folder: Path, config: TrainConfig, plan: TrainConfig, autoattack: bo
     """Whatever eps the arm trained with, all are tested with the same."""
     weights = "last" if plan.averaging[0] == "none" else "averaged"
     asked: dict[str, Any] = {"eps": config.eps, "model": config.model, "weights": weights, "resume": True}
-    evaluate(folder, [*MEASURES][:2], **asked)
-    correct = {name: is_correct(folder, name) for name in [*MEASURES][:2]}
+    evaluate(folder, ACCURACIES, **asked)
+    correct = {name: is_correct(folder, name) for name in ACCURACIES}
     if autoattack:
         few = folder / "autoattack"
         evaluate(folder, [AUTOATTACK], n=min(AUTOATTACK_IMAGES, len(correct["natural"])), out=few, **asked)

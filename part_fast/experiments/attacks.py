@@ -109,12 +109,17 @@ def _network(attack: str, epochs: int) -> str:
 
 def _as_long(epochs: int, costs: Mapping[str, Cost], kept: Path) -> dict[str, int]:
     """Attack -> as many epochs as take the time of the last one's; timings differ, so they are kept in a file."""
+    last = list(costs)[-1]
     if kept.is_file():
         found: dict[str, int] = read_json(kept)
         if list(found) != list(costs) or not all(type(number) is int and number > 0 for number in found.values()):
             raise BadValueError(f"{kept} must hold a number of epochs for each of {', '.join(costs)}, got {found}")
+        if found[last] != epochs:
+            raise BadValueError(
+                f"{kept} is of {found[last]} epochs of {last}, got epochs {epochs}: take another folder"
+            )
         return found
-    seconds = costs[list(costs)[-1]].seconds * epochs
+    seconds = costs[last].seconds * epochs
     found = {name: max(1, round(seconds / cost.seconds)) for name, cost in costs.items()}
     kept.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(kept, found)

@@ -12,8 +12,20 @@ from part_fast import checks
 from part_fast.choices import check_choice
 from part_fast.config import PRESETS, TrainConfig
 from part_fast.data.catalogue import load
-from part_fast.experiments.arms import MEASURES, Result, measured, percent, read_results, summary, train_arms
-from part_fast.experiments.compare import mean_and_spread
+from part_fast.evaluation.accuracy import evaluate
+from part_fast.experiments.arms import (
+    ACCURACIES,
+    MEASURES,
+    Result,
+    has_result,
+    measured,
+    percent,
+    read_results,
+    slug,
+    summary,
+    train_arms,
+)
+from part_fast.experiments.compare import is_correct, mean_and_spread
 from part_fast.experiments.step_cost import step_costs
 from part_fast.report import files
 from part_fast.report.environment import environment
@@ -72,8 +84,9 @@ PARTS: dict[str, dict[str, Any]] = {
     "fast attack": {"attack": "pgd", "steps": 10},
     "schedule": {"schedule": "piecewise"},
 }
-# An average changes nothing of training: without it the run's own weights count.
-AVERAGED, KERNELS = "averaged weights", "kernels"
+# An average changes nothing of training: a run without one is the run by its own weights.
+OWN = "without averaged weights"
+KERNELS = "kernels"
 ROUNDS = 7  # of timed steps
 
 
@@ -108,8 +121,7 @@ def speedrun(
     kept = out / "results"
     judged = chosen.autoattack if autoattack is None else autoattack
     train_arms(out, kept, config, arms, range(runs), autoattack=[WHOLE] if judged else [], log=log)
-    results = [one for one in read_results(kept, arms) if one.seed < runs]
-    whole = [one for one in results if one.arm == WHOLE]
+    whole = [one for one in read_results(kept, [WHOLE]) if one.seed < runs]
     rows = [_row(one, chosen) for one in whole]
     text = [
         f"goal: {100 * chosen.natural:.2f} % natural and {100 * chosen.pgd20:.2f} % under PGD-20, {chosen.goal}",
@@ -121,6 +133,9 @@ def speedrun(
         data = load(config.dataset, "train", config.root, config.download)
         data = data if config.train_size is None else data.subset(config.train_size)
         costs = step_costs({WHOLE: config}, data, ROUNDS, without_kernels=KERNELS)
+        for one in whole:
+            _test_own_weights(one, out, kept, config)
+        results = [one for one in read_results(kept, [*arms, OWN]) if one.seed < runs]
         record["parts"] = _parts(results, chosen, costs[KERNELS].seconds / costs[WHOLE].seconds)
         text += ["", _parts_table(record["parts"])]
     record |= {"text": "\n".join(text), "config": config.to_json(), "environment": environment()}
@@ -163,50 +178,52 @@ def _to_goal(result: Result, scale: Scale) -> float | None:
     return result.seconds if seconds is None and _reached(result, scale) else seconds
 
 
-def seconds_to_goal(
-    result: Result, natural: float, pgd20: float, models: Sequence[str] = ("averaged", "test")
-) -> float | None:
+def seconds_to_goal(result: Result, natural: float, pgd20: float) -> float | None:
     """Of training, until the end of the first epoch whose weights, or their average, are as accurate as that.
-
-    models: whose columns of metrics.csv are asked: those of the average, of the weights.
 
     Each epoch's accuracies are those on the test images of metrics.csv, fewer than the last ones are on.
     """
     seconds = 0.0
     for row in result.rows:
         seconds += float(row["seconds"])
-        for model in models:
+        for model in ("averaged", "test"):  # whose columns of metrics.csv: those of the average, of the weights
             on_natural, attacked = row.get(f"{model}_natural"), row.get(f"{model}_pgd20")
             if on_natural is not None and attacked is not None and on_natural >= natural and attacked >= pgd20:
                 return seconds
     return None
 
 
+def _test_own_weights(whole: Result, out: Path, kept: Path, config: TrainConfig) -> None:
+    """Leave a result of the run without its average, tested as the average is, if there is none yet."""
+    plan = dataclasses.replace(config, seed=whole.seed, average="none")
+    if has_result(kept, OWN, plan, ACCURACIES):
+        return
+    folder = out / f"{slug(WHOLE)}-seed{whole.seed}"
+    tested = folder / "last"
+    evaluate(folder, ACCURACIES, out=tested, resume=True, eps=config.eps, model=config.model, weights="last")
+    rows = [{name: value for name, value in row.items() if not name.startswith("averaged_")} for row in whole.rows]
+    correct = {name: is_correct(tested, name) for name in ACCURACIES}
+    own = dataclasses.replace(whole, arm=OWN, config={**whole.config, "average": "none"}, rows=rows, correct=correct)
+    own.write(kept)
+
+
 def _parts(results: Sequence[Result], scale: Scale, slower: float) -> list[dict[str, Any]]:
     """A row for all together and for each part that is left out. slower: a step without kernels, in those with them."""
-
-    def row(
-        name: str, of_arm: Sequence[Result], accuracies: Mapping[str, Any], reached: Sequence[float | None]
-    ) -> dict[str, Any]:
-        seconds = [one for one in reached if one is not None]
-        return {
-            "arm": name,
-            "runs": len(of_arm),
-            "seconds": mean_and_spread([one.seconds for one in of_arm])["mean"],
-            "reached": len(seconds),
-            "seconds_to_goal": mean_and_spread(seconds)["mean"] if seconds else None,
-            "natural": accuracies["natural"],
-            "pgd20": accuracies["pgd20"],
-        }
-
-    by_arm = {name: [one for one in results if one.arm == name] for name in dict.fromkeys(one.arm for one in results)}
-    found = summary(results)
-    rows = [row(name, of_arm, found[name], [_to_goal(one, scale) for one in of_arm]) for name, of_arm in by_arm.items()]
-    last = {
-        key: mean_and_spread([one.rows[-1][f"test_{key}"] for one in by_arm[WHOLE]]) for key in ("natural", "pgd20")
-    }
-    own = [seconds_to_goal(one, scale.natural, scale.pgd20, ("test",)) for one in by_arm[WHOLE]]
-    rows.append(row(f"without {AVERAGED}", by_arm[WHOLE], last, own))
+    rows: list[dict[str, Any]] = []
+    for name, accuracies in summary(results).items():
+        of_arm = [one for one in results if one.arm == name]
+        seconds = [found for one in of_arm if (found := _to_goal(one, scale)) is not None]
+        rows.append(
+            {
+                "arm": name,
+                "runs": len(of_arm),
+                "seconds": mean_and_spread([one.seconds for one in of_arm])["mean"],
+                "reached": len(seconds),
+                "seconds_to_goal": mean_and_spread(seconds)["mean"] if seconds else None,
+                "natural": accuracies["natural"],
+                "pgd20": accuracies["pgd20"],
+            }
+        )
     whole = rows[0]
     to_goal = whole["seconds_to_goal"]
     rows.append(
@@ -268,9 +285,8 @@ def _parts_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"{files.table(header, lines)}\n"
         "as many epochs in each; the goal is looked for after every epoch, on the images of its tests, and in the last "
-        "test on all; without "
-        f"{AVERAGED}: the same run, its own weights, on those images; without {KERNELS}: the same run, its time by "
-        "steps that were timed in turn with ours"
+        f"test on all; {OWN}: the same run by its own weights; without {KERNELS}: the same run, its time by steps that "
+        "were timed in turn with ours"
     )
 
 
