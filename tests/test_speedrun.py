@@ -71,7 +71,7 @@ def test_without_an_average_the_weights_themselves_count(tmp_path, monkeypatch):
     assert own.config["average"] == "none"
     assert seconds_to_goal(whole, 0.5, 0.3) == 1.0
     assert seconds_to_goal(own, 0.5, 0.3) == 3.0
-    with pytest.raises(ValueError, match="has another configuration: .*'epochs': 3"):
+    with pytest.raises(ValueError, match=r"has another configuration: .*'epochs': 3"):
         speedruns._test_own_weights(whole, tmp_path, tmp_path, dataclasses.replace(TINY, epochs=4))
 
 
