@@ -124,7 +124,10 @@ def test_ema_and_swa_are_what_they_say(tmp_path):
     one = tiny(epochs=1, lr_drops=(), batch_size=64, average="ema:0.75")  # one update an epoch
     train(dataclasses.replace(one, epochs=2), tmp_path / "ema", log=silent)
     train(one, tmp_path / "first", log=silent)
+    train(dataclasses.replace(one, average="none"), tmp_path / "none", log=silent)
     first, second = weights(tmp_path / "first"), weights(tmp_path / "ema")
+    for name, value in weights(tmp_path / "none").items():
+        assert torch.equal(value, first[name]), "averaging changes no training, whatever the average forwards"
     for name, value in weights(tmp_path / "ema", "averaged.safetensors").items():
         if "running" in name:  # its own, see tests/test_recipe.py
             continue

@@ -66,6 +66,10 @@ def test_attacks(tmp_path, monkeypatch):
     monkeypatch.setattr("part_fast.experiments.arms.train", None)
     again = attacks(tmp_path, config=TINY, arms=FEW, autoattack=False, log=said.append)
     assert [row["epochs"] for row in again["rows"]] == [2, 2, 2, 6, 4, 2]
+    # Of results that lie elsewhere, in a folder that has no run.
+    elsewhere, results = tmp_path / "elsewhere", tmp_path / "results"
+    found = attacks(elsewhere, config=TINY, arms=FEW, results=results, autoattack=False, log=said.append)
+    assert found["rows"] == again["rows"] == json.loads((elsewhere / "attacks.json").read_text())["rows"]
     longer = dataclasses.replace(TINY, epochs=3)
     with pytest.raises(ValueError, match=r"epochs.json is of 2 epochs of PGD-2, got epochs 3: take another folder$"):
         attacks(tmp_path, config=longer, arms=FEW, equal=["seconds"], autoattack=False)
@@ -84,7 +88,7 @@ def test_the_pages_tables_are_those_of_the_results():
         plan = dataclasses.replace(CONFIG, **ARMS[name], epochs=int(epochs)).to_json()
         assert one.config == {field: value for field, value in plan.items() if field not in PLACES}
         accuracies = [f"{100 * one.accuracy(key):.2f}" for key in MEASURES if key in one.correct]
-        assert printed.split() == accuracies[: len(printed.split())]
+        assert printed.split() == accuracies
     assert list(found) == ["PGD-10, 10 epochs"]
     kept = read_json(ROOT / "docs" / "attacks" / "epochs.json")
     assert [(name, int(epochs)) for name, epochs, _ in rows[len(ARMS) :]] == list(kept.items())
