@@ -129,6 +129,13 @@ def test_another_sitting_of_some_arms(studied, tmp_path):
         "PART - random": [0, 1],
     }
     assert not (tmp_path / "warmup-seed0").exists()
+    # The arm's other file gone: one seed is enough, since the others say how much accuracies scatter.
+    (tmp_path / "results" / "random-seed1.json").unlink()
+    found = read_results(tmp_path / "results", FEW)
+    few = [d for d in studying.tables(found)[1] if d["measure"] == "natural"]
+    assert [d["seeds"] for d in few] == [[0, 1, 2], [0], [0]]
+    assert few[1]["half_width"] > few[0]["half_width"]
+    assert studying.tables(found[:1])[1] == []
 
 
 def damaged_results():

@@ -23,7 +23,7 @@ from part_fast.attacks.catalogue import attack_of_evaluation, load_attacks
 from part_fast.config import TrainConfig
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import accuracy, evaluate
-from part_fast.experiments.compare import interval, is_correct, mean_and_spread
+from part_fast.experiments.compare import interval, is_correct, mean_and_spread, seed_variance
 from part_fast.reading import read_json
 from part_fast.report import files
 from part_fast.report.environment import environment
@@ -255,35 +255,33 @@ def percent(value: Mapping[str, float] | None, seeds: int) -> str:
 
 
 def differences(results: Sequence[Result], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """A row for each pair (before, after) of arms and each measure that two or more seeds of both have.
+    """A row for each pair (before, after) of arms and each measure that some seed of both has.
+
+    A measure's variance over seeds is that of all its results (`compare.seed_variance`); without enough of them for
+    one, it has no rows.
 
     Returns: difference, "after - before"; measure; seeds, those that both have; and what `compare.interval` gives,
         corrected for as many comparisons as there are rows.
     """
-    by = {(result.arm, result.seed): result for result in results}
-    found = []
+    of = {key: {(one.arm, one.seed): one for one in results if key in one.correct} for key in measured(results)}
+    pooled = {key: seed_variance({run: one.accuracy(key) for run, one in found.items()}) for key, found in of.items()}
+    rows = []
     for before, after in pairs:
-        for key in measured(results):
-            seeds = [
-                seed
-                for arm, seed in by
-                if arm == before
-                and (after, seed) in by
-                and key in by[before, seed].correct
-                and key in by[after, seed].correct
-            ]
-            if len(seeds) >= 2:
-                found.append((before, after, key, seeds))
+        for key, found in of.items():
+            seeds = [seed for arm, seed in found if arm == before and (after, seed) in found]
+            if seeds and pooled[key].degrees:
+                rows.append((before, after, key, seeds))
     return [
         {
             "difference": f"{after} - {before}",
             "measure": key,
             "seeds": seeds,
             **interval(
-                [by[before, seed].correct[key] for seed in seeds],
-                [by[after, seed].correct[key] for seed in seeds],
-                len(found),
+                [of[key][before, seed].correct[key] for seed in seeds],
+                [of[key][after, seed].correct[key] for seed in seeds],
+                len(rows),
+                pooled[key],
             ),
         }
-        for before, after, key, seeds in found
+        for before, after, key, seeds in rows
     ]

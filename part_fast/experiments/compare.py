@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +40,63 @@ def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, A
     return {**over_seeds, "standard_error": error, "significant": significant}
 
 
-def interval(before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int = 1) -> dict[str, Any]:
+@dataclass(frozen=True)
+class SeedVariance:
+    """The variance over seeds of one accuracy, and the degrees of freedom that it was estimated with."""
+
+    variance: float
+    degrees: int
+
+
+def seed_variance(accuracies: Mapping[tuple[str, int], float]) -> SeedVariance:
+    """What is left of accuracies, by (arm, seed), after each arm's mean and what a seed gives to all arms.
+
+    The residual variance of a two-way analysis of variance without interaction, by least squares: arms may have
+    different seeds. It takes all arms' accuracies to scatter alike, and a seed to move them alike.
+    variance: NaN where no degrees of freedom are left.
+
+    Equivalent to, where every arm has every seed, y of shape (arms, seeds):
+        rest = y - y.mean(0) - y.mean(1, keepdim=True) + y.mean()
+        rest.square().sum() / ((arms - 1) * (seeds - 1))
+    """
+    arms, seeds = (sorted({key[place] for key in accuracies}) for place in (0, 1))
+    design = torch.zeros(len(accuracies), len(arms) + len(seeds), dtype=torch.float64)
+    for row, (arm, seed) in enumerate(accuracies):
+        design[row, arms.index(arm)] = design[row, len(arms) + seeds.index(seed)] = 1
+    values = torch.tensor(list(accuracies.values()), dtype=torch.float64)
+    rest = values - design @ (torch.linalg.pinv(design) @ values)
+    degrees = len(accuracies) - int(torch.linalg.matrix_rank(design))
+    return SeedVariance(float(rest.square().sum()) / degrees if degrees else math.nan, degrees)
+
+
+def interval(
+    before: Sequence[Tensor], after: Sequence[Tensor], comparisons: int = 1, pooled: SeedVariance | None = None
+) -> dict[str, Any]:
     """A confidence interval of how much more often `after` is right: bool (N,) per seed, paired by seed and image.
 
-    The variance over seeds and the one over test images are added, which counts a part of them twice; Student's t with
-    seeds - 1 degrees of freedom. comparisons: how many of them are looked at together, for Bonferroni's correction.
+    The variance over seeds and the one over test images are added, which counts a part of them twice; Student's t
+    with the degrees of freedom of the former. comparisons: how many of them are looked at together, for Bonferroni's
+    correction. pooled: of more runs than these, `seed_variance`; then a single seed is enough. None: of the
+    differences themselves, with seeds - 1 degrees of freedom.
 
     Returns: mean; per_seed; half_width of the 95 % interval of this comparison alone; half_width_all, of an
     interval that holds for all comparisons at once with 95 %; significant: whether that one excludes 0.
-    Errors: ValueError for fewer than two seeds; ImportError without scipy.
+    Errors: ValueError for too few seeds; ImportError without scipy.
     """
     t = load_student_t()
-    if len(before) < 2 or len(before) != len(after):
-        raise BadValueError(f"before and after take as many seeds each, at least 2, got {len(before)} and {len(after)}")
+    least = 2 if pooled is None else 1
+    if len(before) < least or len(before) != len(after):
+        got = f"{len(before)} and {len(after)}"
+        raise BadValueError(f"before and after take as many seeds each, at least {least}, got {got}")
     change = _change(before, after)
     per_seed = change.mean(1).tolist()
     mean = statistics.mean(per_seed)
-    error = math.sqrt(statistics.variance(per_seed) / len(per_seed) + _image_error(change) ** 2)
-    one, every = (float(t.ppf(1 - 0.025 / m, len(per_seed) - 1)) * error for m in (1, comparisons))
+    if pooled is None:
+        variance, degrees = statistics.variance(per_seed), len(per_seed) - 1
+    else:
+        variance, degrees = 2 * pooled.variance, pooled.degrees
+    error = math.sqrt(variance / len(per_seed) + _image_error(change) ** 2)
+    one, every = (float(t.ppf(1 - 0.025 / m, degrees)) * error for m in (1, comparisons))
     return {
         "mean": mean,
         "per_seed": per_seed,
