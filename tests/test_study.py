@@ -19,7 +19,7 @@ from part_fast.data.memory import to_float
 from part_fast.evaluation.trained import load_trained
 from part_fast.experiments import arms as arms_of_experiments
 from part_fast.experiments import study as studying
-from part_fast.experiments.arms import read_result, read_results
+from part_fast.experiments.arms import Result, read_result, read_results
 from part_fast.experiments.compare import is_correct
 from part_fast.experiments.learned import attacked_loss, learn_rule
 from part_fast.experiments.study import ARMS, CONFIGS, study
@@ -136,6 +136,37 @@ def test_another_sitting_of_some_arms(studied, tmp_path):
     assert [d["seeds"] for d in few] == [[0, 1, 2], [0], [0]]
     assert few[1]["half_width"] > few[0]["half_width"]
     assert studying.tables(found[:1])[1] == []
+
+
+def test_tables_as_printed():
+    """AT is always wrong, PART right but for AutoAttack with one of two seeds; random has no AutoAttack."""
+
+    def result(arm, seed, **correct):
+        hits = {name: torch.full((4,), bool(right)) for name, right in correct.items()}
+        return Result(arm, {"seed": seed}, None, [], hits, {})
+
+    found = [result("AT", seed, natural=0, aa=0) for seed in (0, 1)]
+    found += [result("PART", 0, natural=1, aa=1), result("PART", 1, natural=1, aa=0), result("random", 0, natural=0)]
+    _, compared, text = studying.tables(found)
+    assert [d["significant"] for d in compared] == [True, False, False, True]
+    # Two arms, two seeds, one hit of four: a variance of 1/4 with one degree of freedom, 2/4 of a difference.
+    alone, of_all = (100 * t * (2 / 4 / 2) ** 0.5 for t in (12.7062, 50.9238))
+    said = [" ".join(line.split()) for line in text.split("\n") if not line.startswith("--")]
+    assert said == [
+        "arm seeds natural % AutoAttack %",
+        "AT 2 0.00 ± 0.00 0.00 ± 0.00",
+        "PART 2 100.00 ± 0.00 50.00 ± 70.71",
+        "random 1 0.00 -",
+        "mean ± standard deviation of the seeds",
+        "",
+        "difference natural, points AutoAttack, points",
+        f"PART - AT +100.00 ± 0.00 (± 0.00) n=2* +50.00 ± {alone:.2f} (± {of_all:.2f}) n=2",
+        "random - AT +0.00 ± 0.00 (± 0.00) n=1 -",
+        "PART - random +100.00 ± 0.00 (± 0.00) n=1* -",
+        "± 95 % interval of the difference alone; in brackets, of all 4 at once; "
+        "*: it excludes 0, which exceeds chance; n: seeds",
+    ]
+    assert studying.tables(found[:1])[2].endswith("\n\nno differences: they take two arms with two seeds each")
 
 
 def damaged_results():

@@ -183,20 +183,25 @@ def _learned(config: TrainConfig, warm: Path) -> TrainConfig:
 
 
 def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        (
-            row["difference"],
-            MEASURES[row["measure"]],
-            str(len(row["seeds"])),
-            f"{100 * row['mean']:+.2f}",
-            f"± {100 * row['half_width']:.2f}",
-            f"± {100 * row['half_width_all']:.2f}",
-            "yes" if row["significant"] else "no",
-        )
-        for row in differences
-    ]
-    header = ("difference", "measure", "seeds", "points", "95 %", f"95 % for all {len(rows)}", "exceeds chance")
-    return files.table(header, rows)
+    """A line for each pair of arms, a column for each measure."""
+    if not differences:
+        return "no differences: they take two arms with two seeds each"
+    by = {(row["difference"], row["measure"]): row for row in differences}
+    measures = list(dict.fromkeys(row["measure"] for row in differences))
+    rows = []
+    for name in dict.fromkeys(row["difference"] for row in differences):
+        found = [by.get((name, measure)) for measure in measures]
+        rows.append((name, *("-" if row is None else _interval(row) for row in found)))
+    return (
+        f"{files.table(('difference', *(f'{MEASURES[measure]}, points' for measure in measures)), rows)}\n"
+        f"± 95 % interval of the difference alone; in brackets, of all {len(differences)} at once; "
+        "*: it excludes 0, which exceeds chance; n: seeds"
+    )
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    mean, alone, of_all = (100 * row[name] for name in ("mean", "half_width", "half_width_all"))
+    return f"{mean:+.2f} ± {alone:.2f} (± {of_all:.2f}) n={len(row['seeds'])}{'*' if row['significant'] else ' '}"
 
 
 def _cells(values: Sequence[float]) -> str:
