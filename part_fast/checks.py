@@ -350,6 +350,20 @@ def _probabilities(name: str, value: Tensor, x: Tensor, classes: int | None) -> 
     return value
 
 
+def indices(name: str, value: Any, samples: int, device: torch.device) -> Tensor:
+    """Of samples of a bank: int64 (B,), on its device, from 0 to samples - 1 where values may be read."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.ndim != 1:
+        got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise BadTypeError(f"{name} must be int64 (B,), got {got}")
+    if value.device != device:
+        raise BadValueError(f"{name} must be on the device of the bank, {device}, got {value.device}")
+    if readable(value):
+        least, most = (int(bound) for bound in torch.aminmax(value))
+        if least < 0 or most >= samples:
+            raise BadValueError(f"{name} must be in [0, {samples}), got values from {least} to {most}")
+    return value
+
+
 def readable(value: Tensor) -> bool:
     """Whether values may be looked at: on a CPU, and on a GPU, which waits for it, where PART_FAST_CHECK=1 asks for it;
     never in a graph that is traced or captured."""

@@ -104,10 +104,10 @@ class TrainConfig:
     eps_low: Annotated[
         float, Doc(f"How far a pixel may move that matters little to the prediction ({_weighted()}).")
     ] = 7 / 255
-    alpha: float = 2 / 255
-    """How far one step of the attack moves a pixel."""
-    steps: int = 10
-    """Steps of the attack."""
+    alpha: Annotated[
+        float, Doc(f"How far one step of the attack moves a pixel ({_stepping()}), and one of PGD in tests.")
+    ] = 2 / 255
+    steps: Annotated[int, Doc(f"Steps of the attack ({_stepping()}; others take one, of the pixel's eps).")] = 10
     beta: Annotated[float, Doc(f"Weight of the robust term of the loss ({_with_beta()}).")] = 6.0
     pgi_lambda: Annotated[float, Doc(f"Weight of the regulariser in the loss ({_that('regularised')}).")] = 10.0
     perturbation_reset: Annotated[
@@ -207,6 +207,8 @@ class TrainConfig:
             raise BadValueError(f"cutmix must be 0 with attack {self.attack}, which {what}, got {self.cutmix!r}")
         if checks.number("extra_fraction", self.extra_fraction, 0) >= 1:
             raise BadValueError(f"extra_fraction must be < 1, got {self.extra_fraction!r}")
+        if self.extra is not None and not self.extra_fraction:
+            raise BadValueError("extra_fraction must be > 0 with extra, got 0")
         checks.number("awp", self.awp, 0)
         for name in ("epochs", "batch_size", "accumulate"):
             checks.count(name, getattr(self, name), 1)
@@ -222,6 +224,11 @@ class TrainConfig:
             checks.count("lr_drops", epoch)
         if self.warmup_epochs > self.epochs:
             raise BadValueError(f"warmup_epochs must be <= epochs, {self.epochs}, got {self.warmup_epochs}")
+        if self.awp and self.awp_warmup >= self.epochs:
+            raise BadValueError(f"awp_warmup must be < epochs, {self.epochs}, with awp, got {self.awp_warmup}")
+        kind, since = self.averaging
+        if kind == "swa" and since > self.epochs:
+            raise BadValueError(f"average must begin within the epochs, {self.epochs}, got {self.average!r}")
 
     def on(self, device: torch.device, like: TrainConfig | None = None) -> TrainConfig:
         """This configuration with what is "auto" chosen: as in the run `like`, else for `device`, an existing one."""
@@ -266,7 +273,11 @@ class TrainConfig:
             "epochs": self.epochs - self.warmup_epochs,
             "warmup_epochs": 0,
             "lr_drops": tuple(max(drop - self.warmup_epochs, 0) for drop in self.lr_drops),
+            "awp_warmup": max(self.awp_warmup - self.warmup_epochs, 0),
         }
+        kind, since = self.averaging
+        if kind == "swa":
+            values["average"] = f"swa:{max(int(since) - self.warmup_epochs, 1)}"
         return dataclasses.replace(self, **{**values, **changes})
 
     def lr_at(self, epoch: float) -> float:
@@ -479,6 +490,10 @@ def _weighted() -> str:
 
 def _with_beta() -> str:
     return ", ".join(name for name, method in METHODS.items() if method.beta)
+
+
+def _stepping() -> str:
+    return ", ".join(name for name, attack in for_training().items() if attack.steps != 1)
 
 
 def _that(field: str) -> str:

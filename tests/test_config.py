@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_published_numbers(name):
         ("test_size", -5, "test_size"),
         ("pgd_test_size", -1, "pgd_test_size"),
         ("lr_drops", (5, -1), "lr_drops"),
+        ("average", "swa:81", "average must begin within the epochs, 80, got 'swa:81'"),
         ("warmup_epochs", 81, "warmup_epochs must be <= epochs, 80"),
     ],
 )
@@ -66,6 +68,28 @@ def test_refused_in_one_line_that_names_the_field(field, value, says):
         config.check()
     assert says in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_would_never_begin_is_refused():
+    config = dataclasses.replace(preset("cifar10-resnet18"), awp=0.005, awp_warmup=79)
+    config.check()
+    with pytest.raises(ValueError, match="awp_warmup must be < epochs, 80, with awp, got 80"):
+        dataclasses.replace(config, awp_warmup=80).check()
+    dataclasses.replace(config, awp=0.0, awp_warmup=80).check()
+    with pytest.raises(ValueError, match="extra_fraction must be > 0 with extra, got 0"):
+        dataclasses.replace(config, extra="x.npz", extra_fraction=0.0).check()
+
+
+def test_after_its_warm_up_a_run_s_epochs_are_counted_from_there():
+    config = dataclasses.replace(
+        preset("cifar10-resnet18"), average="swa:30", awp=0.005, awp_warmup=25, lr_drops=(10, 60), warmup_epochs=20
+    )
+    left = config.after_warmup(Path("weights"))
+    assert (left.epochs, left.warmup_epochs, left.lr_drops) == (60, 0, (0, 40))
+    assert (left.average, left.awp_warmup) == ("swa:10", 5)
+    soon = dataclasses.replace(config, average="swa:3", awp_warmup=2).after_warmup(Path("weights"))
+    assert (soon.average, soon.awp_warmup) == ("swa:1", 0)
+    assert dataclasses.replace(config, average="ema:0.9").after_warmup(Path("weights")).average == "ema:0.9"
 
 
 @pytest.mark.parametrize("method", ["at", "trades", "mart"])

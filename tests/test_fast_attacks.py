@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import part_fast
 from part_fast import AttackModel, CamBudget, PackedEpsilon, PerturbationBank, fgsm_rs, n_fgsm, pgd, pgi, warm
-from part_fast.attacks.catalogue import ATTACKS
+from part_fast.attacks.catalogue import ATTACKS, for_training
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Augmentation, draw_augmentation
 from part_fast.methods import METHODS
@@ -624,20 +624,47 @@ def rows_of(column, *pairs):
     ],
 )
 def test_overfitting_is_said_of_whatever_images_are_watched(column, named):
-    said = overfitting_warning(rows_of(column, (0.3, 0.3), (0.4, 0.4), (0.9, 0.02)))
+    said = overfitting_warning(rows_of(column, (0.3, 0.3), (0.4, 0.4), (0.9, 0.02)), "fgsm")
     assert said.startswith(named)
     assert "from 40.0% to 90.0%: catastrophic overfitting" in said
     assert "--attack pgi" in said
     assert ("--weights best" in said) == (column == "validation_pgd20")
-    assert overfitting_warning(rows_of(column, (0.3, 0.3), (0.4, 0.4), (0.5, 0.35))) is None
-    assert overfitting_warning(rows_of(column, (0.3, 0.3), (0.4, 0.4), (0.2, 0.02))) is None, "it learns nothing"
+    assert overfitting_warning(rows_of(column, (0.3, 0.3), (0.4, 0.4), (0.5, 0.35)), "fgsm") is None
+    assert overfitting_warning(rows_of(column, (0.3, 0.3), (0.4, 0.4), (0.2, 0.02)), "fgsm") is None, "learns nothing"
+
+
+@pytest.mark.parametrize("attack", for_training())
+def test_what_is_advised_against_overfitting_is_what_the_attack_takes(attack):
+    said = overfitting_warning(rows_of("test_pgd20", (0.3, 0.3), (0.4, 0.4), (0.9, 0.02)), attack)
+    advised = {"pgd", "warm", "mma"} & {attack}
+    assert ("train with more --steps or a smaller --alpha, and" in said) == bool(advised)
+    assert (f"--attack {'pgd' if attack == 'pgi' else 'pgi'}, and" in said) == (not advised)
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("attack", for_training())
+def test_steps_and_alpha_that_an_attack_does_not_read_are_said(attack, tmp_path):
+    reads = attack in ("pgd", "warm", "mma")
+    for number, (changes, expected) in enumerate(
+        [
+            ({}, []),
+            ({"steps": 1}, []),
+            ({"steps": 7}, ["steps 7 is not used"]),
+            ({"alpha": 10 / 255}, ["alpha 0.0392157 is that of PGD in tests alone"]),
+        ]
+    ):
+        said = []
+        config = {"method": "at", "epochs": 1, "attack": attack, "steps": 10, "alpha": 2 / 255, **changes}
+        train(tiny(preset="cifar10-resnet18", **config), tmp_path / str(number), log=said.append)
+        own = f"warning: attack {attack} takes one step, of each pixel's own eps: "
+        assert [line for line in said if "takes one step" in line] == ([] if reads else [own + e for e in expected])
 
 
 def test_validation_images_are_asked_before_test_images():
     rows = rows_of("validation_pgd20", (0.3, 0.3), (0.4, 0.4), (0.9, 0.35))
     for row in rows:
         row["test_pgd20"] = 0.5 / row["epoch"] ** 3
-    assert overfitting_warning(rows) is None
+    assert overfitting_warning(rows, "fgsm") is None
 
 
 @pytest.mark.usefixtures("quick_runs")

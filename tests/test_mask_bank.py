@@ -81,5 +81,15 @@ def test_errors():
         bank.fill(CamBudget(golden_net(), rule="soft", target_layer="relu2"), IMAGES)
     with pytest.raises(ValueError, match=r"bits must be uint8 \(20, 1, 32\), got"):
         bank.load_bits(torch.zeros(2, 1, 32, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="bits must be a Tensor, got NoneType"):
+        bank.load_bits(None)
     with pytest.raises(ValueError, match="eps_low must be <= eps"):
         MaskBank(20, (16, 16), 1, 0.1, 0.3)
+    with pytest.raises(TypeError, match=r"size must be \(H, W\), got 16"):
+        MaskBank(20, 16, 1, 0.3, 0.1)
+    for index in (20, -1):
+        with pytest.raises(ValueError, match=r"indices must be in \[0, 20\), got values from -?[0-9]+ to [0-9]+"):
+            bank.lookup(torch.tensor([3, index]))
+    for indices in ([1], torch.tensor([1.0]), torch.tensor([[1]])):
+        with pytest.raises(TypeError, match=r"indices must be int64 \(B,\), got "):
+            bank.lookup(indices)

@@ -215,6 +215,7 @@ def test_a_sample_twice_in_a_batch_is_refused(process):
         ((0, (3, 8, 8), EPS), "samples must be >= 1, got 0"),
         ((4, (8, 8), EPS), r"shape must be \(C,H,W\), got \(8, 8\)"),
         ((4, (3, 8, 0), EPS), "shape must be >= 1, got 0"),
+        ((4, 3, EPS), r"shape must be \(C,H,W\), got 3"),
         ((4, (3, 8, 8), 0.0), "eps must be > 0 for a bank of perturbations, got 0"),
         ((4, (3, 8, 8), float("nan")), "eps must be finite"),
     ],
@@ -262,6 +263,15 @@ def test_places_that_cannot_be(indices, augmentation, error, says):
 def test_the_crop_must_be_said():
     with pytest.raises(TypeError, match="augmentation"):
         bank_of(9).at(torch.tensor([0]))
+
+
+@pytest.mark.parametrize(("shards", "got"), [([], "none"), (None, "NoneType"), (torch.zeros(9, 2), "Tensor")])
+def test_no_list_of_values_is_no_checkpoint(shards, got):
+    bank = bank_of(9)
+    before = bank.values.clone()
+    with pytest.raises(TypeError, match=f"shards must be a list of the values of each process, got {got}$"):
+        bank.load(shards)
+    assert torch.equal(bank.values, before)
 
 
 @pytest.mark.parametrize(

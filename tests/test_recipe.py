@@ -255,6 +255,32 @@ def test_a_skipped_update_leaves_the_average_s_statistics(at, monkeypatch):
     assert same == (at == 3)
 
 
+@pytest.mark.parametrize("by", ["on_nonfinite", "scaler"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_skipped_update_moves_no_average(at, by, monkeypatch):
+    """Nor is it counted: the average begins at the first update that changes something."""
+    x, y = batch()
+    engine = Engine(tiny(average="ema:0.75", on_nonfinite="skip" if by == "on_nonfinite" else "stop"), 10, CPU)
+    if by == "scaler":  # that of fp16, which CUDA alone has otherwise
+        engine.scaler = torch.amp.GradScaler("cpu")
+    real, done = step.batch_loss, 0
+
+    def spoil(*given, **named):
+        found = real(*given, **named)
+        return found._replace(loss=found.loss * math.nan) if done == at else found
+
+    monkeypatch.setattr(step, "batch_loss", spoil)
+    mean = None
+    for done in range(4):
+        train_step(engine, "at", x, y, 8 / 255, 8 * done, 320)
+        now = [value.detach().clone() for value in engine.model.parameters()]
+        if done != at:
+            mean = now if mean is None else [0.75 * old + 0.25 * new for old, new in zip(mean, now, strict=True)]
+        for value, expected in zip(engine.averaged.module.parameters(), mean or now, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    assert engine.averaged.n_averaged == 3
+
+
 def test_ema_of_nothing_has_the_model_s_statistics_bit_for_bit():
     """With decay 0 the average is the model, and plain adversarial training forwards the attacked images alone."""
     x, y = batch()
@@ -480,6 +506,29 @@ def test_every_batch_has_its_fraction_of_extra_images(fraction):
     assert int(order.max()) < 6000
     few = epoch_order(1000, config, 0, 10)
     assert few[few >= 1000].unique().numel() == (10 if fraction else 0)
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_resumed_a_run_takes_the_same_extra_images_wherever_they_lie(tmp_path, monkeypatch):
+    path, elsewhere, run = tmp_path / "extra.npz", tmp_path / "moved" / "images.npz", tmp_path / "run"
+    write_extra(path)
+    monkeypatch.chdir(tmp_path)
+    config = tiny(extra="extra.npz", epochs=1)
+    train(config, run, log=silent)
+    go_on = {"out": run, "resume": True, "log": silent}
+    assert len(train(dataclasses.replace(config, epochs=2), **go_on)) == 2  # by the same relative name
+    elsewhere.parent.mkdir()
+    path.rename(elsewhere)
+    longer = dataclasses.replace(config, epochs=3, extra=str(elsewhere))
+    assert len(train(longer, **go_on)) == 3
+    assert read_config(run).extra == str(elsewhere)
+    begun = f"extra must be the images that the run was begun with, those of {elsewhere}, got"
+    write_extra(tmp_path / "others.npz", label=np.arange(30) % 10)
+    with pytest.raises(ValueError, match=rf"{begun} other ones in {tmp_path}/others.npz$"):
+        train(dataclasses.replace(longer, epochs=4, extra="others.npz"), **go_on)
+    with pytest.raises(ValueError, match=f"{begun} no file$"):
+        train(dataclasses.replace(longer, epochs=4, extra=None), **go_on)
+    assert len((run / "metrics.csv").read_text().splitlines()) == 4
 
 
 def test_without_extra_images_the_order_is_torch_s():

@@ -10,6 +10,7 @@ import importlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -910,6 +911,41 @@ def test_an_edited_configuration_is_named(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_runs")
+def test_a_run_of_before_a_field_goes_on_with_its_default(tmp_path):
+    run, before = tmp_path / "run", tmp_path / "before"
+    train(small(epochs=1), run, log=silent)
+    shutil.copytree(run, before)
+    written = json.loads((before / "config.json").read_text())
+    state = read_state(before, silent)
+    for config in (written, state["config"]):
+        assert config.pop("cutmix") == 0
+    (before / "config.json").write_text(json.dumps(written))
+    write_state(before, {name: value for name, value in state.items() if name != "file"})
+    train(small(epochs=2), run, resume=True, log=silent)
+    with pytest.warns(UserWarning, match=r"does not say cutmix \(0.0\): the defaults are taken"):
+        train(small(epochs=2), before, resume=True, log=silent)
+    assert_same(*(load_file(folder / WEIGHTS) for folder in (run, before)))
+
+
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("schedule", ["piecewise", "cyclic", "cosine"])
+def test_another_number_of_epochs_moves_the_rate_of_a_schedule_over_all(schedule, tmp_path):
+    config = small(schedule=schedule, lr=0.1, lr_drops=(9,))
+    rows = train(dataclasses.replace(config, epochs=2), tmp_path / "run", log=silent)
+    # The mean of an epoch: of cyclic the peak lies at 0.8 of the two.
+    middle = {"piecewise": 0.1, "cyclic": 0.1 * 0.5 / 0.8, "cosine": 0.05 * (1 + math.cos(math.pi / 4))}[schedule]
+    assert rows[0]["lr"] == pytest.approx(middle)
+    said = []
+    train(dataclasses.replace(config, epochs=4), tmp_path / "run", resume=True, log=said.append)
+    rate = {"cyclic": 0.1 * 2 / 2.4, "cosine": 0.05}.get(schedule)
+    warned = [line for line in said if "over all epochs" in line]
+    expected = f"warning: schedule {schedule} is over all epochs: epoch 3 of 4 has rate {rate or 0:.4g} at its start, "
+    assert warned == ([] if rate is None else [f"{expected}and the run had come to 0 by its 2 epochs"])
+    train(dataclasses.replace(config, epochs=4), tmp_path / "run", resume=True, log=said.append)
+    assert warned == [line for line in said if "over all epochs" in line]
+
+
+@pytest.mark.usefixtures("quick_runs")
 def test_a_finished_run_says_so(tmp_path):
     rows = train(small(epochs=1), tmp_path / "run", log=silent)
     said = []
@@ -1061,16 +1097,24 @@ def test_validation_images_are_a_balanced_part_that_is_not_trained_on():
         data.set_aside(100)
 
 
+@pytest.mark.usefixtures("quick_runs")
+@pytest.mark.parametrize("field", ["train_size", "test_size", "validation"])
+def test_more_images_than_there_are_is_said_of_the_field(field, tmp_path):
+    with pytest.raises(ValueError, match=f"^{field} takes an integer from 1 to [0-9]+, the number of"):
+        train(small(**{field: 10_000_000}), tmp_path / "run", log=silent)
+    assert not (tmp_path / "run").exists()
+
+
 def test_catastrophic_overfitting_is_said():
     def rows(*pairs):
         return [{"epoch": i + 1, "train_robust": t, "validation_pgd20": v} for i, (t, v) in enumerate(pairs)]
 
-    assert overfitting_warning(rows((0.3, 0.3), (0.4, 0.4), (0.9, 0.02))).startswith(
+    assert overfitting_warning(rows((0.3, 0.3), (0.4, 0.4), (0.9, 0.02)), "fgsm").startswith(
         "PGD-20 on the validation images has fallen from 40.0% in epoch 2 to 2.0%"
     )
-    assert overfitting_warning(rows((0.3, 0.3), (0.4, 0.4), (0.5, 0.35))) is None  # robust overfitting, the usual one
-    assert overfitting_warning(rows((0.3, 0.3), (0.1, 0.1))) is None  # it learns nothing
-    assert overfitting_warning([{"epoch": 1, "train_robust": 0.5}]) is None
+    assert overfitting_warning(rows((0.3, 0.3), (0.4, 0.4), (0.5, 0.35)), "fgsm") is None  # robust overfitting
+    assert overfitting_warning(rows((0.3, 0.3), (0.1, 0.1)), "fgsm") is None  # it learns nothing
+    assert overfitting_warning([{"epoch": 1, "train_robust": 0.5}], "fgsm") is None
 
 
 MISLEADING = """

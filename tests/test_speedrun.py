@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_RUN
 
 from part_fast.experiments import speedrun as speedruns
-from part_fast.experiments.arms import PLACES, Result, read_results
+from part_fast.experiments.arms import PLACES, Result, how_tested, read_results
 from part_fast.experiments.speedrun import SCALES, Scale, seconds_to_goal, speedrun
 from part_fast.experiments.step_cost import Cost
 
@@ -23,7 +23,8 @@ TINY = dataclasses.replace(
 def result(*rows, natural=0.5, pgd20=0.5):
     names = ("seconds", "test_natural", "test_pgd20", "averaged_natural", "averaged_pgd20")
     correct = {name: torch.arange(10) < 10 * value for name, value in (("natural", natural), ("pgd20", pgd20))}
-    return Result("speedrun", {"seed": 0}, None, [dict(zip(names, row, strict=False)) for row in rows], correct, {})
+    rows_of = [dict(zip(names, row, strict=False)) for row in rows]
+    return Result("speedrun", {"seed": 0}, None, rows_of, how_tested(TINY), correct, {})
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_tables_as_printed():
 
     def result(arm, seed, **correct):
         hits = {name: torch.full((4,), bool(right)) for name, right in correct.items()}
-        return Result(arm, {"seed": seed}, None, [], hits, {})
+        return Result(arm, {"seed": seed}, None, [], {}, hits, {})
 
     found = [result("AT", seed, natural=0, aa=0) for seed in (0, 1)]
     found += [result("PART", 0, natural=1, aa=1), result("PART", 1, natural=1, aa=0), result("random", 0, natural=0)]
@@ -168,6 +168,31 @@ def test_tables_as_printed():
         "*: it excludes 0, which exceeds chance; n: seeds",
     ]
     assert studying.tables(found[:1])[2].endswith("\n\nno differences: they take two arms with two seeds each")
+
+
+def test_a_result_of_before_a_field_has_its_default(studied, tmp_path):
+    shutil.copytree(studied[0] / "results", tmp_path / "results")
+    path = tmp_path / "results" / "part-seed0.json"
+    record = json.loads(path.read_text())
+    assert record["config"].pop("cutmix") == 0
+    path.write_text(json.dumps(record))
+    study(tmp_path, config=TINY, arms=FEW, seeds=2, log=lambda line: None)
+    assert not (tmp_path / "part-seed0").exists()
+    del record["config"]["steps"]  # 10 by default, 1 here
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"another configuration: .'steps': 10. there, .'steps': 1. here"):
+        study(tmp_path, config=TINY, arms=FEW, seeds=2)
+
+
+def test_a_result_of_other_tests_is_refused(studied, tmp_path):
+    shutil.copytree(studied[0] / "results", tmp_path / "results")
+    path = tmp_path / "results" / "part-seed0.json"
+    record = json.loads(path.read_text())
+    assert record["tested"] == {"eps": 8 / 255, "alpha": 2 / 255}
+    record["tested"]["alpha"] = 0.5
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"part-seed0.json was tested otherwise: .*'alpha': 0.5. there"):
+        study(tmp_path, config=TINY, arms=FEW, seeds=2)
 
 
 def damaged_results():
@@ -195,7 +220,10 @@ def damaged_results():
     def lacks(record):
         del record["config"]
 
-    return {change.__name__: change for change in (hits, image, fewer, base, attack, seed, lacks)}
+    def tests(record):
+        record["tested"] = None
+
+    return {change.__name__: change for change in (hits, image, fewer, base, attack, seed, lacks, tests)}
 
 
 @pytest.mark.parametrize("name", damaged_results())

@@ -23,7 +23,11 @@ PAGE = (ROOT / "docs" / "speedrun.md").read_text()
 TINY = dataclasses.replace(
     TINY_RUN, method="at", epochs=2, warmup_epochs=0, train_size=40, test_size=20, pgd_test_size=0, batch_size=20
 )
-FEW = {"FGSM": {"attack": "fgsm"}, "FGSM-PGI": {"attack": "pgi"}, "PGD-2": {"attack": "pgd", "steps": 2}}
+FEW = {
+    "FGSM": {"attack": "fgsm"},
+    "FGSM-PGI": {"attack": "pgi"},
+    "PGD-2": {"attack": "pgd", "steps": 2, "alpha": 4 / 255},
+}
 
 
 def test_arms_are_all_attacks_that_train():
@@ -59,6 +63,7 @@ def test_attacks(tmp_path, monkeypatch):
         assert config["epochs"] == row["epochs"]
         evaluation = json.loads((folder / "evaluation.json").read_text())
         assert row["pgd20"]["mean"] == evaluation["results"]["pgd20"]["accuracy"]
+        assert (evaluation["eps"], evaluation["alpha"]) == (8 / 255, 2 / 255)  # PGD-2 was trained with another alpha
     # The slowest attack's network is the same in both, and trained once.
     assert len(list((tmp_path / "results").glob("*-seed0.json"))) == 5
     # Other timings on another day change nothing in what is kept.
@@ -89,6 +94,7 @@ def test_the_pages_tables_are_those_of_the_results():
         assert one.config == {field: value for field, value in plan.items() if field not in PLACES}
         accuracies = [f"{100 * one.accuracy(key):.2f}" for key in MEASURES if key in one.correct]
         assert printed.split() == accuracies
+        assert one.tested == {"eps": 8 / 255, "alpha": 2 / 255}
     assert list(found) == ["PGD-10, 10 epochs"]
     kept = read_json(ROOT / "docs" / "attacks" / "epochs.json")
     assert [(name, int(epochs)) for name, epochs, _ in rows[len(ARMS) :]] == list(kept.items())

@@ -10,7 +10,7 @@ from torch import Tensor
 from part_fast import checks, distributed
 from part_fast.budgets.cam import CamBudget
 from part_fast.data.memory import Augmentation, to_float
-from part_fast.errors import BadValueError
+from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.epsilon_map import packed_epsilon_map
 from part_fast.ops.packed_epsilon import PackedEpsilon, bytes_per_mask
 
@@ -35,6 +35,8 @@ class MaskBank:
         eps_low: float,
         device: torch.device | str = "cpu",
     ):
+        if not isinstance(size, (tuple, list)) or len(size) != 2:
+            raise BadTypeError(f"size must be (H, W), got {size!r}")
         shape = (checks.count("samples", samples), checks.count("channels", channels, 1), bytes_per_mask(*size))
         self._masks = PackedEpsilon(torch.zeros(shape, dtype=torch.uint8, device=device), size, eps, eps_low)
 
@@ -77,13 +79,17 @@ class MaskBank:
     def lookup(self, indices: Tensor, augmentation: Augmentation | None = None) -> Tensor:
         """Eps maps (B,M,H,W), float32, of the samples `indices` (B,), augmented as their images were.
 
-        augmentation: what was drawn for the batch; None for images as stored.
+        indices: int64, on the bank's device. augmentation: what was drawn for the batch; None for images as stored.
+        Errors: TypeError or ValueError that names the argument; samples outside the bank where values may be read.
         """
+        checks.indices("indices", indices, len(self._masks), self.bits.device)
         eps = self._masks.index_select(indices).dense()
         return eps if augmentation is None else augmentation.apply(eps, fill=self._masks.eps_low)
 
     def load_bits(self, bits: Tensor) -> None:
-        """Take the bits of a checkpoint. Errors: ValueError if they belong to another data set."""
+        """Take the bits of a checkpoint. Errors: TypeError, ValueError if they belong to another data set."""
+        if not isinstance(bits, Tensor):
+            raise BadTypeError(f"bits must be a Tensor, got {type(bits).__name__}")
         if bits.dtype != torch.uint8 or bits.shape != self.bits.shape:
             raise BadValueError(f"bits must be uint8 {tuple(self.bits.shape)}, got {bits.dtype} {tuple(bits.shape)}")
         self.bits.copy_(bits)

@@ -40,8 +40,8 @@ class PerturbationBank:
         seed: int = 0,
     ):
         self.samples = checks.count("samples", samples, 1)
-        if len(shape) != 3:
-            raise BadValueError(f"shape must be (C,H,W), got {tuple(shape)}")
+        if not isinstance(shape, Sequence) or len(shape) != 3:
+            raise BadValueError(f"shape must be (C,H,W), got {shape!r}")
         self.shape = tuple(checks.count("shape", size, 1) for size in shape)
         self.eps = checks.number("eps", eps)
         if self.eps <= 0:
@@ -80,13 +80,7 @@ class PerturbationBank:
             in the batch are errors where values may be read, on a CPU; on a GPU under PART_FAST_CHECK=1, and elsewhere
             the first two make images of NaN.
         """
-        if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.ndim != 1:
-            got = f"{indices.dtype} {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
-            raise BadTypeError(f"indices must be int64 (B,), got {got}")
-        if indices.device != self.values.device:
-            raise BadValueError(
-                f"indices must be on the device of the bank, {self.values.device}, got {indices.device}"
-            )
+        checks.indices("indices", indices, self.samples, self.values.device)
         if not isinstance(augmentation, Augmentation | None):
             raise BadTypeError(
                 f"augmentation must be the Augmentation that was drawn, or None, got {type(augmentation).__name__}"
@@ -111,9 +105,6 @@ class PerturbationBank:
         return BankView(self.values, torch.stack(columns, 1), self.eps)
 
     def _check_indices(self, indices: Tensor) -> None:
-        least, most = (int(bound) for bound in torch.aminmax(indices))
-        if least < 0 or most >= self.samples:
-            raise BadValueError(f"indices must be in [0, {self.samples}), got values from {least} to {most}")
         if self._size > 1 and bool((indices % self._size != self._rank).any()):
             strange = int(indices[indices % self._size != self._rank][0])
             raise BadValueError(
@@ -126,8 +117,12 @@ class PerturbationBank:
     def load(self, shards: Sequence[Tensor]) -> None:
         """Take over the `values` of a checkpoint: those of each process, in order; of any number of processes.
 
-        Errors: ValueError, before anything is written, if they are not of a bank of as many images of this shape.
+        Errors: before anything is written, TypeError if they are no list of tensors, ValueError if they are not of a
+            bank of as many images of this shape.
         """
+        if not isinstance(shards, Sequence) or not shards:
+            got = f"{type(shards).__name__}" if not isinstance(shards, Sequence) else "none"
+            raise BadTypeError(f"shards must be a list of the values of each process, got {got}")
         for rank, shard in enumerate(shards):
             takes = (len(range(rank, self.samples, len(shards))), *self.shape)
             if not isinstance(shard, Tensor) or shard.dtype != torch.int8 or tuple(shard.shape) != takes:

@@ -73,26 +73,26 @@ class Dataset:
         """The same data set with images and labels on `device`."""
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
-    def subset(self, n: int, seed: int = 0) -> Dataset:
+    def subset(self, n: int, seed: int = 0, name: str = "n") -> Dataset:
         """n images at random, classes as equal in number as the data allows, in their original order.
 
-        With one seed a smaller subset is part of a larger one.
+        With one seed a smaller subset is part of a larger one. name: what an error calls n.
 
         Raises:
             ValueError: n is not from 1 to len(self).
         """
-        indices = balanced_indices(self.labels, n, seed)
+        indices = balanced_indices(self.labels, n, seed, name)
         return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
 
-    def set_aside(self, n: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+    def set_aside(self, n: int, seed: int = 0, name: str = "n") -> tuple[Dataset, Dataset]:
         """(what is left, a part of n images as `subset` takes it), both in their original order.
 
         Raises:
             ValueError: n is not from 1 to len(self) - 1.
         """
-        part = balanced_indices(self.labels, checks.count("n", n, 1), seed)
+        part = balanced_indices(self.labels, checks.count(name, n, 1), seed, name)
         if len(part) == len(self):
-            raise BadValueError(f"n must be < {len(self)}, the number of images, got {n}")
+            raise BadValueError(f"{name} must be < {len(self)}, the number of images, got {n}")
         left = torch.ones(len(self), dtype=torch.bool, device=self.labels.device)
         left[part] = False
         rest, taken = (
@@ -143,14 +143,14 @@ def batch_length(left: int, batch_size: int, batches: int = 1) -> int:
     return left if left <= full + (batch_size > 1) else full
 
 
-def balanced_indices(labels: Tensor, n: int, seed: int = 0) -> Tensor:
+def balanced_indices(labels: Tensor, n: int, seed: int = 0, name: str = "n") -> Tensor:
     """Positions (n,) int64, ascending, of n random samples with classes as equal in number as `labels` (N,) allows.
 
     Raises:
         ValueError: n is not from 1 to N.
     """
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= len(labels):
-        raise BadValueError(f"n takes an integer from 1 to {len(labels)}, the number of images, got {n!r}")
+        raise BadValueError(f"{name} takes an integer from 1 to {len(labels)}, the number of images, got {n!r}")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     drawn = labels.cpu()[shuffled]
     by_class = torch.argsort(drawn, stable=True)

@@ -169,5 +169,6 @@ def _find(where: Path, weights: str | None = None) -> tuple[TrainConfig, Path, b
 def evaluation_data(config: TrainConfig, n: int | None = None) -> Dataset:
     """The run's test images, or a balanced subset of n of them."""
     data = load(config.dataset, "test", config.root, config.download)
-    size = config.test_size if n is None else n
-    return data if size is None else data.subset(size)
+    if n is not None:
+        return data.subset(n)
+    return data if config.test_size is None else data.subset(config.test_size, name="test_size")

@@ -44,14 +44,15 @@ class Result:
     """What an arm came to with one seed.
 
     config: that of the run, without `PLACES`. warmup: SHA-256 of the weights that it began with, None for random ones.
-    rows: of metrics.csv, a row per epoch. correct: attack -> bool (N,), whether each test image was right; of the
-    averaged weights where there are some. environment: what it ran on.
+    rows: of metrics.csv, a row per epoch. tested: eps and alpha of the tests. correct: attack -> bool (N,), whether
+    each test image was right; of the averaged weights where there are some. environment: what it ran on.
     """
 
     arm: str
     config: Mapping[str, Any]
     warmup: str | None
     rows: Sequence[Mapping[str, Any]]
+    tested: Mapping[str, float]
     correct: Mapping[str, Tensor]
     environment: Mapping[str, Any]
 
@@ -77,6 +78,7 @@ class Result:
                 "arm": self.arm,
                 "config": dict(self.config),
                 "warmup": self.warmup,
+                "tested": dict(self.tested),
                 "results": {
                     name: {
                         **accuracy(right),
@@ -108,8 +110,9 @@ def read_result(path: Path) -> Result:
             correct[name] = torch.from_numpy(bits[: row["n"]].copy()).bool()
             if {**accuracy(correct[name]), "images": row["images"]} != row:
                 raise BadValueError(f"the accuracy under {name!r} is not that of its images")
+        tested = {name: float(record["tested"][name]) for name in ("eps", "alpha")}
         result = Result(
-            record["arm"], record["config"], record["warmup"], record["rows"], correct, record["environment"]
+            record["arm"], record["config"], record["warmup"], record["rows"], tested, correct, record["environment"]
         )
         if result.file(path.parent) != path or not result.seconds >= 0:
             raise BadValueError(f"it is of arm {result.arm!r}, seed {result.seed}")
@@ -142,16 +145,17 @@ def train_arms(
     config.epochs. arms: name -> the fields of `config` that it changes. autoattack: the arms that are tested by it
     too. prepare: what is done for an arm after the warm-up in that folder, before it is trained; gives its
     configuration.
-    Run folders are in `out`, and may be removed once their results are written. All arms are tested with config.eps.
+    Run folders are in `out`, and may be removed once their results are written. All arms are tested with the eps and
+    the alpha of `config`, whatever they are trained with.
 
-    Errors: ValueError where a result is of another configuration; what `train` and `evaluate` raise.
+    Errors: ValueError where a result is of another configuration or other tests; what `train` and `evaluate` raise.
     """
     load_attacks([AUTOATTACK] if autoattack else [])  # a missing package is said before anything is written
     plans = {(name, seed): _plan(config, changes, seed) for seed in seeds for name, changes in arms.items()}
     missing = {
         (name, seed): plan
         for (name, seed), plan in plans.items()
-        if not has_result(kept, name, plan, [*MEASURES] if name in autoattack else ACCURACIES)
+        if not has_result(kept, name, plan, how_tested(config), [*MEASURES] if name in autoattack else ACCURACIES)
     }
     for seed in seeds:
         warm = out / f"warmup-seed{seed}"
@@ -170,7 +174,7 @@ def train_arms(
             rows = _train(prepare(plan, warm), folder)
             correct = _tested(folder, config, plan, name in autoattack)
             kept.mkdir(parents=True, exist_ok=True)
-            Result(name, _identity(plan), begun, rows, correct, _short(environment())).write(kept)
+            Result(name, _identity(plan), begun, rows, how_tested(config), correct, _short(environment())).write(kept)
 
 
 def _plan(config: TrainConfig, changes: Mapping[str, Any], seed: int) -> TrainConfig:
@@ -185,19 +189,28 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in PLACES}
 
 
-def has_result(kept: Path, arm: str, plan: TrainConfig, measures: Sequence[str]) -> bool:
+def how_tested(config: TrainConfig) -> dict[str, Any]:
+    """What all arms of `config` are tested with."""
+    return {"eps": config.eps, "alpha": config.alpha}
+
+
+def has_result(kept: Path, arm: str, plan: TrainConfig, tested: Mapping[str, float], measures: Sequence[str]) -> bool:
     """Whether `kept` holds a result of the arm with the seed of `plan` that has all these measures.
 
-    Errors: ValueError where it is of another configuration, and as `read_result`.
+    A field that its configuration lacks, since it is older than the field, has its default there.
+    Errors: ValueError where it is of another configuration or of other tests, and as `read_result`.
     """
     path = kept / f"{slug(arm)}-seed{plan.seed}.json"
     if not path.is_file():
         return False
     result, now = read_result(path), _identity(plan)
-    different = [name for name in {**now, **result.config} if now.get(name) != result.config.get(name)]
+    there = _identity(TrainConfig()) | dict(result.config)
+    different = [name for name in {**now, **there} if now.get(name) != there.get(name)]
     if different:
-        before, after = ({name: of.get(name) for name in different} for of in (result.config, now))
+        before, after = ({name: of.get(name) for name in different} for of in (there, now))
         raise BadValueError(f"{path} has another configuration: {before} there, {after} here")
+    if result.tested != tested:
+        raise BadValueError(f"{path} was tested otherwise: {dict(result.tested)} there, {dict(tested)} here")
     return all(name in result.correct for name in measures)
 
 
@@ -206,9 +219,9 @@ def _train(config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
 
 
 def _tested(folder: Path, config: TrainConfig, plan: TrainConfig, autoattack: bool) -> dict[str, Tensor]:
-    """Whatever eps the arm trained with, all are tested with the same."""
+    """Whatever eps and alpha the arm trained with, all are tested with the same."""
     weights = "last" if plan.averaging[0] == "none" else "averaged"
-    asked: dict[str, Any] = {"eps": config.eps, "model": config.model, "weights": weights, "resume": True}
+    asked: dict[str, Any] = {**how_tested(config), "model": config.model, "weights": weights, "resume": True}
     evaluate(folder, ACCURACIES, **asked)
     correct = {name: is_correct(folder, name) for name in ACCURACIES}
     if autoattack:

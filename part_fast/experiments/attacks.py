@@ -72,7 +72,7 @@ def attacks(
     if not equal or set(equal) - set(EQUAL):
         raise BadValueError(f"equal must be of {', '.join(EQUAL)}, got {', '.join(equal) or 'none'}")
     data = load(config.dataset, "train", config.root, config.download)
-    data = data if config.train_size is None else data.subset(config.train_size)
+    data = data if config.train_size is None else data.subset(config.train_size, name="train_size")
     configs = {name: dataclasses.replace(config, **changes) for name, changes in arms.items()}
     log(f"{len(arms)} attacks: timing training steps")
     costs = step_costs(configs, data, ROUNDS)

@@ -18,6 +18,7 @@ from part_fast.experiments.arms import (
     MEASURES,
     Result,
     has_result,
+    how_tested,
     measured,
     percent,
     read_results,
@@ -131,7 +132,7 @@ def speedrun(
     record: dict[str, Any] = {"scale": scale, "goal": {"natural": chosen.natural, "pgd20": chosen.pgd20}, "runs": rows}
     if parts:
         data = load(config.dataset, "train", config.root, config.download)
-        data = data if config.train_size is None else data.subset(config.train_size)
+        data = data if config.train_size is None else data.subset(config.train_size, name="train_size")
         costs = step_costs({WHOLE: config}, data, ROUNDS, without_kernels=KERNELS)
         for one in whole:
             _test_own_weights(one, out, kept, config)
@@ -196,11 +197,11 @@ def seconds_to_goal(result: Result, natural: float, pgd20: float) -> float | Non
 def _test_own_weights(whole: Result, out: Path, kept: Path, config: TrainConfig) -> None:
     """Leave a result of the run without its average, tested as the average is, if there is none yet."""
     plan = dataclasses.replace(config, seed=whole.seed, average="none")
-    if has_result(kept, OWN, plan, ACCURACIES):
+    if has_result(kept, OWN, plan, how_tested(config), ACCURACIES):
         return
     folder = out / f"{slug(WHOLE)}-seed{whole.seed}"
     tested = folder / "last"
-    evaluate(folder, ACCURACIES, out=tested, resume=True, eps=config.eps, model=config.model, weights="last")
+    evaluate(folder, ACCURACIES, out=tested, resume=True, **how_tested(config), model=config.model, weights="last")
     rows = [{name: value for name, value in row.items() if not name.startswith("averaged_")} for row in whole.rows]
     correct = {name: is_correct(tested, name) for name in ACCURACIES}
     own = dataclasses.replace(whole, arm=OWN, config={**whole.config, "average": "none"}, rows=rows, correct=correct)

@@ -176,7 +176,7 @@ def _learned(config: TrainConfig, warm: Path) -> TrainConfig:
     if not file.exists():
         device = find_device(config.device)
         data = load(config.dataset, "train", config.root, config.download)
-        data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
+        data = (data if config.train_size is None else data.subset(config.train_size, name="train_size")).to(device)
         model = load_trained(warm, 1, model=config.model, root=config.root, device=str(device)).model
         learn_rule(model, data, config, LEARNED_MEAN).save(file)
     return config

@@ -72,6 +72,11 @@ class Engine:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.averaged = None if config.averaging[0] == "none" else AveragedModel(self.model, use_buffers=True)
+        # Whether the optimizer left the last update out, 1.0 or 0.0 on the device; None where it never does.
+        self._left_out: Tensor | None = None
+        self.optimizer.register_step_post_hook(self._note_what_was_left_out)
+        if self.averaged is not None and (self._skips or self.scaler.is_enabled()):
+            self.averaged.n_averaged = self.averaged.n_averaged.to(device)  # no GPU waits to count updates
         self.trained: nn.Module = self.model
         if distributed.size() > 1:
             # Methods forward twice before one backward; broadcasting buffers in between would break it. From torch 2.14
@@ -212,16 +217,26 @@ class Engine:
         self.attack_model.tell()
         kind, decay = self.config.averaging
         if self.averaged is not None and kind == "ema":
-            weight = 1 - decay if self.averaged.n_averaged else 1.0  # n_averaged lies on the CPU
-            _move(self.averaged.module.parameters(), self.model.parameters(), weight)
+            count, weight = self.averaged.n_averaged, 1 - decay
+            if self._left_out is None:
+                _move(self.averaged.module.parameters(), self.model.parameters(), weight if count else 1.0)
+                count += 1  # it lies on the CPU
+            else:
+                made = self._left_out == 0
+                weights = torch.where(count > 0, weight, 1.0) * made
+                _move(self.averaged.module.parameters(), self.model.parameters(), weights)
+                count += made
             if not self._measures:
                 _move(self.averaged.module.buffers(), self.model.buffers(), 1.0)
-            self.averaged.n_averaged += 1
 
     @property
     def _skips(self) -> bool:
         """Whether updates are skipped here; in fp16 the scaler does that, as a matter of course."""
         return self.config.on_nonfinite == "skip" and not self.scaler.is_enabled()
+
+    def _note_what_was_left_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """After a step of the fused optimizer, which `_skip_if_not_finite` and a GradScaler tell by this attribute."""
+        self._left_out = getattr(optimizer, "found_inf", None)
 
     @torch.no_grad()
     def _skip_if_not_finite(self) -> None:
@@ -301,8 +316,8 @@ class _Recorder(Capture):
 
 
 @torch.no_grad()
-def _move(means: Iterable[Tensor], now: Iterable[Tensor], weight: float) -> None:
-    """Move tensors by `weight` of the way to others; counters all of it.
+def _move(means: Iterable[Tensor], now: Iterable[Tensor], weight: float | Tensor) -> None:
+    """Move tensors by `weight` of the way to others; counters all of it. A tensor of a weight lies on their device.
 
     Not AveragedModel.update_parameters, which moves a number to the GPU for every tensor, and waits for it.
     """
@@ -313,6 +328,10 @@ def _move(means: Iterable[Tensor], now: Iterable[Tensor], weight: float) -> None
         lists[0].append(mean)
         lists[1].append(value)
     if floating[0]:
-        torch._foreach_lerp_(*floating, weight)
+        if isinstance(weight, Tensor):
+            for mean, value in zip(*floating, strict=True):
+                mean.lerp_(value, weight.to(mean.dtype))
+        else:
+            torch._foreach_lerp_(*floating, weight)
     if counters[0]:
         torch._foreach_copy_(*counters)

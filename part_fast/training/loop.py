@@ -15,9 +15,9 @@ from part_fast import checks, distributed
 from part_fast.attacks.catalogue import ATTACKS
 from part_fast.budgets.bank import MaskBank
 from part_fast.budgets.perturbations import PerturbationBank
-from part_fast.config import TrainConfig, find_device, read_config
+from part_fast.config import PRESETS, TrainConfig, find_device, read_config
 from part_fast.data.catalogue import load, root_anywhere
-from part_fast.data.extra import add_extra
+from part_fast.data.extra import add_extra, checksums
 from part_fast.data.memory import Dataset, draw_augmentation, to_float
 from part_fast.data.mixing import draw_cutmix
 from part_fast.errors import BadValueError
@@ -88,25 +88,26 @@ def train(
     main = distributed.rank() == 0
     say = log if main else _nobody
     config = config.on(device, like=read_config(out) if resume else None)
+    if config.extra is not None:
+        config = dataclasses.replace(config, extra=str(Path(config.extra).expanduser().absolute()))
     check_folder(config, out, resume, overwrite)
     distributed.barrier()  # nobody writes before everybody has checked
     seed_generators(config.seed)
 
     data = load(config.dataset, "train", config.root, config.download)
-    extra = None if config.extra is None else Path(config.extra).expanduser().absolute()
-    config = dataclasses.replace(
-        config, root=root_anywhere(data, config.root), extra=None if extra is None else str(extra)
-    )
-    data = (data if config.train_size is None else data.subset(config.train_size)).to(device)
-    data, held_out = data.set_aside(config.validation, config.seed) if config.validation else (data, None)
+    config = dataclasses.replace(config, root=root_anywhere(data, config.root))
+    data = (data if config.train_size is None else data.subset(config.train_size, name="train_size")).to(device)
+    data, held_out = data.set_aside(config.validation, config.seed, "validation") if config.validation else (data, None)
     tested = Tested.of(config, data, held_out)
     n = len(data)  # of an epoch
-    data = data if extra is None else add_extra(data, extra)
+    extra = None
+    if config.extra is not None:
+        data, extra = add_extra(data, Path(config.extra)), checksums(Path(config.extra))
 
     # A run that was killed before its first state starts as it did.
     state = read_state(out, say) if resume else None
     if state is not None:
-        refuse_edited(config, out, state)
+        refuse_edited(config, out, state, extra)
     engine = Engine(config, data.num_classes, device, load=state is None)
     engine.try_network(data)
     refuse_single_images(config, engine.model, data)
@@ -127,7 +128,7 @@ def train(
         done = f"the {len(rows)} that the run in {out} has done"
         raise BadValueError(f"epochs must be at least {done}, got {config.epochs}")
     look_every = LOOK_EVERY if device.type == "cuda" else 1
-    checkpoints = Checkpoints(out, engine, bank, rows, save_every, remembered)
+    checkpoints = Checkpoints(out, engine, bank, rows, save_every, remembered, extra)
     behind = len(rows) * n + epoch.done * distributed.size()
     with (
         opened(config, out, resume, overwrite),
@@ -137,11 +138,13 @@ def train(
         Stop() as stop,
     ):
         say(_first_line(config, engine, data, n, tested))
+        _warn_of_unused(config, say)
         if state is None:
             checkpoints.save(epoch)  # so that a run killed in its first epoch still knows where it began
         else:
             checkpoints.note(epoch)
             say(_where_it_goes_on(out, config, rows, epoch))
+            _warn_of_another_rate(config, state["config"]["epochs"], epoch, say)
             if main:
                 if state["file"] == PREVIOUS:
                     promote_previous(out)
@@ -253,10 +256,32 @@ def _first_line(config: TrainConfig, engine: Engine, data: Dataset, n: int, test
     )
 
 
+def _warn_of_unused(config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Of steps and alpha that somebody gave to an attack that has its own."""
+    usual = PRESETS[config.preset]
+    if ATTACKS[config.attack].steps == 1:
+        what = f"warning: attack {config.attack} takes one step, of each pixel's own eps"
+        if config.steps not in (1, usual.steps):
+            say(f"{what}: steps {config.steps} is not used")
+        if config.alpha != usual.alpha:
+            say(f"{what}: alpha {config.alpha:g} is that of PGD in tests alone")
+
+
 def _where_it_goes_on(out: Path, config: TrainConfig, rows: list[dict[str, Any]], epoch: Epoch) -> str:
     if len(rows) == config.epochs:
         return f"the run in {out} is finished, with {len(rows)} epochs; --epochs with more goes on"
     return f"goes on in epoch {epoch.number + 1} after {epoch.done} images of each process"
+
+
+def _warn_of_another_rate(config: TrainConfig, before: int, epoch: Epoch, say: Callable[[str], None]) -> None:
+    """Of a schedule that depends on the number of epochs, where that is not what it was `before`."""
+    old = dataclasses.replace(config, epochs=before).lr_at(epoch.number)
+    now = config.lr_at(epoch.number)
+    if old != now:
+        say(
+            f"warning: schedule {config.schedule} is over all epochs: epoch {epoch.number + 1} of {config.epochs} has "
+            f"rate {now:.4g} at its start, and the run had come to {old:.4g} by its {before} epochs"
+        )
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from part_fast.attacks.catalogue import ATTACKS
 from part_fast.config import TrainConfig
 from part_fast.data.memory import Dataset
 from part_fast.evaluation.accuracy import AttackSettings, is_correct
@@ -72,7 +73,7 @@ WATCHED = {
 }
 
 
-def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def overfitting_warning(rows: Sequence[Mapping[str, Any]], attack: str) -> str | None:
     """A warning if the last epoch's model resists the attack that it trains on, and no longer PGD.
 
     That is: PGD on the images watched has fallen to less than half of its best, while training accuracy under attack
@@ -86,12 +87,16 @@ def overfitting_warning(rows: Sequence[Mapping[str, Any]]) -> str | None:
     resists, trained = rows[-1][judge], rows[-1]["train_robust"]
     if not (resists < best[judge] / 2 and trained > best["train_robust"] and trained > 2 * resists):
         return None
+    if ATTACKS[attack].steps != 1:
+        stronger = "more --steps or a smaller --alpha"
+    else:
+        stronger = "--attack pgd" if ATTACKS[attack].regularised else "--attack pgi"
     kept = "take --weights best" if judge == "validation_pgd20" else "keep the best epoch by --validation"
     return (
         f"{WATCHED[judge]} has fallen from {100 * best[judge]:.1f}% in epoch {best['epoch']} to "
         f"{100 * resists:.1f}%, while training accuracy under attack has risen from "
         f"{100 * best['train_robust']:.1f}% to {100 * trained:.1f}%: catastrophic overfitting to a weak attack; train "
-        f"with --attack pgi, more --steps or a smaller --alpha, and {kept}"
+        f"with {stronger}, and {kept}"
     )
 
 
@@ -126,7 +131,7 @@ def epoch_warnings(
     """What the row of an epoch tells that its reader should not miss. disordered: as `accuracies` says it."""
     if epoch.agreement and (weak := agreement_warning(epoch.agreement)) is not None:
         yield f", {config.precision}: {weak}"
-    if (overfitting := overfitting_warning(rows)) is not None:
+    if (overfitting := overfitting_warning(rows, config.attack)) is not None:
         yield f": {overfitting}"
     for flag in disordered:
         yield (

@@ -52,8 +52,9 @@ DERIVED = (
     "events.out.tfevents.*",
 )
 
-# Fields in which a resumed run may differ: it may be longer, may go on on another machine, and after it diverged.
-MAY_CHANGE = ("epochs", "device", "root", "download", "on_nonfinite")
+# Fields in which a resumed run may differ: it may be longer, may go on on another machine, and after it diverged. What
+# the file of extra images holds is compared by its checksums.
+MAY_CHANGE = ("epochs", "device", "root", "download", "extra", "on_nonfinite")
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
@@ -73,12 +74,18 @@ def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) 
             raise BadValueError(f"the run in {out} has another configuration: {different}")
 
 
-def refuse_edited(config: TrainConfig, out: Path, state: dict[str, Any]) -> None:
-    """Errors: ValueError where config.json, which `config` is of, is not what the state was trained with."""
-    if different := _different(state["config"], config.to_json(), "in the state", "in config.json"):
+def refuse_edited(config: TrainConfig, out: Path, state: dict[str, Any], extra: dict[str, int] | None) -> None:
+    """Errors: ValueError where config.json, which `config` is of, is not what the state was trained with, or where the
+    extra images are others: extra, as `data.extra.checksums`."""
+    before = TrainConfig.from_json(state["config"], str(out / state["file"])).to_json()
+    if different := _different(before, config.to_json(), "in the state", "in config.json"):
         raise BadValueError(
             f"{out / 'config.json'} was edited since the run stopped: {different}; put it back, or start another run"
         )
+    if state.get("extra", extra) != extra:  # of before they were kept: nothing to compare
+        what = "no file" if config.extra is None else f"other ones in {config.extra}"
+        had = "none" if state["extra"] is None else f"those of {before['extra']}"
+        raise BadValueError(f"extra must be the images that the run was begun with, {had}, got {what}")
 
 
 def _different(before: dict[str, Any], now: dict[str, Any], there: str, here: str) -> str:
@@ -161,7 +168,7 @@ class Checkpoints:
     """Writes the state of a run, everything that resuming needs, into the folder `out`; of finite numbers alone.
 
     minutes: between two of them within an epoch. rows: those of metrics.csv so far, to which the run adds. remembered:
-        perturbations, of which each process has its own.
+        perturbations, of which each process has its own. extra: `data.extra.checksums` of the extra images.
     """
 
     def __init__(
@@ -172,9 +179,10 @@ class Checkpoints:
         rows: list[dict[str, Any]],
         minutes: float,
         remembered: PerturbationBank | None = None,
+        extra: dict[str, int] | None = None,
     ) -> None:
         self.out, self.engine, self.bank, self.rows = out, engine, bank, rows
-        self.remembered = remembered
+        self.remembered, self.extra = remembered, extra
         self.minutes, self.saved = minutes, time.monotonic()
         self.last = "nothing is saved yet"  # for messages
 
@@ -199,6 +207,7 @@ class Checkpoints:
                 **self.engine.state_dict(),
                 "config": self.engine.config.to_json(),
                 "rows": self.rows,
+                "extra": self.extra,
                 "masks": None if self.bank is None else self.bank.bits,
                 "epoch": epoch.number,
                 "processes": processes,
