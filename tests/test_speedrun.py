@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_RUN
 
 from part_fast.experiments import speedrun as speedruns
-from part_fast.experiments.arms import PLACES, Result, how_tested, read_results
+from part_fast.experiments.arms import MEASURES, PLACES, Result, how_tested, read_results
 from part_fast.experiments.speedrun import SCALES, Scale, seconds_to_goal, speedrun
 from part_fast.experiments.step_cost import Cost
 
@@ -74,6 +74,15 @@ def test_without_an_average_the_weights_themselves_count(tmp_path, monkeypatch):
     assert seconds_to_goal(own, 0.5, 0.3) == 3.0
     with pytest.raises(ValueError, match=r"has another configuration: .*'epochs': 3"):
         speedruns._test_own_weights(whole, tmp_path, tmp_path, dataclasses.replace(TINY, epochs=4))
+
+
+def test_of_runs_that_some_attack_tested_and_some_did_not():
+    row = {"seconds": 9.0, "images_per_second": 7.0, "seconds_to_goal": None, "natural": 0.5, "pgd20": 0.25}
+    rows = [{**row, "seed": 0, "reached": False, "aa": 0.125}, {**row, "seed": 1, "reached": False}]
+    lines = speedruns._runs_table(rows, MEASURES).split("\n")
+    assert lines[2].split()[4:] == ["50.00", "25.00", "12.50", "no"]
+    assert lines[3].split()[4:] == ["50.00", "25.00", "-", "no"]
+    assert lines[4].endswith("50.00 ± 0.00  25.00 ± 0.00   12.50 (n=1)        0 of 2")
 
 
 def test_speedrun(tmp_path, monkeypatch):

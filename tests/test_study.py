@@ -147,7 +147,8 @@ def test_tables_as_printed():
         return Result(arm, {"seed": seed}, None, [], {}, hits, {})
 
     found = [result("AT", seed, natural=0, aa=0) for seed in (0, 1)]
-    found += [result("PART", 0, natural=1, aa=1), result("PART", 1, natural=1, aa=0), result("random", 0, natural=0)]
+    found += [result("PART", 0, natural=1, aa=1), result("PART", 1, natural=1, aa=0)]
+    found += [result("random", 0, natural=0), result("random", 2, natural=0, aa=1)]
     _, compared, text = studying.tables(found)
     assert [d["significant"] for d in compared] == [True, False, False, True]
     # Two arms, two seeds, one hit of four: a variance of 1/4 with one degree of freedom, where t is a tangent.
@@ -157,7 +158,7 @@ def test_tables_as_printed():
         "arm seeds natural % AutoAttack %",
         "AT 2 0.00 ± 0.00 0.00 ± 0.00",
         "PART 2 100.00 ± 0.00 50.00 ± 70.71",
-        "random 1 0.00 -",
+        "random 2 0.00 ± 0.00 100.00 (n=1)",
         "mean ± standard deviation of the seeds",
         "",
         "difference natural, points AutoAttack, points",

@@ -242,13 +242,18 @@ def measured(results: Sequence[Result]) -> dict[str, str]:
 
 
 def summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """arm -> seeds, how many; and, of each measure that any of its results has, mean and spread over seeds."""
+    """arm -> seeds, how many; and, of each measure that any of its results has, mean and spread over the seeds that
+    have it, and how many these are."""
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(result.arm for result in results):
         of_arm = [result for result in results if result.arm == name]
         values = {key: [one.accuracy(key) for one in of_arm if key in one.correct] for key in measured(of_arm)}
-        found[name] = {"seeds": len(of_arm), **{key: mean_and_spread(value) for key, value in values.items()}}
+        found[name] = {"seeds": len(of_arm), **{key: over_seeds(value) for key, value in values.items()}}
     return found
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    return {**mean_and_spread(values), "seeds": len(values)}
 
 
 def summary_table(found: Mapping[str, Mapping[str, Any]], measures: Mapping[str, str]) -> str:
@@ -259,12 +264,12 @@ def summary_table(found: Mapping[str, Mapping[str, Any]], measures: Mapping[str,
     return files.table(("arm", "seeds", *(f"{title} %" for title in measures.values())), rows)
 
 
-def percent(value: Mapping[str, float] | None, seeds: int) -> str:
-    """A mean and its spread over seeds, in %."""
+def percent(value: Mapping[str, Any] | None, seeds: int) -> str:
+    """A mean and its spread over seeds, in %, by `over_seeds`; with their number where that is not `seeds`."""
     if value is None:
         return "-"
-    spread = f" ± {100 * value['spread']:.2f}" if seeds > 1 else ""
-    return f"{100 * value['mean']:.2f}{spread}"
+    spread = f" ± {100 * value['spread']:.2f}" if value["seeds"] > 1 else ""
+    return f"{100 * value['mean']:.2f}{spread}" + (f" (n={value['seeds']})" if value["seeds"] != seeds else "")
 
 
 def differences(results: Sequence[Result], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:

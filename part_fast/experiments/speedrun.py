@@ -20,6 +20,7 @@ from part_fast.experiments.arms import (
     has_result,
     how_tested,
     measured,
+    over_seeds,
     percent,
     read_results,
     slug,
@@ -245,7 +246,7 @@ def _runs_table(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) 
             f"{row['seconds']:.1f}",
             f"{row['images_per_second']:.0f}",
             _seconds(row["seconds_to_goal"]),
-            *(f"{100 * row[key]:.2f}" for key in measures),
+            *(f"{100 * row[key]:.2f}" if key in row else "-" for key in measures),
             "yes" if row["reached"] else "no",
         )
         for row in rows
@@ -260,7 +261,7 @@ def _runs_table(rows: Sequence[Mapping[str, Any]], measures: Mapping[str, str]) 
                 f"{spreads[0]['mean']:.1f} ± {spreads[0]['spread']:.1f}",
                 f"{spreads[1]['mean']:.0f} ± {spreads[1]['spread']:.0f}",
                 "never" if to_goal is None else f"{to_goal['mean']:.1f} ± {to_goal['spread']:.1f}",
-                *(percent(mean_and_spread([row[key] for row in rows]), len(rows)) for key in measures),
+                *(percent(over_seeds([row[key] for row in rows if key in row]), len(rows)) for key in measures),
                 f"{sum(row['reached'] for row in rows)} of {len(rows)}",
             )
         )
