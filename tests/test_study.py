@@ -7,10 +7,11 @@ import json
 import math
 import re
 import shutil
+import textwrap
 
 import pytest
 import torch
-from conftest import load_once, make_runs_quick
+from conftest import ROOT, load_once, make_runs_quick
 from safetensors.torch import load_file, save_file
 
 from part_fast import CamBudget
@@ -20,7 +21,7 @@ from part_fast.data.memory import to_float
 from part_fast.evaluation.trained import load_trained
 from part_fast.experiments import arms as arms_of_experiments
 from part_fast.experiments import study as studying
-from part_fast.experiments.arms import Result, read_result, read_results
+from part_fast.experiments.arms import ACCURACIES, Result, has_result, how_tested, read_result, read_results
 from part_fast.experiments.compare import is_correct
 from part_fast.experiments.learned import attacked_loss, learn_rule
 from part_fast.experiments.study import ARMS, CONFIGS, study
@@ -194,6 +195,18 @@ def test_a_result_of_other_tests_is_refused(studied, tmp_path):
     path.write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"part-seed0.json was tested otherwise: .*'alpha': 0.5. there"):
         study(tmp_path, config=TINY, arms=FEW, seeds=2)
+
+
+def test_the_pages_tables_are_those_of_the_results():
+    kept, config = ROOT / "docs" / "study" / "small", CONFIGS["cifar10"]["small"]
+    found = read_results(kept, ARMS)
+    assert len(found) == len(list(kept.iterdir()))
+    assert {one.seed for one in found if one.arm == "AT"} == set(range(5))
+    assert textwrap.indent(studying.tables(found)[2], "    ") in (ROOT / "docs" / "study.md").read_text()
+    for one in found:  # of the configuration that the command has now
+        plan = arms_of_experiments._plan(config, ARMS[one.arm], one.seed)
+        assert has_result(kept, one.arm, plan, how_tested(config), ACCURACIES)
+        assert len(one.correct["natural"]) == len(one.correct["pgd20"]) == 10_000
 
 
 def damaged_results():
