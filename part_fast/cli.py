@@ -452,13 +452,13 @@ class Attacks:
     """The folder to make or to go on with: run folders and results, attacks.json, attacks.csv."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     epochs: int = 10
-    """Epochs of each attack; and of the slowest, as long as which the others are trained too."""
+    """Epochs of each attack; for equal seconds, epochs of PGD-10: every other attack trains as long as these take."""
     train_size: int | None = 10_000
     """Train on a balanced subset of so many images; None: all."""
     seeds: int = 1
     """Runs of each attack."""
     equal: tuple[str, ...] = ("epochs", "seconds")
-    """What is equal between attacks: epochs, seconds, or one after the other."""
+    """What is equal between attacks: epochs, seconds, or both, a table each."""
     results: Path | None = None
     """The folder of results, a small file per network, from which the comparison goes on without the run folders;
     default: results in the folder."""

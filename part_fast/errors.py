@@ -3,7 +3,7 @@
 Each is also the builtin type that such a mistake has in Python, so that `except ValueError` catches what it should:
 
     try:
-        part_fast.pgd(model, x, y, eps=8 / 255, alpha=-1)
+        part_fast.pgd(model, x, y, eps=8 / 255, steps=-1)
     except part_fast.UsageError as error:  # or ValueError
         print(error)  # one line: the argument, what it takes, what it got
 

@@ -138,6 +138,7 @@ def test_another_sitting_of_some_arms(studied, tmp_path):
     assert [d["seeds"] for d in few] == [[0, 1, 2], [0], [0]]
     assert few[1]["half_width"] > few[0]["half_width"]
     assert studying.tables(found[:1])[1] == []
+    assert few[1]["significant"] is False
 
 
 def test_tables_as_printed():
@@ -151,7 +152,7 @@ def test_tables_as_printed():
     found += [result("PART", 0, natural=1, aa=1), result("PART", 1, natural=1, aa=0)]
     found += [result("random", 0, natural=0), result("random", 2, natural=0, aa=1)]
     _, compared, text = studying.tables(found)
-    assert [d["significant"] for d in compared] == [True, False, False, True]
+    assert not any(d["significant"] for d in compared), "two seeds are too few"
     # Two arms, two seeds, one hit of four: a variance of 1/4 with one degree of freedom, where t is a tangent.
     alone, of_all = (100 * math.tan(math.pi * (0.5 - 0.025 / m)) * (2 / 4 / 2) ** 0.5 for m in (1, 4))
     said = [" ".join(line.split()) for line in text.split("\n") if not line.startswith("--")]
@@ -163,12 +164,17 @@ def test_tables_as_printed():
         "mean ± standard deviation of the seeds",
         "",
         "difference natural, points AutoAttack, points",
-        f"PART - AT +100.00 ± 0.00 (± 0.00) n=2* +50.00 ± {alone:.2f} (± {of_all:.2f}) n=2",
+        f"PART - AT +100.00 ± 0.00 (± 0.00) n=2 +50.00 ± {alone:.2f} (± {of_all:.2f}) n=2",
         "random - AT +0.00 ± 0.00 (± 0.00) n=1 -",
-        "PART - random +100.00 ± 0.00 (± 0.00) n=1* -",
+        "PART - random +100.00 ± 0.00 (± 0.00) n=1 -",
         "± 95 % interval of the difference alone; in brackets, of all 4 at once; "
-        "*: it excludes 0, which exceeds chance; n: seeds",
+        "*: it excludes 0, which exceeds chance;",
+        "n: seeds that both have; with fewer than 3 the variance is of all arms, and none has a *",
     ]
+    # A third seed: the difference's own variance, which is none.
+    found += [result("AT", 2, natural=0), result("PART", 2, natural=1)]
+    of_three = studying.tables(found)[1][0]
+    assert (of_three["difference"], of_three["half_width_all"], of_three["significant"]) == ("PART - AT", 0, True)
     assert studying.tables(found[:1])[2].endswith("\n\nno differences: they take two arms with two seeds each")
 
 
@@ -207,6 +213,29 @@ def test_the_pages_tables_are_those_of_the_results():
         plan = arms_of_experiments._plan(config, ARMS[one.arm], one.seed)
         assert has_result(kept, one.arm, plan, how_tested(config), ACCURACIES)
         assert len(one.correct["natural"]) == len(one.correct["pgd20"]) == 10_000
+
+
+def test_arms_of_different_warm_ups_are_said():
+    def result(arm, seed, warmup):
+        return Result(arm, {"seed": seed}, warmup, [], {}, {"natural": torch.ones(4, dtype=torch.bool)}, {})
+
+    same = [result(arm, seed, f"of seed {seed}") for arm in ("AT", "PART") for seed in (0, 1)]
+    assert "warm-up" not in studying.tables(same)[2]
+    text = studying.tables([*same, result("random", 0, "of seed 0"), result("random", 1, "trained anew")])[2]
+    said = "seed 1 has 2 warm-ups, which are not paired with each other: AT, PART; random"
+    assert [line for line in text.split("\n") if "warm-up" in line] == [said]
+
+
+@pytest.mark.parametrize("more", [{"only": ["AT"]}, {"seeds": 2, "only": ["AT", "PART"]}])
+def test_a_result_of_another_configuration_is_refused_though_it_is_not_trained_now(more, studied, tmp_path):
+    shutil.copytree(studied[0] / "results", tmp_path / "results")
+    path = tmp_path / "results" / "random-seed1.json"
+    record = json.loads(path.read_text())
+    record["config"]["lr"] = 0.5
+    path.write_text(json.dumps(record))
+    says = r"random-seed1.json has another configuration: .'lr': 0.5. there, .'lr': 0.05. here"
+    with pytest.raises(ValueError, match=says):
+        study(tmp_path, config=TINY, arms=FEW, log=lambda line: None, **{"seeds": 2, **more})
 
 
 def damaged_results():
@@ -259,6 +288,7 @@ def test_autoattack_of_the_main_arms(tmp_path, monkeypatch):
 
     def quick(folder, attacks, *, n=None, out=None, **settings):
         asked.append((folder.name, tuple(attacks), n))
+        assert settings["device"] == "cpu"
         if attacks == ["aa"]:
             out = folder / "autoattack"
             real(folder, ["natural"], n=n, out=out, **settings)
@@ -270,7 +300,8 @@ def test_autoattack_of_the_main_arms(tmp_path, monkeypatch):
     monkeypatch.setattr(arms_of_experiments, "evaluate", quick)
     monkeypatch.setattr(arms_of_experiments, "AUTOATTACK_IMAGES", 10)
     said = []
-    record = study(tmp_path, config=TINY, arms=FEW, seeds=2, autoattack=True, log=said.append)
+    config = dataclasses.replace(TINY, device="cpu")
+    record = study(tmp_path, config=config, arms=FEW, seeds=2, autoattack=True, log=said.append)
     assert {folder for folder, attacks, n in asked if attacks == ("aa",) and n == 10} == {
         f"{arm}-seed{seed}" for arm in ("at", "part") for seed in (0, 1)
     }

@@ -75,6 +75,11 @@ def test_attacks(tmp_path, monkeypatch):
     elsewhere, results = tmp_path / "elsewhere", tmp_path / "results"
     found = attacks(elsewhere, config=TINY, arms=FEW, results=results, autoattack=False, log=said.append)
     assert found["rows"] == again["rows"] == json.loads((elsewhere / "attacks.json").read_text())["rows"]
+    wrong = tmp_path / "wrong"
+    for epochs in (0, -3):
+        with pytest.raises(ValueError, match=f"^epochs must be >= 1, got {epochs}$"):
+            attacks(wrong, config=dataclasses.replace(TINY, epochs=epochs), arms=FEW, autoattack=False)
+    assert not wrong.exists()
     longer = dataclasses.replace(TINY, epochs=3)
     with pytest.raises(ValueError, match=r"epochs.json is of 2 epochs of PGD-2, got epochs 3: take another folder$"):
         attacks(tmp_path, config=longer, arms=FEW, equal=["seconds"], autoattack=False)

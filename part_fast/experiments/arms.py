@@ -24,7 +24,7 @@ from part_fast.config import TrainConfig
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import accuracy, evaluate
 from part_fast.experiments.compare import interval, is_correct, mean_and_spread, seed_variance
-from part_fast.reading import read_json
+from part_fast.reading import missing_or_wrong, read_json
 from part_fast.report import files
 from part_fast.report.environment import environment
 from part_fast.training.checkpoint import STATE
@@ -35,6 +35,8 @@ from part_fast.training.run_folder import WEIGHTS
 MEASURES = {"natural": "natural", "pgd20": "PGD-20", "aa": "AutoAttack"}
 ACCURACIES = ("natural", "pgd20")
 AUTOATTACK, AUTOATTACK_IMAGES = "aa", 1000
+# Seeds from which on a difference's own variance over them is taken.
+OWN_SEEDS = 3
 # Fields that say where and from what files a run was made, which differ from machine to machine.
 PLACES = ("preset", "root", "download", "device", "init")
 
@@ -117,7 +119,7 @@ def read_result(path: Path) -> Result:
         if result.file(path.parent) != path or not result.seconds >= 0:
             raise BadValueError(f"it is of arm {result.arm!r}, seed {result.seed}")
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError, binascii.Error) as error:
-        raise BadValueError(f"{path} is no result of an experiment: {type(error).__name__}, {error}") from error
+        raise BadValueError(f"{path} is no result of an experiment: {missing_or_wrong(error)}") from error
     return result
 
 
@@ -221,7 +223,8 @@ def _train(config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
 def _tested(folder: Path, config: TrainConfig, plan: TrainConfig, autoattack: bool) -> dict[str, Tensor]:
     """Whatever eps and alpha the arm trained with, all are tested with the same."""
     weights = "last" if plan.averaging[0] == "none" else "averaged"
-    asked: dict[str, Any] = {**how_tested(config), "model": config.model, "weights": weights, "resume": True}
+    asked: dict[str, Any] = {"model": config.model, "weights": weights, "device": config.device, "resume": True}
+    asked |= how_tested(config)
     evaluate(folder, ACCURACIES, **asked)
     correct = {name: is_correct(folder, name) for name in ACCURACIES}
     if autoattack:
@@ -275,8 +278,9 @@ def percent(value: Mapping[str, Any] | None, seeds: int) -> str:
 def differences(results: Sequence[Result], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """A row for each pair (before, after) of arms and each measure that some seed of both has.
 
-    A measure's variance over seeds is that of all its results (`compare.seed_variance`); without enough of them for
-    one, it has no rows.
+    With `OWN_SEEDS` seeds or more the variance over seeds is the difference's own; with fewer that of all results
+    (`compare.seed_variance`), which holds if arms scatter alike, so that nothing is called significant by it. A measure
+    without enough results for that has no such rows.
 
     Returns: difference, "after - before"; measure; seeds, those that both have; and what `compare.interval` gives,
         corrected for as many comparisons as there are rows.
@@ -287,19 +291,38 @@ def differences(results: Sequence[Result], pairs: Sequence[tuple[str, str]]) -> 
     for before, after in pairs:
         for key, found in of.items():
             seeds = [seed for arm, seed in found if arm == before and (after, seed) in found]
-            if seeds and pooled[key].degrees:
+            if seeds and (pooled[key].degrees or len(seeds) >= OWN_SEEDS):
                 rows.append((before, after, key, seeds))
-    return [
-        {
-            "difference": f"{after} - {before}",
-            "measure": key,
-            "seeds": seeds,
-            **interval(
-                [of[key][before, seed].correct[key] for seed in seeds],
-                [of[key][after, seed].correct[key] for seed in seeds],
-                len(rows),
-                pooled[key],
-            ),
-        }
-        for before, after, key, seeds in rows
-    ]
+    found = []
+    for before, after, key, seeds in rows:
+        enough = len(seeds) >= OWN_SEEDS
+        hits = ([of[key][arm, seed].correct[key] for seed in seeds] for arm in (before, after))
+        row = interval(*hits, len(rows), None if enough else pooled[key])
+        row["significant"] = row["significant"] and enough
+        found.append({"difference": f"{after} - {before}", "measure": key, "seeds": seeds, **row})
+    return found
+
+
+def checked_results(kept: Path, config: TrainConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[Result]:
+    """`read_results` of arms of `config`.
+
+    Errors: ValueError where one is of another configuration, also one that is not trained now, or of other tests.
+    """
+    results = read_results(kept, arms)
+    for one in results:
+        has_result(kept, one.arm, _plan(config, arms[one.arm], one.seed), how_tested(config), ())
+    return results
+
+
+def other_warmups(results: Sequence[Result]) -> list[str]:
+    """A line for each seed whose arms did not begin with the same weights, as where the warm-up was trained anew."""
+    lines = []
+    for seed in sorted({one.seed for one in results}):
+        begun: dict[str | None, list[str]] = {}
+        for one in results:
+            if one.seed == seed:
+                begun.setdefault(one.warmup, []).append(one.arm)
+        if len(begun) > 1:
+            groups = "; ".join(", ".join(names) for names in begun.values())
+            lines.append(f"seed {seed} has {len(begun)} warm-ups, which are not paired with each other: {groups}")
+    return lines

@@ -74,6 +74,8 @@ def attacks(
     data = load(config.dataset, "train", config.root, config.download)
     data = data if config.train_size is None else data.subset(config.train_size, name="train_size")
     configs = {name: dataclasses.replace(config, **changes) for name, changes in arms.items()}
+    for each in configs.values():  # before anything is timed or written
+        each.check()
     log(f"{len(arms)} attacks: timing training steps")
     costs = step_costs(configs, data, ROUNDS)
     kept = out / "results" if results is None else results

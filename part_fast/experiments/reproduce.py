@@ -223,7 +223,7 @@ def _estimate(rows: Sequence[Row]) -> str:
             per_image[config.method] = _seconds_per_image(config)
         total += per_image[config.method] * config.epochs * _images(config)
     return (
-        f"{len(rows)} runs, about {total / 3600:.1f} hours of training on this machine, from a measured step on "
+        f"{len(rows)} runs, about {total / 3600:.1f} hours of training on this machine's CPU, from a measured step on "
         "4 images per method; evaluation is not in it"
     )
 

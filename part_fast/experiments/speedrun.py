@@ -202,7 +202,8 @@ def _test_own_weights(whole: Result, out: Path, kept: Path, config: TrainConfig)
         return
     folder = out / f"{slug(WHOLE)}-seed{whole.seed}"
     tested = folder / "last"
-    evaluate(folder, ACCURACIES, out=tested, resume=True, **how_tested(config), model=config.model, weights="last")
+    asked: dict[str, Any] = {**how_tested(config), "device": config.device, "model": config.model, "weights": "last"}
+    evaluate(folder, ACCURACIES, out=tested, resume=True, **asked)
     rows = [{name: value for name, value in row.items() if not name.startswith("averaged_")} for row in whole.rows]
     correct = {name: is_correct(tested, name) for name in ACCURACIES}
     own = dataclasses.replace(whole, arm=OWN, config={**whole.config, "average": "none"}, rows=rows, correct=correct)

@@ -15,10 +15,12 @@ from part_fast.errors import BadValueError
 from part_fast.evaluation.trained import load_trained
 from part_fast.experiments.arms import (
     MEASURES,
+    OWN_SEEDS,
     Result,
+    checked_results,
     differences,
     measured,
-    read_results,
+    other_warmups,
     summary,
     summary_table,
     train_arms,
@@ -120,7 +122,7 @@ def study(
         log=log,
     )
 
-    found = read_results(kept, arms)
+    found = checked_results(kept, config, arms)
     measures = measured(found)
     table, compared, text = tables(found)
     runs = [
@@ -164,7 +166,8 @@ def tables(results: Sequence[Result]) -> tuple[dict[str, Any], list[dict[str, An
     pairs += [(name, "PART") for name in names if name not in ("AT", "PART")]
     table, compared = summary(results), differences(results, pairs)
     means = summary_table(table, measured(results))
-    return table, compared, f"{means}\nmean ± standard deviation of the seeds\n\n{_differences(compared)}"
+    notes = "".join(f"\n{line}" for line in other_warmups(results))
+    return table, compared, f"{means}\nmean ± standard deviation of the seeds{notes}\n\n{_differences(compared)}"
 
 
 def _learned(config: TrainConfig, warm: Path) -> TrainConfig:
@@ -195,7 +198,8 @@ def _differences(differences: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"{files.table(('difference', *(f'{MEASURES[measure]}, points' for measure in measures)), rows)}\n"
         f"± 95 % interval of the difference alone; in brackets, of all {len(differences)} at once; "
-        "*: it excludes 0, which exceeds chance; n: seeds"
+        "*: it excludes 0, which exceeds chance;\n"
+        f"n: seeds that both have; with fewer than {OWN_SEEDS} the variance is of all arms, and none has a *"
     )
 
 
