@@ -293,14 +293,14 @@ def differences(results: Sequence[Result], pairs: Sequence[tuple[str, str]]) -> 
             seeds = [seed for arm, seed in found if arm == before and (after, seed) in found]
             if seeds and (pooled[key].degrees or len(seeds) >= OWN_SEEDS):
                 rows.append((before, after, key, seeds))
-    found = []
+    compared = []
     for before, after, key, seeds in rows:
         enough = len(seeds) >= OWN_SEEDS
-        hits = ([of[key][arm, seed].correct[key] for seed in seeds] for arm in (before, after))
-        row = interval(*hits, len(rows), None if enough else pooled[key])
+        first, second = ([of[key][arm, seed].correct[key] for seed in seeds] for arm in (before, after))
+        row = interval(first, second, len(rows), None if enough else pooled[key])
         row["significant"] = row["significant"] and enough
-        found.append({"difference": f"{after} - {before}", "measure": key, "seeds": seeds, **row})
-    return found
+        compared.append({"difference": f"{after} - {before}", "measure": key, "seeds": seeds, **row})
+    return compared
 
 
 def checked_results(kept: Path, config: TrainConfig, arms: Mapping[str, Mapping[str, Any]]) -> list[Result]:
