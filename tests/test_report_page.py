@@ -126,17 +126,17 @@ def test_differences_are_paired_and_have_intervals(four, tmp_path):
     # Natural: both seeds gain one image of four. On average over seeds the images gain (0, 0.5, 0, 0.5).
     error = math.sqrt(0 / 2 + np.std([0, 0.5, 0, 0.5], ddof=1) ** 2 / 4)
     widths = [100 * error * t.ppf(1 - 0.025 / m, 1) for m in (1, 2)]
-    assert natural == ["part - at", "natural", "+25.00", *(f"± {width:.2f}" for width in widths), "no"]
-    assert pgd20[2] == "+0.00"
-    assert header[4] == "95 % for all 2"
+    assert natural == ["part - at", "natural", "2", "+25.00", *(f"± {width:.2f}" for width in widths), "no"]
+    assert pgd20[3] == "+0.00"
+    assert (header[2], header[5]) == ("seeds", "95 % for all 2")
 
 
 def test_one_seed_says_nothing_about_chance(tmp_path):
     runs = [write_run(tmp_path / method, method) for method in ("at", "part")]
     report(runs, tmp_path / "page.html")
     _, natural, _ = table((tmp_path / "page.html").read_text(), "Differences in points")
-    assert natural[2] == "+25.00"
-    assert natural[4:] == ["unknown", "unknown: one seed"]
+    assert natural[2:4] == ["1", "+25.00"]
+    assert natural[5:] == ["unknown", "unknown: one seed"]
     assert table((tmp_path / "page.html").read_text(), "Accuracy")[1][2] == "75.00"  # and no spread of 0
 
 

@@ -228,17 +228,18 @@ class _Page:
             if len(before) < 2:
                 found = difference(before, after)
                 images = f"± {200 * found['standard_error']:.2f} by the images alone"
-                cells.append((*points, f"{100 * found['mean']:+.2f}", images, "unknown", "unknown: one seed"))
+                cells.append((*points, "1", f"{100 * found['mean']:+.2f}", images, "unknown", "unknown: one seed"))
                 continue
             found = interval(before, after, len(pairs))
             widths = (f"± {100 * found[name]:.2f}" for name in ("half_width", "half_width_all"))
             says_so = "yes" if found["significant"] else "no"
-            cells.append((*points, f"{100 * found['mean']:+.2f}", *widths, says_so))
+            cells.append((*points, str(len(before)), f"{100 * found['mean']:+.2f}", *widths, says_so))
         caption = (
-            "Differences in points, paired by seed and test image. 95 %: the interval of this difference alone; for "
-            "all: one that holds for every line at once (Bonferroni), which must exclude 0 to exceed chance."
+            "Differences in points, of the seeds that both have, paired by seed and test image. 95 %: the interval of "
+            "this difference alone, by its own variance; for all: one that holds for every line at once (Bonferroni), "
+            "which must exclude 0 to exceed chance."
         )
-        header = ("difference", "attack", "points", "95 %", f"95 % for all {len(pairs)}", "exceeds chance")
+        header = ("difference", "attack", "seeds", "points", "95 %", f"95 % for all {len(pairs)}", "exceeds chance")
         return [Table(caption, header, cells)], says
 
     # --- epochs -------------------------------------------------------------------------------------------------------

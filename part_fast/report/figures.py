@@ -107,7 +107,8 @@ def draw_intervals(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]]
             axes.set_ylim(most - 0.4, -0.6)  # a line has one height in all panels
             axes.set(xlabel="difference in accuracy (points)", title=title)
         figure.supxlabel(
-            "thick: 95 % interval; thin: 95 % for all at once; dots: seeds; red: the thin one excludes 0", fontsize=8
+            "thick: 95 % interval; thin: 95 % for all at once; dots: seeds; red: thin excludes 0, of enough seeds",
+            fontsize=8,
         )
 
 
