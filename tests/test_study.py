@@ -222,6 +222,8 @@ def test_arms_of_different_warm_ups_are_said():
     same = [result(arm, seed, f"of seed {seed}") for arm in ("AT", "PART") for seed in (0, 1)]
     assert "warm-up" not in studying.tables(same)[2]
     text = studying.tables([*same, result("random", 0, "of seed 0"), result("random", 1, "trained anew")])[2]
+    compared = studying.tables([*same, result("random", 0, "of seed 0"), result("random", 1, "trained anew")])[1]
+    assert [d["seeds"] for d in compared] == [[0, 1], [0], [0]]
     said = "seed 1 has 2 warm-ups, which are not paired with each other: AT, PART; random"
     assert [line for line in text.split("\n") if "warm-up" in line] == [said]
 

@@ -256,6 +256,7 @@ def summary(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """`compare.mean_and_spread`, and of how many seeds."""
     return {**mean_and_spread(values), "seeds": len(values)}
 
 
@@ -276,7 +277,7 @@ def percent(value: Mapping[str, Any] | None, seeds: int) -> str:
 
 
 def differences(results: Sequence[Result], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """A row for each pair (before, after) of arms and each measure that some seed of both has.
+    """A row for each pair (before, after) of arms and each measure that some seed of both has, from one warm-up.
 
     With `OWN_SEEDS` seeds or more the variance over seeds is the difference's own; with fewer that of all results
     (`compare.seed_variance`), which holds if arms scatter alike, so that nothing is called significant by it. A measure
@@ -290,7 +291,8 @@ def differences(results: Sequence[Result], pairs: Sequence[tuple[str, str]]) -> 
     rows = []
     for before, after in pairs:
         for key, found in of.items():
-            seeds = [seed for arm, seed in found if arm == before and (after, seed) in found]
+            both = [seed for arm, seed in found if arm == before and (after, seed) in found]
+            seeds = [seed for seed in both if found[before, seed].warmup == found[after, seed].warmup]
             if seeds and (pooled[key].degrees or len(seeds) >= OWN_SEEDS):
                 rows.append((before, after, key, seeds))
     compared = []
