@@ -193,7 +193,7 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
         ("--device cuda:42", "device 'cuda:42' is not there"),
         ("--resume", "holds no run"),
         ("--init absent.pt", "no checkpoint file at absent.pt"),
-        ("--train-size 7000", "n takes an integer from 1 to 6000"),
+        ("--train-size 7000", "train_size takes an integer from 1 to 6000"),
     ],
 )
 def test_bad_flags_of_train(flags, says, capsys, tmp_path):

@@ -266,7 +266,7 @@ def test_write_that_fails_leaves_the_old_file(tmp_path):
         ({"eps_low": 1.0}, {"overwrite": True}, "eps_low must be <= eps"),
         ({"model": "vgg"}, {"overwrite": True}, "model takes one of resnet18"),
         ({"dataset": "mnist"}, {"overwrite": True}, "data set takes one of demo"),
-        ({"train_size": 60_000}, {"overwrite": True}, "n takes an integer from 1 to 6000"),
+        ({"train_size": 60_000}, {"overwrite": True}, "train_size takes an integer from 1 to 6000"),
         ({"device": "tpu"}, {"overwrite": True}, "device takes auto"),
     ],
 )
