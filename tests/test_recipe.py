@@ -25,6 +25,7 @@ from part_fast.methods import METHODS
 from part_fast.models.resnet import resnet_small
 from part_fast.training import engine as engines
 from part_fast.training import loop, step
+from part_fast.training.checkpoint import read_state, write_state
 from part_fast.training.engine import Engine
 from part_fast.training.epoch import epoch_order
 from part_fast.training.loop import train
@@ -529,6 +530,11 @@ def test_resumed_a_run_takes_the_same_extra_images_wherever_they_lie(tmp_path, m
     with pytest.raises(ValueError, match=f"{begun} no file$"):
         train(dataclasses.replace(longer, epochs=4, extra=None), **go_on)
     assert len((run / "metrics.csv").read_text().splitlines()) == 4
+    # A state of before checksums were kept.
+    write_state(run, {name: value for name, value in read_state(run, silent).items() if name not in ("extra", "file")})
+    with pytest.raises(ValueError, match=f"{begun} no file$"):
+        train(dataclasses.replace(longer, epochs=4, extra=None), **go_on)
+    assert len(train(dataclasses.replace(longer, epochs=4), **go_on)) == 4
 
 
 def test_without_extra_images_the_order_is_torch_s():

@@ -235,7 +235,7 @@ def epoch_row(epoch: Epoch, engine: Engine, method: str, images: int) -> dict[st
     return {
         "epoch": epoch.number + 1,
         "method": method,
-        "lr": engine.config.lr_at(epoch.number + 0.5),  # its mean, whatever the schedule
+        "lr": engine.config.lr_at(epoch.number + 0.5),  # in its middle
         "train_loss": loss / finite,
         "train_robust": int(hits) / images,
     }

@@ -82,9 +82,11 @@ def refuse_edited(config: TrainConfig, out: Path, state: dict[str, Any], extra: 
         raise BadValueError(
             f"{out / 'config.json'} was edited since the run stopped: {different}; put it back, or start another run"
         )
-    if state.get("extra", extra) != extra:  # of before they were kept: nothing to compare
+    # A state of before checksums were kept tells only whether there were any.
+    same = state["extra"] == extra if "extra" in state else (before["extra"] is None) == (extra is None)
+    if not same:
         what = "no file" if config.extra is None else f"other ones in {config.extra}"
-        had = "none" if state["extra"] is None else f"those of {before['extra']}"
+        had = "none" if before["extra"] is None else f"those of {before['extra']}"
         raise BadValueError(f"extra must be the images that the run was begun with, {had}, got {what}")
 
 
