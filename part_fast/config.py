@@ -125,7 +125,7 @@ class TrainConfig:
     )
     released: bool = False
     """What the authors' published code does: rule released, control permuted, learning rate dropped by the epochs after
-    the warm-up, uniform start neither within the eps map nor clipped; other starts, such as fgsm's, stay the same."""
+    the warm-up; after it, pgd and mma start uniformly within eps, not the eps map, and pgd's start is not clipped."""
     cam: Annotated[str, Doc(f"How the class activation map (CAM) is made: {described(CAM_CHOICES)}.")] = "gradcam"
     target_layer: str | None = None
     """The layer whose output CAMs explain, by its name in the network; default: layer4 or block3."""

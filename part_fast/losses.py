@@ -22,10 +22,10 @@ def trades_loss(
     x_natural: Tensor,
     y: Tensor,
     optimizer: torch.optim.Optimizer | None,
-    step_size: float = 2 / 255,
-    epsilon: Epsilon = 8 / 255,
+    step_size: float = 0.003,
+    epsilon: Epsilon = 0.031,
     perturb_steps: int = 10,
-    beta: float = 6.0,
+    beta: float = 1.0,
     distance: str = "l_inf",
     *,
     attack_model: nn.Module | None = None,
@@ -39,13 +39,14 @@ def trades_loss(
         nothing.
     step_size, epsilon: image units. epsilon: a float, a tensor that broadcasts to the images, a PackedEpsilon, or a
         CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway.
+        Defaults, also of beta, are the published function's; its training script passes 0.007, 0.031 and 6.
     distance: "l_inf".
     attack_model: an `AttackModel` of the model, which is attacked in its place; default: the model.
     clip: (low, high), what a pixel may be, as in `pgd`; a CamBudget has a clip of its own.
-    The attack starts at x + 0.001 N(0,1) and runs in eval mode. A model in eval mode is put in train mode, as
-    published; one in train mode keeps what its submodules have (frozen BatchNorm, say). The clean batch is
-    forwarded once, where the published loop does it twice: the loss and its gradient are the same, and
-    BatchNorm's running statistics see the clean batch once.
+    The attack starts at x + 0.001 N(0,1), runs in eval mode, and moves away from the clean prediction, whatever y
+    is. A model in eval mode is put in train mode, as published; one in train mode keeps what its submodules have
+    (frozen BatchNorm, say). The clean batch is forwarded once, where the published loop does it twice: the loss and its
+    gradient are the same, and BatchNorm's running statistics see the clean batch once.
 
     Equivalent to: `trades_objective(model(x_natural), model(x_adv), y, beta)` with
     `x_adv = pgd(model, x_natural, y, epsilon, step_size, perturb_steps, start=x_natural + 0.001 * noise, loss="kl")`.
@@ -88,8 +89,8 @@ def mart_loss(
     x_natural: Tensor,
     y: Tensor,
     optimizer: torch.optim.Optimizer | None,
-    step_size: float = 2 / 255,
-    epsilon: Epsilon = 8 / 255,
+    step_size: float = 0.007,
+    epsilon: Epsilon = 0.031,
     perturb_steps: int = 10,
     beta: float = 6.0,
     distance: str = "l_inf",
@@ -99,8 +100,8 @@ def mart_loss(
 ) -> Tensor:
     """MART: boosted cross-entropy on the adversarial images plus a divergence weighted by the clean error.
 
-    Arguments, modes and errors as in `trades_loss`; with a CamBudget it is PART-M. The attack increases the
-    cross-entropy, from x + 0.001 N(0,1).
+    Arguments, modes and errors as in `trades_loss`, defaults those of the published function; with a CamBudget it is
+    PART-M. The attack increases the cross-entropy, from x + 0.001 N(0,1).
 
     Equivalent to: `mart_objective(model(x_natural), model(x_adv), y, beta)` with
     `x_adv = pgd(model, x_natural, y, epsilon, step_size, perturb_steps, start=x_natural + 0.001 * noise)`.

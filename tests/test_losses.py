@@ -135,6 +135,18 @@ def test_attack_does_not_move_batchnorm_statistics(loss):
     assert net.bn1.num_batches_tracked == EXPECTED["state.bn1.num_batches_tracked"] + 2  # clean and adversarial, once
 
 
+@pytest.mark.parametrize(
+    ("ours", "published", "step_size", "beta"),
+    [(trades_loss, published_trades, 0.003, 1.0), (mart_loss, published_mart, 0.007, 6.0)],
+)
+def test_the_defaults_are_those_of_the_published_function(ours, published, step_size, beta):
+    torch.manual_seed(0)
+    expected = published(golden_net(), X, Y, 0.031, step_size, 10, beta)
+    torch.manual_seed(0)
+    # Sums in another order; another default moves the loss by percents.
+    torch.testing.assert_close(ours(golden_net(), X, Y, None), expected, rtol=1e-5, atol=0)
+
+
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
     net = Net()

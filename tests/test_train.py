@@ -14,7 +14,7 @@ from conftest import load_once
 from PIL import Image
 from safetensors.torch import load_file
 
-from part_fast.attacks import catalogue
+from part_fast.attacks.catalogue import ATTACKS
 from part_fast.budgets.bank import MaskBank
 from part_fast.budgets.cam import CamBudget
 from part_fast.config import read_config
@@ -445,17 +445,24 @@ def test_control_of_kept_masks(control):
     assert torch.equal(eps, expected)
 
 
-def test_released_start_is_neither_within_the_map_nor_clipped(monkeypatch):
+@pytest.mark.parametrize(("attack", "highest"), [("pgd", 1 + 8 / 255), ("mma", 1.0)])
+def test_released_start_is_not_within_the_map_and_that_of_pgd_is_not_clipped(attack, highest, monkeypatch):
     starts = []
-    monkeypatch.setattr(catalogue, "pgd", lambda *arguments, start: starts.append(start) or arguments[1])
+    row = dataclasses.replace(
+        ATTACKS[attack], run=lambda model, x, y, eps, alpha, steps, start, seed: starts.append(start) or x
+    )
+    monkeypatch.setitem(ATTACKS, attack, row)
     x = torch.ones(4, 3, 32, 32)
     model = build_model("resnet-small", 10)
-    config = tiny(method="part", released=True)
+    config = tiny(method="part", attack=attack, released=True)
     epsilon = torch.zeros(4, 1, 32, 32)
     attacked_loss("part", model, x, torch.arange(4), epsilon, config)
     moved = (starts[0] - x).abs()
-    assert starts[0].max() > 1
+    assert starts[0].max() == pytest.approx(highest, abs=1e-3)
     assert 0.9 * config.eps < moved.max() <= config.eps + 1e-6
+    # The warm-up has the start of a library, which clips.
+    attacked_loss("at", model, x, torch.arange(4), config.eps, config)
+    assert starts[1] == "uniform"
 
 
 @pytest.fixture

@@ -292,9 +292,9 @@ def _parts_table(rows: Sequence[Mapping[str, Any]]) -> str:
     header = ("arm", "seconds", "goal reached", "seconds to the goal", "times as long", "natural %", "PGD-20 %")
     return (
         f"{files.table(header, lines)}\n"
-        "as many epochs in each; the goal is reached if the last test, on all images, meets it, and since the first epoch "
-        f"whose test, on fewer, does; {OWN}: the same run by its own weights; without {KERNELS}: the same run, its time by "
-        "steps that were timed in turn with ours"
+        "as many epochs in each; the goal is reached if the last test, on all images, meets it, and since the first "
+        f"epoch whose test, on fewer, does; {OWN}: the same run by its own weights; without {KERNELS}: the same run, "
+        "its time by steps that were timed in turn with ours"
     )
 
 

@@ -78,7 +78,7 @@ def batch_attack(
         if attack.regularised and config.pgi_lambda > 0:
             begin = view.start(x, eps)  # which the attack overwrites
     elif attack.random_start:
-        start = _start(x, config, attack.reach)
+        start = _start(x, method, config)
     return Attacked(attack.run(model, x, y, eps, config.alpha, config.steps, start, config.seed), begin)
 
 
@@ -110,9 +110,15 @@ def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: 
     return Loss(loss, logits[-1])
 
 
-def _start(x: Tensor, config: TrainConfig, reach: float) -> str | Tensor:
-    """Where a random attack starts: within each pixel's own eps; as published, within the whole one and not clipped."""
-    return x + (2 * torch.rand_like(x) - 1) * (reach * config.eps) if config.released else "uniform"
+def _start(x: Tensor, method: str, config: TrainConfig) -> str | Tensor:
+    """Where a random attack starts: within each pixel's own eps.
+
+    The released code's attacks with a map start within the whole eps, of which pgd's start is not clipped.
+    """
+    if not (config.released and METHODS[method].weighted and config.attack in ("pgd", "mma")):
+        return "uniform"
+    start = x + (2 * torch.rand_like(x) - 1) * config.eps
+    return start if config.attack == "pgd" else start.clamp(0, 1)
 
 
 def train_step(
