@@ -34,7 +34,7 @@ SCHEDULES = {
     "cosine": "to 0",
     "cyclic": "up in the first 40 %, then down to 0",
 }
-CYCLIC_PEAK = 0.4  # of the epochs; Wong et al., "Fast is better than free", ICLR 2020
+CYCLIC_PEAK = 0.4  # of the epochs, as in the code of Rice et al., "Overfitting in adversarially robust deep learning"
 
 
 # What is done about an update whose loss or gradients are not finite.

@@ -34,6 +34,7 @@ def fgsm_rs(
     projected back into its eps, and clipped. start "uniform": noise within each pixel's own eps, then clipped, made by
     `uniform_start` from a seed that torch's CPU generator gives, so that `torch.manual_seed` reproduces it on every
     device and no GPU waits. As a training attack it can overfit catastrophically: it is then resisted, and PGD is not.
+    The authors' code trains with attacks in train mode; here the model is in eval mode, as in `pgd`.
 
     Equivalent to, besides modes and gradients:
         x_adv = (x + (2 * torch.rand_like(x) - 1) * eps).clamp(*clip).requires_grad_()

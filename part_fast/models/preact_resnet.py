@@ -78,7 +78,9 @@ def preact_resnet18(
     activation. activation: "relu" or "silu". Other arguments and errors are those of `resnet18`. Keys are those of the
     usual checkpoints, with a BatchNorm before the last layer: `conv1.weight`, `layer2.0.shortcut.0.weight`,
     `bn.weight`, `linear.weight`. With "silu" it is not the PreActResNet of Rebuffi et al. (2021), whose shortcuts are
-    3x3 and start before the activation: that one's checkpoints have other names, and are refused.
+    3x3 and start before the activation: that one's checkpoints have other names, and are refused. Those of Wong et al.
+    (2020) and de Jorge et al. (2022) have the same names and are another network, whose shortcuts start before the
+    activation: this one gives other logits with them.
 
     Source: He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016; the last BatchNorm as in Rice et al.,
     "Overfitting in adversarially robust deep learning", ICML 2020.

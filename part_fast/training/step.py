@@ -135,8 +135,8 @@ def train_step(
     """Attack, loss, backward, update; the loss, without a graph, of images x (N,C,H,W), labels y.
 
     y: class indices (N,), or probabilities (N,classes), as CutMix makes them. The attack is given y, and the loss what
-        label smoothing makes of it, as in Pang et al., "Bag of Tricks for Adversarial Training", ICLR 2021: with
-        smoothed labels the attack would also gain by what makes unlikely classes unlikelier.
+        label smoothing makes of it: with smoothed labels the attack would also gain by what makes unlikely classes
+        unlikelier.
     epsilon: as `batch_epsilon` gives it. done, total: how many of this process's images of the epoch are behind it, and
     how many there are; default: the batch is the whole epoch. epoch: counted from 0. view: as in `batch_attack`.
     """
