@@ -11,6 +11,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ def seed(name: str, value: Any) -> int:
     if count(name, value) >= 2**63:
         raise BadValueError(f"{name} must be < 2**63, got {value}")
     return int(value)
+
+
+def path(name: str, value: Any) -> Path:
+    """A path, or the name of one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise BadTypeError(f"{name} must be a path, got {_kind(value)}")
+    return Path(value)
+
+
+def model(value: Any) -> None:
+    """What attacks can ask: a module or a function."""
+    if not callable(value):
+        raise BadTypeError(f"model must be callable, images to logits, got {_kind(value)}")
 
 
 def transformed() -> bool:

@@ -125,7 +125,7 @@ class TrainConfig:
     )
     released: bool = False
     """What the authors' published code does: rule released, control permuted, learning rate dropped by the epochs after
-    the warm-up; after it, pgd and mma start uniformly within eps, not the eps map, and pgd's start is not clipped."""
+    the warm-up; after it, the attacks that it has start uniformly within eps, not the eps map, pgd's unclipped."""
     cam: Annotated[str, Doc(f"How the class activation map (CAM) is made: {described(CAM_CHOICES)}.")] = "gradcam"
     target_layer: str | None = None
     """The layer whose output CAMs explain, by its name in the network; default: layer4 or block3."""

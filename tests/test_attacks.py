@@ -317,6 +317,8 @@ class Headless(nn.Module):
         (lambda net: pgd(Headless(), X, Y, 0.1), "model must lead from its input to the loss"),
         (lambda net: pgd(nn.Conv2d(3, 3, 1), X, Y, 0.1), r"model must give logits \(8, classes\)"),
         (lambda net: PGD(net, steps="10"), "steps must be a whole number, got str"),
+        (lambda net: pgd(None, X, Y, 0.1), "model must be callable, images to logits, got NoneType"),
+        (lambda net: mma("resnet18", X, Y, 0.1), "model must be callable, images to logits, got str"),
     ],
 )
 def test_errors(call, message):

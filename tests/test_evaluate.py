@@ -210,6 +210,8 @@ def test_load_model_of_a_checkpoint_alone_or_of_a_folders_run(model, run, tmp_pa
         load_model(run, num_classes=7)
     with pytest.raises(FileNotFoundError, match="there is no run folder or checkpoint at"):
         load_model(tmp_path / "nothing")
+    with pytest.raises(TypeError, match=r"^where must be a path, got NoneType$"):
+        load_model(None)
     (run / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no epoch of it is finished"):
         load_model(run)

@@ -380,6 +380,11 @@ def test_errors(make, message):
         make()
 
 
+def test_weights_are_a_path_or_a_mapping():
+    with pytest.raises(TypeError, match=r"^path_or_state must be a path, got list$"):
+        load_weights(resnet_small(), [])
+
+
 def test_build_model():
     with torch.device("meta"):
         for name, other in (

@@ -61,6 +61,7 @@ def attack(
     last: LastStep | None = None,
 ) -> Tensor:
     """Check what an attack of one batch was given, begin at the images `begin(x)`, and `ascend`; see `pgd`."""
+    checks.model(model)
     x = check_images(x, eps, clip)
     checks.labels("y", y, x, soft=loss != "margin")
     checks.count("steps", steps)

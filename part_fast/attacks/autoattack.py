@@ -44,6 +44,7 @@ def autoattack(
     Errors: ImportError without pyautoattack, saying how to get it; TypeError or ValueError that names the argument.
     """
     kind = load_autoattack()
+    checks.model(model)
     if not (isinstance(clip, (tuple, list)) and all(isinstance(bound, numbers.Real) for bound in clip)):
         raise BadTypeError(f"clip must be two numbers for AutoAttack: normalise inside the model, got {clip!r}")
     low, high = checks.clip_range(clip)

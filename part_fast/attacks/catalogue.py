@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Attack:
         an attack of one step reads none.
     random_start: whether `start` is drawn from a random generator; else it is "zero".
     reach: how far a random start that is a tensor lies from the images, in units of eps.
+    released_clip: to what PART's published code clips this attack's start, (low, high); None: it has no such attack.
     remembers: whether `start` is a BankView of the training images' perturbations, which `run` writes back.
     regularised: whether the training loss also gets `pgi_lambda` times the mean squared difference between the logits
         at the start and at the end.
@@ -44,6 +46,7 @@ class Attack:
     steps: int | None = None
     random_start: bool = True
     reach: float = 1.0
+    released_clip: tuple[float, float] | None = None
     remembers: bool = False
     regularised: bool = False
     reads_model: bool = True
@@ -61,6 +64,7 @@ ATTACKS: dict[str, Attack] = {
         "projected gradient descent",
         lambda model, x, y, eps, alpha, steps, start, seed: pgd(model, x, y, eps, alpha, steps, start=start),
         of_method=True,
+        released_clip=(-math.inf, math.inf),
     ),
     "fgsm": Attack(
         "one step of the whole eps from the image itself",
@@ -101,6 +105,7 @@ ATTACKS: dict[str, Attack] = {
         lambda model, x, y, eps, alpha, steps, start, seed: mma(model, x, y, eps, alpha, steps, start=start),
         steps=20,
         soft_labels=False,
+        released_clip=(0.0, 1.0),
     ),
     "aa": Attack(
         "AutoAttack, standard",

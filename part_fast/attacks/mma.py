@@ -36,6 +36,7 @@ def mma(
     choice.
     Source: Gao et al., "Fast and Reliable Evaluation of Adversarial Robustness with Minimum-Margin Attack", ICML 2022.
     """
+    checks.model(model)
     x = check_images(x, eps, clip)
     checks.labels("y", y, x)
     checks.count("steps", steps)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from part_fast import checks
 from part_fast.choices import check_choice
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import DATASETS, load
@@ -106,10 +107,10 @@ def load_model(where: str | os.PathLike[str], *, model: str | None = None, num_c
     Equivalent to `load_weights(build_model(model, num_classes), weights).eval()`, by the names that the run's
     config.json holds.
     A checksum that the weights carry is checked; a warning says where a safetensors file has none.
-    Errors: FileNotFoundError where there is no such run or checkpoint; ValueError where an argument is missing, or the
-    weights do not fit.
+    Errors: FileNotFoundError where there is no such run or checkpoint; TypeError for another thing than a path;
+    ValueError where an argument is missing, or the weights do not fit.
     """
-    where = Path(where)
+    where = checks.path("where", where)
     config, weights, alone = _find(where)
     if alone and model is None:
         raise BadValueError(f"{where} is a checkpoint alone, not a run folder: model must be given, such as 'resnet18'")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from part_fast import checks
 from part_fast.atomic import replacing
 from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
@@ -45,6 +46,7 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: it is neither a path nor a mapping.
         ValueError: the file cannot be read safely (it says which objects stand in the way and how to get the weights
             out); or keys are missing, unexpected, of another shape, kind of number or normalisation; or a value is
             not finite (all are named).
@@ -52,7 +54,8 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
     if isinstance(path_or_state, Mapping):
         source, raw = "the state_dict", path_or_state
     else:
-        source, raw = str(path_or_state), _read_checkpoint(Path(path_or_state))
+        path = checks.path("path_or_state", path_or_state)
+        source, raw = str(path), _read_checkpoint(path)
     own = model.state_dict()
     theirs = any(isinstance(part, WideResNet) and part.activation == "silu" for part in model.modules())
     renamed = _renamed(raw) if theirs else raw

@@ -78,7 +78,7 @@ def batch_attack(
         if attack.regularised and config.pgi_lambda > 0:
             begin = view.start(x, eps)  # which the attack overwrites
     elif attack.random_start:
-        start = _start(x, method, config)
+        start = _start(x, method, config, attack.released_clip)
     return Attacked(attack.run(model, x, y, eps, config.alpha, config.steps, start, config.seed), begin)
 
 
@@ -110,15 +110,15 @@ def batch_loss(method: str, model: nn.Module, x: Tensor, attacked: Attacked, y: 
     return Loss(loss, logits[-1])
 
 
-def _start(x: Tensor, method: str, config: TrainConfig) -> str | Tensor:
+def _start(x: Tensor, method: str, config: TrainConfig, clip: tuple[float, float] | None) -> str | Tensor:
     """Where a random attack starts: within each pixel's own eps.
 
-    The released code's attacks with a map start within the whole eps, of which pgd's start is not clipped.
+    The released code's attacks with a map start within the whole eps instead. clip: of this start, None if it has no
+    such attack.
     """
-    if not (config.released and METHODS[method].weighted and config.attack in ("pgd", "mma")):
+    if not (config.released and METHODS[method].weighted and clip is not None):
         return "uniform"
-    start = x + (2 * torch.rand_like(x) - 1) * config.eps
-    return start if config.attack == "pgd" else start.clamp(0, 1)
+    return (x + (2 * torch.rand_like(x) - 1) * config.eps).clamp(*clip)
 
 
 def train_step(
