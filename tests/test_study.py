@@ -215,6 +215,16 @@ def test_the_pages_tables_are_those_of_the_results():
         assert len(one.correct["natural"]) == len(one.correct["pgd20"]) == 10_000
 
 
+def test_the_pages_table_by_mean_eps_is_of_the_results():
+    compared = studying.tables(read_results(ROOT / "docs" / "study" / "small", ARMS))[1]
+    found = {(row["difference"], row["measure"]): f"{100 * row['mean']:+.2f}" for row in compared}
+    page = (ROOT / "docs" / "study.md").read_text()
+    rows = re.findall(r"^\| ([\w -]+?)(?::| \().* \| \d\.\d\d \| ([+-][\d.]+) \| ([+-][\d.]+) \|$", page, re.MULTILINE)
+    assert len(rows) == len({one["difference"] for one in compared if one["difference"].endswith("- AT")})
+    for arm, natural, pgd20 in rows:
+        assert (natural, pgd20) == (found[f"{arm} - AT", "natural"], found[f"{arm} - AT", "pgd20"])
+
+
 def test_arms_of_different_warm_ups_are_said():
     def result(arm, seed, warmup):
         return Result(arm, {"seed": seed}, warmup, [], {}, {"natural": torch.ones(4, dtype=torch.bool)}, {})
