@@ -11,7 +11,6 @@ import numbers
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,13 +54,6 @@ def seed(name: str, value: Any) -> int:
     if count(name, value) >= 2**63:
         raise BadValueError(f"{name} must be < 2**63, got {value}")
     return int(value)
-
-
-def path(name: str, value: Any) -> Path:
-    """A path, or the name of one."""
-    if not isinstance(value, (str, os.PathLike)):
-        raise BadTypeError(f"{name} must be a path, got {_kind(value)}")
-    return Path(value)
 
 
 def model(value: Any) -> None:

@@ -381,7 +381,7 @@ def test_errors(make, message):
 
 
 def test_weights_are_a_path_or_a_mapping():
-    with pytest.raises(TypeError, match=r"^path_or_state must be a path, got list$"):
+    with pytest.raises(TypeError, match=r"^path_or_state must be a path or a mapping, got list$"):
         load_weights(resnet_small(), [])
 
 

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from part_fast import checks
 from part_fast.choices import check_choice
 from part_fast.config import TrainConfig, find_device, read_config
 from part_fast.data.catalogue import DATASETS, load
 from part_fast.data.memory import Dataset, to_float
-from part_fast.errors import BadValueError, MissingFileError
+from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.catalogue import build_model
 from part_fast.models.checkpoints import load_weights
 from part_fast.models.external import check_network, is_external, refuse_own_code
@@ -110,7 +109,9 @@ def load_model(where: str | os.PathLike[str], *, model: str | None = None, num_c
     Errors: FileNotFoundError where there is no such run or checkpoint; TypeError for another thing than a path;
     ValueError where an argument is missing, or the weights do not fit.
     """
-    where = checks.path("where", where)
+    if not isinstance(where, (str, os.PathLike)):
+        raise BadTypeError(f"where must be a path, got {type(where).__name__}")
+    where = Path(where)
     config, weights, alone = _find(where)
     if alone and model is None:
         raise BadValueError(f"{where} is a checkpoint alone, not a run folder: model must be given, such as 'resnet18'")

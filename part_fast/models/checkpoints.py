@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from part_fast import checks
 from part_fast.atomic import replacing
 from part_fast.errors import BadTypeError, BadValueError, MissingFileError
 from part_fast.models.layers import Normalize
@@ -51,11 +50,12 @@ def load_weights(model: nn.Module, path_or_state: str | os.PathLike[str] | Mappi
             out); or keys are missing, unexpected, of another shape, kind of number or normalisation; or a value is
             not finite (all are named).
     """
+    if not isinstance(path_or_state, (str, os.PathLike, Mapping)):
+        raise BadTypeError(f"path_or_state must be a path or a mapping, got {type(path_or_state).__name__}")
     if isinstance(path_or_state, Mapping):
         source, raw = "the state_dict", path_or_state
     else:
-        path = checks.path("path_or_state", path_or_state)
-        source, raw = str(path), _read_checkpoint(path)
+        source, raw = str(path_or_state), _read_checkpoint(Path(path_or_state))
     own = model.state_dict()
     theirs = any(isinstance(part, WideResNet) and part.activation == "silu" for part in model.modules())
     renamed = _renamed(raw) if theirs else raw
