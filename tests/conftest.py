@@ -112,6 +112,15 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order: in another a rounding may turn a ReLU, which moves gradients by more than a tolerance."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     """The same random numbers in every run; fresh memory holds NaN or the largest integer, so the unwritten shows."""

@@ -22,15 +22,8 @@ NAMES = [
     "channels_last",
     *(f"{p}, folded{more}" for p in ("fp32", "bf16") for more in ("", " and packed", ", packed and Winograd")),
 ]
+pytestmark = pytest.mark.usefixtures("one_thread")
 needs_onednn = pytest.mark.skipif(not onednn.works(torch.float32), reason="oneDNN does not multiply float32 here")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
