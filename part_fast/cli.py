@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 from typing_extensions import Doc
 
@@ -432,8 +432,8 @@ class Speedrun:
     """Networks to train, a seed each; default: 3 at full scale, else 1."""
     parts: bool = False
     """Train as many without each of what makes it fast, too."""
-    autoattack: bool | None = None
-    """Test by AutoAttack too, on 1,000 images; default: at full scale."""
+    autoattack: Switch = "auto"
+    """Test by AutoAttack too, on 1,000 images; auto: at full scale."""
     root: Root = None
     download: Download = False
     device: Device = "auto"
@@ -441,7 +441,8 @@ class Speedrun:
     def run(self) -> None:
         from part_fast.experiments.speedrun import speedrun
 
-        speedrun(**{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        speedrun(**{**values, "autoattack": None if self.autoattack == "auto" else self.autoattack})
 
 
 @dataclass
@@ -557,17 +558,38 @@ _registry = tyro.constructors.ConstructorRegistry()
 
 
 @_registry.primitive_rule
-def _fractions(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
-    """Floats may be written as fractions."""
-    if info.type is not float:
-        return None
+def _values(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Numbers, of which a float may be written as a fraction; and None for each field that may be None."""
+    kinds: tuple[tuple[type[Any], str, Callable[[str], Any]], ...] = (
+        (float, "NUMBER", parse_number),
+        (int, "INT", _whole_number),
+        (str, "STR", str),
+        (Path, "PATH", Path),
+    )
+    for kind, metavar, read in kinds:
+        if info.type in (kind, kind | None):
+            return _value(kind, metavar, read, optional=info.type != kind)
+    return None
+
+
+def _value(
+    kind: type[Any], metavar: str, read: Callable[[str], Any], optional: bool
+) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    kinds = (float, int) if kind is float else kind
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="NUMBER",
-        instance_from_str=lambda arguments: parse_number(arguments[0]),
-        is_instance=lambda value: isinstance(value, float | int),
-        str_from_instance=lambda value: [_as_written(value)],
+        metavar=metavar,
+        instance_from_str=lambda texts: None if optional and texts[0] == "None" else read(texts[0]),
+        is_instance=lambda value: isinstance(value, kinds) or (optional and value is None),
+        str_from_instance=lambda value: [_as_written(value) if isinstance(value, float) else str(value)],
     )
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise BadValueError(f"takes a whole number, got {text!r}") from None
 
 
 @_registry.primitive_rule
@@ -585,16 +607,19 @@ def _switches(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
     )
 
 
-def _spelled_out(arguments: list[str]) -> list[str]:
+def _spelled_out(kind: type[Command], arguments: list[str]) -> list[str]:
     """A switch given as a flag, with its value: --cuda-graph, --no-cuda-graph."""
+    types = get_type_hints(TrainConfig if kind is Train else kind)
+    switches = [name.replace("_", "-") for name, type_ in types.items() if type_ == Switch]
+    off = {f"--no-{name}": f"--{name}" for name in switches}
     found: list[str] = []
     for i, argument in enumerate(arguments):
         flag = argument.replace("_", "-")
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        if flag == "--no-cuda-graph":
-            found += ["--cuda-graph", "off"]
-        elif flag == "--cuda-graph" and following.startswith("-"):
-            found += ["--cuda-graph", "on"]
+        if flag in off:
+            found += [off[flag], "off"]
+        elif flag in off.values() and following.startswith("-"):
+            found += [flag, "on"]
         else:
             found.append(argument)
     return found
@@ -674,7 +699,8 @@ def _parse(command: str, arguments: list[str]) -> Command:
     kind = COMMANDS[command]
     default = None
     if kind is Train:
-        default, arguments = Train(_starting_config(arguments), out=tyro.MISSING), _spelled_out(arguments)
+        default = Train(_starting_config(arguments), out=tyro.MISSING)
+    arguments = _spelled_out(kind, arguments)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

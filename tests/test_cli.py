@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -189,7 +190,7 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
         ("--epoch 3", "Unrecognized options: --epoch, 3; perhaps you meant --epochs or --warmup-epochs"),
         ("--no-augmen", "perhaps you meant --augment"),
         ("--seed 100000000000000000000", "seed must be < 2**63, got 100000000000000000000"),
-        ("--seed 1e20", "--seed: invalid literal for int() with base 10: '1e20'"),
+        ("--seed 1e20", "--seed: takes a whole number, got '1e20'"),
         ("--device cuda:42", "device 'cuda:42' is not there"),
         ("--resume", "holds no run"),
         ("--init absent.pt", "no checkpoint file at absent.pt"),
@@ -227,6 +228,44 @@ def test_bad_commands(capsys, tmp_path):
     assert "is a file" in error_of(capsys, "train", "--out", tmp_path / "file", "--overwrite")
     # A path that the system refuses.
     assert "part-fast: error: " in error_of(capsys, "train", "--out", tmp_path / "file" / "run", *TINY)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", {"eps": None, "n": None, "out": None, "model": None, "seed": 0}),
+        ("--eps 8/255 --n 100 --out there --model resnet18", {"eps": 8 / 255, "n": 100, "model": "resnet18"}),
+        ("--eps 1 --out there", {"eps": 1.0, "out": Path("there")}),
+        ("--eps None --n None --out None --model None", {"eps": None, "n": None, "out": None, "model": None}),
+    ],
+)
+def test_values_of_flags_that_may_be_none(flags, expected):
+    parsed = cli._parse("evaluate", ["run", *flags.split()])
+    assert {name: getattr(parsed, name) for name in expected} == expected
+    assert parsed.where == Path("run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--eps abc", "--eps: takes a number such as 0.03 or 8/255, got 'abc'"),
+        ("--n 1.5", "--n: takes a whole number, got '1.5'"),
+        ("--seed None", "--seed: takes a whole number, got 'None'"),
+    ],
+)
+def test_bad_values_of_flags_that_may_be_none_or_not(flags, says, capsys):
+    assert says in error_of(capsys, "evaluate", "run", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("", None), ("--autoattack", True), ("--no-autoattack", False), ("--autoattack off --runs 2", False)],
+)
+def test_speedrun_tests_by_autoattack_as_asked_or_as_its_scale_does(flags, expected, monkeypatch):
+    calls = []
+    monkeypatch.setattr("part_fast.experiments.speedrun.speedrun", lambda **values: calls.append(values))
+    assert main(["speedrun", "--out", "x", *flags.split()]) == 0
+    assert calls[0]["autoattack"] is expected
 
 
 def test_second_run_in_a_folder_is_refused_and_changes_nothing(capsys, tmp_path):
