@@ -169,6 +169,15 @@ def test_masks_side_by_side(four, tmp_path):
     assert not coloured[2:].any()
 
 
+def test_epochs_that_no_run_has_masks_of_are_named(four, tmp_path):
+    said = [
+        report([four], tmp_path / "page.html", mask_epochs=epochs, overwrite=True)["warnings"]
+        for epochs in ((), (1, 3), (99, 3, 4))
+    ]
+    assert said[0] == said[1]
+    assert [text for text in said[2] if text not in said[0]] == ["No run here has masks of epoch 4, 99."]
+
+
 def test_a_warm_up_stands_before_the_runs_that_start_from_it(tmp_path):
     warm = write_run(tmp_path / "all" / "warmup", "at", epochs=2)
     (warm / "evaluation.json").unlink()

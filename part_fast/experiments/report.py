@@ -62,7 +62,8 @@ def report(
 
     folders: run folders, or folders that hold some, such as those of demo, study and reproduce. Runs that differ in
     their seed alone are a group, of which means and spreads are shown. mask_epochs: those that the mask grids show,
-    counted from 1; default: at most seven, evenly spaced. The same files give the same page.
+    counted from 1, and warned of where no run has them; default: at most seven, evenly spaced. The same files give the
+    same page.
 
     Returns: "warnings", as the page has them; "groups", their names; "runs", how many.
 
@@ -324,6 +325,9 @@ class _Page:
                 seeds = f", seed {run.config.seed}" if len(group.runs) > 1 else ""
                 histories[f"{group.name}{seeds}{before}"] = (self._history(run), self._methods(run))  # type: ignore[assignment]
         says = [f"No masks over epochs in the folder: {', '.join(without)}."] if without else []
+        kept = {epoch for history, _ in histories.values() for epoch in history.epochs.tolist()}
+        if absent := [epoch for epoch in asked if epoch not in kept]:
+            self.warnings.append(f"No run here has masks of epoch {_listed(absent)}.")
         grids = []
         while histories:
             first = next(iter(histories.values()))[0].images
