@@ -76,7 +76,7 @@ class TrainConfig:
     test_size: int | None = None
     """Test on a balanced subset of so many images; default: all."""
     validation: int = 0
-    """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them after each epoch picks
+    """Keep so many training images aside, a balanced part drawn by the seed; PGD-20 on them in each test picks
     best.safetensors, of plain and averaged weights. 0: none."""
     model: Annotated[str, Doc(f"The network: {described(MODELS)}.")] = "resnet-small"
     init: str | None = None
@@ -152,8 +152,10 @@ class TrainConfig:
     deterministic: bool = False
     """Run only algorithms that repeat their results; without it the fastest are found by timing on CUDA."""
     on_nonfinite: Annotated[str, Doc(f"An update that is not finite: {described(ON_NONFINITE)}.")] = "stop"
+    test_every: int = 1
+    """Epochs from one test to the next; the last epoch is always tested."""
     pgd_test_size: int = 500
-    """After each epoch PGD-20 attacks so many test images, a balanced subset; 0: none."""
+    """In each test PGD-20 attacks so many test images, a balanced subset; 0: none."""
     seed: int = 0
     """Seed of the random numbers: initial weights, order of the images, augmentation, attack."""
     device: str = "auto"
@@ -210,7 +212,7 @@ class TrainConfig:
         if self.extra is not None and not self.extra_fraction:
             raise BadValueError("extra_fraction must be > 0 with extra, got 0")
         checks.number("awp", self.awp, 0)
-        for name in ("epochs", "batch_size", "accumulate"):
+        for name in ("epochs", "batch_size", "accumulate", "test_every"):
             checks.count(name, getattr(self, name), 1)
         for name in ("warmup_epochs", "awp_warmup", "steps", "pgd_test_size", "validation", "perturbation_reset"):
             checks.count(name, getattr(self, name))

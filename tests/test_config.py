@@ -57,6 +57,7 @@ def test_published_numbers(name):
         ("train_size", 0, "train_size"),
         ("test_size", -5, "test_size"),
         ("pgd_test_size", -1, "pgd_test_size"),
+        ("test_every", 0, "test_every must be >= 1"),
         ("lr_drops", (5, -1), "lr_drops"),
         ("average", "swa:81", "average must begin within the epochs, 80, got 'swa:81'"),
         ("warmup_epochs", 81, "warmup_epochs must be <= epochs, 80"),

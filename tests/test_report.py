@@ -126,6 +126,15 @@ def test_curves_show_each_series_that_there_is(tmp_path):
     assert near(picture(tmp_path / "b.png"), figures.VERMILION) > 300
 
 
+def test_curves_join_the_epochs_that_were_tested(tmp_path):
+    rows = [{**ROWS[0], "epoch": i, "test_natural": None if i in (2, 3) else 0.5} for i in range(1, 5)]
+    figures.draw_curves(tmp_path / "gap.png", rows, "title")
+    figures.draw_curves(tmp_path / "all.png", [{**row, "test_natural": 0.5} for row in rows], "title")
+    gap, whole = (near(picture(tmp_path / name), figures.BLUE) for name in ("gap.png", "all.png"))
+    # Two of four markers fewer, 12 pixels each, and the same line.
+    assert whole - 60 < gap < whole
+
+
 def test_comparison_shows_both_methods(tmp_path):
     curves = {"warm-up (AT)": {1: [0.5], 2: [0.6]}, "AT": {2: [0.6], 3: [0.6, 0.7]}, "PART": {2: [0.6], 3: [0.7, 0.8]}}
     results = {"AT": {"natural": [0.6, 0.7], "pgd20": [0.4, 0.5]}, "PART": {"natural": [0.7, 0.8], "pgd20": [0.4, 0.5]}}

@@ -22,8 +22,10 @@ from part_fast.data.catalogue import load
 from part_fast.data.memory import to_float
 from part_fast.evaluation import trained
 from part_fast.evaluation.trained import load_trained
+from part_fast.experiments.runs import read_rows
 from part_fast.methods import METHODS
 from part_fast.models.catalogue import build_model
+from part_fast.models.weights_file import read_about
 from part_fast.report import files
 from part_fast.training import loop, step
 from part_fast.training.checkpoint import PREVIOUS, STATE
@@ -95,6 +97,48 @@ def test_folder_is_the_same_but_for_times_when_run_again(finished, tmp_path):
     times = {"seconds": 0, "images_per_second": 0}
     assert [{**row, **times} for row in again] == [{**row, **times} for row in rows]
     assert_same_weights(weights(folder), weights(tmp_path / "run"))
+
+
+ACCURACIES = ("test_natural", "test_pgd20", "averaged_natural", "averaged_pgd20")
+ON_VALIDATION = ("validation_pgd20", "validation_averaged_pgd20")
+
+
+def test_tests_every_few_epochs_and_after_the_last_change_nothing_else(tmp_path):
+    config = tiny(method="at", epochs=5, warmup_epochs=0, pgd_test_size=10, validation=10, average="ema:0.5")
+    said = []
+    always = train(config, tmp_path / "always", log=lambda line: None)
+    seldom = train(dataclasses.replace(config, test_every=2), tmp_path / "seldom", log=said.append)
+    for before, now in zip(always, seldom, strict=True):
+        assert list(before) == list(now)
+        tested = now["epoch"] in (2, 4, 5)
+        for name in (*ACCURACIES, *ON_VALIDATION):
+            assert before[name] is not None
+            assert now[name] == (before[name] if tested else None), (name, now["epoch"])
+        assert now["train_loss"] == before["train_loss"]
+        (line,) = [line for line in said if line.startswith(f"epoch {now['epoch']}/5")]
+        assert ("test natural" in line, "PGD-20" in line) == (tested, tested)
+    for name in ("model.safetensors", "averaged.safetensors"):
+        assert_same_weights(load_file(tmp_path / "always" / name), load_file(tmp_path / "seldom" / name))
+    read = read_rows(tmp_path / "seldom" / "metrics.csv")
+    assert [row["test_natural"] for row in read] == [row["test_natural"] for row in seldom]
+    tested = [row for row in seldom if row["epoch"] in (2, 4, 5)]
+    best = max(tested, key=lambda row: max(row[name] for name in ON_VALIDATION))  # of equals the first
+    assert read_about(tmp_path / "seldom" / "best.safetensors")["epoch"] == best["epoch"]
+
+
+def test_what_watches_for_overfitting_looks_in_tests_alone(tmp_path):
+    config = tiny(method="at", attack="fgsm", epochs=3, warmup_epochs=0, test_every=2)
+    rows = train(config, tmp_path / "run", log=lambda line: None)
+    assert [row["train_pgd10"] is None for row in rows] == [True, False, False]
+
+
+def test_a_run_that_was_over_goes_on_with_its_own_tests(tmp_path):
+    config = tiny(method="at", epochs=1, warmup_epochs=0, test_every=2)
+    train(config, tmp_path / "run", log=lambda line: None)
+    rows = train(dataclasses.replace(config, epochs=4), tmp_path / "run", resume=True, log=lambda line: None)
+    assert [row["test_natural"] is None for row in rows] == [False, False, True, False]  # the first was the last once
+    with pytest.raises(ValueError, match="another configuration: test_every 2 there, 1 here"):
+        train(dataclasses.replace(config, epochs=5, test_every=1), tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

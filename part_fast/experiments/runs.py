@@ -44,8 +44,8 @@ COLUMNS: dict[str, tuple[float, float] | None] = {
 }
 # Not measured in every epoch of every run.
 MAY_BE_EMPTY = (
-    *("test_pgd20", "averaged_natural", "averaged_pgd20", "validation_pgd20", "validation_averaged_pgd20"),
-    *("train_pgd10", "zero_gradients", "sign_agreement"),
+    *("test_natural", "test_pgd20", "averaged_natural", "averaged_pgd20"),
+    *("validation_pgd20", "validation_averaged_pgd20", "train_pgd10", "zero_gradients", "sign_agreement"),
 )
 # As Python writes them; float() takes more, such as 1_0.
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?|nan|-?inf")

@@ -32,9 +32,10 @@ def draw_curves(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> No
         left.plot(epochs, [row["train_loss"] for row in rows], color=GREEN, marker="o", markersize=3)
         left.set(xlabel="epoch", ylabel="training loss (nats)")
         for key, label, color, marker, line in series:
-            if any(row[key] is not None for row in rows):
-                values = [float("nan") if row[key] is None else 100 * row[key] for row in rows]
-                right.plot(epochs, values, color=color, marker=marker, markersize=3, linestyle=line, label=label)
+            found = [(row["epoch"], 100 * row[key]) for row in rows if row[key] is not None]
+            if found:
+                x, y = zip(*found, strict=True)
+                right.plot(x, y, color=color, marker=marker, markersize=3, linestyle=line, label=label)
         right.set(xlabel="epoch", ylabel="accuracy (%)")
         methods = [row["method"] for row in rows]
         changes = [i for i in range(1, len(rows)) if methods[i] != methods[i - 1]]

@@ -40,7 +40,7 @@ from part_fast.training.epoch import (
     same_rng,
     seed_generators,
 )
-from part_fast.training.measures import Tested, accuracies, epoch_warnings
+from part_fast.training.measures import Tested, accuracies, epoch_warnings, is_tested
 from part_fast.training.progress import Progress
 from part_fast.training.run_folder import Checkpoints, check_folder, export, load_state, mend, opened, refuse_edited
 from part_fast.training.signals import SAVE, Stop
@@ -192,10 +192,11 @@ def train(
             refuse_bad_loss(epoch, order, config, checkpoints.last)
             refuse_bad_weights(engine, epoch.number, checkpoints.last)
             images = len(order) * distributed.size()
-            progress.phase(epoch.number, "test")
+            if is_tested(config, epoch.number):
+                progress.phase(epoch.number, "test")
             try:
                 with stop.at_once(), same_rng(device):
-                    measured, disordered = accuracies(engine, tested)
+                    measured, disordered = accuracies(engine, tested, epoch.number)
             except (KeyboardInterrupt, SystemExit):
                 checkpoints.save(epoch)  # what was trained is kept; the tests are done again
                 raise
@@ -285,11 +286,11 @@ def _warn_of_another_rate(config: TrainConfig, before: int, epoch: Epoch, say: C
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:
-    pgd20 = "" if row["test_pgd20"] is None else f", PGD-20 {100 * row['test_pgd20']:.1f}%"
+    accuracies = {"test natural": row["test_natural"], "PGD-20": row["test_pgd20"]}
+    tested = "".join(f"{name} {100 * value:.1f}%, " for name, value in accuracies.items() if value is not None)
     return (
         f"epoch {row['epoch']}/{epochs} {row['method']}: lr {row['lr']:g}, loss {row['train_loss']:.4f}, "
-        f"train robust {100 * row['train_robust']:.1f}%, test natural {100 * row['test_natural']:.1f}%{pgd20}, "
-        f"{row['images_per_second']:.0f} img/s"
+        f"train robust {100 * row['train_robust']:.1f}%, {tested}{row['images_per_second']:.0f} img/s"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is measured after every epoch, which weights are the best so far, and what a reader of it should not miss."""
+"""What is measured after an epoch, which weights are the best so far, and what a reader of it should not miss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WATCHED_IMAGES = 256
 
 @dataclass(frozen=True)
 class Tested:
-    """The images that are tested after every epoch.
+    """The images of the tests after every `config.test_every` epochs.
 
     test: all test images. attacked: those of them that PGD-20 attacks. held_out: training images kept aside. watched:
     training images that PGD-10 attacks, where a single step may be all that the model learns to resist and PGD attacks
@@ -100,11 +100,18 @@ def overfitting_warning(rows: Sequence[Mapping[str, Any]], attack: str) -> str |
     )
 
 
-def accuracies(engine: Engine, tested: Tested) -> tuple[dict[str, float | None], list[str]]:
+def is_tested(config: TrainConfig, epoch: int) -> bool:
+    """Whether there is a test after that epoch, counted from 0."""
+    return (epoch + 1) % config.test_every == 0 or epoch + 1 == config.epochs
+
+
+def accuracies(engine: Engine, tested: Tested, epoch: int) -> tuple[dict[str, float | None], list[str]]:
     """test_natural and test_pgd20 (None without `attacked`), and validation_pgd20 if images are held out, those of
     the averaged model too if there is one; and train_pgd10 if training images are watched. And what is said of an order
-    that no sound attack gives."""
+    that no sound attack gives. After an epoch, counted from 0, that is not tested all are None."""
     config = engine.config
+    if not is_tested(config, epoch):
+        return dict.fromkeys(_columns(tested, averaged=engine.averaged is not None)), []
     attack = AttackSettings(config.eps, config.alpha, config.seed)
     models = {"test": engine.model} | ({} if engine.averaged is None else {"averaged": engine.averaged.module})
     found: dict[str, float | None] = {}
@@ -123,6 +130,14 @@ def accuracies(engine: Engine, tested: Tested) -> tuple[dict[str, float | None],
     if tested.watched is not None:
         found["train_pgd10"] = float(is_correct(engine.model, tested.watched, "pgd10", attack).float().mean())
     return found, disordered
+
+
+def _columns(tested: Tested, averaged: bool) -> list[str]:
+    """What `accuracies` measures."""
+    models = ("test", "averaged") if averaged else ("test",)
+    found = [f"{name}_{measure}" for name in models for measure in ("natural", "pgd20")]
+    found += [] if tested.held_out is None else list(JUDGED.values())[: len(models)]
+    return found + ([] if tested.watched is None else ["train_pgd10"])
 
 
 def epoch_warnings(
