@@ -48,8 +48,8 @@ def resnet_forward(state, x, *, stem_stride=1, strides=(1, 2, 2, 2)):
     return out.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
 
 
-def preact_resnet_forward(state, x, activation=F.relu):
-    """PreActResNet-18 of the usual checkpoints (Rice et al. 2020) in eval mode, from nothing but its state_dict."""
+def preact_resnet_forward(state, x, activation=F.relu, from_input=False):
+    """PreActResNet-18 of Rice et al. 2020 in eval mode, from nothing but its state_dict; from_input: Wong et al.'s."""
     out = F.conv2d(x, state["conv1.weight"], padding=1)
     for stage in (1, 2, 3, 4):
         for block in (0, 1):
@@ -58,7 +58,7 @@ def preact_resnet_forward(state, x, activation=F.relu):
             inner = F.conv2d(active, state[f"{name}.conv1.weight"], stride=stride, padding=1)
             inner = F.conv2d(activation(bn(state, f"{name}.bn2", inner)), state[f"{name}.conv2.weight"], padding=1)
             if f"{name}.shortcut.0.weight" in state:
-                out = F.conv2d(active, state[f"{name}.shortcut.0.weight"], stride=stride)
+                out = F.conv2d(out if from_input else active, state[f"{name}.shortcut.0.weight"], stride=stride)
             out = out + inner
     return activation(bn(state, "bn", out)).mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
 
@@ -151,6 +151,10 @@ MODELS = {
     "wrn-10-2": (lambda **kw: wideresnet(10, 2, **kw), wideresnet_forward),
     "wrn-16-1": (lambda **kw: wideresnet(16, 1, **kw), wideresnet_forward),
     "preact-resnet18": (preact_resnet18, preact_resnet_forward),
+    "preact-resnet18-wong": (
+        lambda **kw: preact_resnet18(shortcut="input", **kw),
+        lambda state, x: preact_resnet_forward(state, x, from_input=True),
+    ),
     "preact-resnet18-silu": (
         lambda **kw: preact_resnet18(activation="silu", **kw),
         lambda state, x: preact_resnet_forward(state, x, silu),
@@ -365,13 +369,15 @@ def test_compiles_without_a_graph_break():
         (lambda: resnet_small(mean=(0, 0, 0), std=(1, 1, 0)), "std takes three numbers > 0, got (1, 1, 0)"),
         (
             lambda: build_model("resnet19"),
-            "model takes one of resnet18, resnet-small, preact-resnet18, preact-resnet18-silu, wrn-DEPTH-WIDTH "
+            "model takes one of resnet18, resnet-small, preact-resnet18, preact-resnet18-wong, preact-resnet18-silu, "
+            "wrn-DEPTH-WIDTH "
             "(wrn-34-10, wrn-28-10, ...), wrn-DEPTH-WIDTH-silu (wrn-28-10-silu, ...), torchvision:NAME "
             "(torchvision:resnet50, ...), timm:NAME (timm:convnext_atto, ...), MODULE:FUNCTION (your own, called with "
             "num_classes=), got 'resnet19'",
         ),
         (lambda: wideresnet(10, 1, activation="swish"), "activation takes one of relu, silu, got 'swish'"),
         (lambda: preact_resnet18(activation="gelu"), "activation takes one of relu, silu, got 'gelu'"),
+        (lambda: preact_resnet18(shortcut="3x3"), "shortcut must be one of activation, input, got '3x3'"),
         (lambda: build_model("wrn-33-2"), "depth takes 6n + 4 with n >= 1 (10, 16, 22, 28, 34, ...), got 33"),
     ],
 )
@@ -393,10 +399,12 @@ def test_build_model():
             ("wrn-34-10", wideresnet(34, 10, 5)),
             ("wrn-16-4", wideresnet(16, 4, 5)),
             ("preact-resnet18", preact_resnet18(5)),
+            ("preact-resnet18-wong", preact_resnet18(5, shortcut="input")),
             ("preact-resnet18-silu", preact_resnet18(5, activation="silu")),
             ("wrn-16-4-silu", wideresnet(16, 4, 5, activation="silu")),
         ):
-            assert getattr(build_model(name, 5), "activation", None) == getattr(other, "activation", None)
+            for told in ("activation", "shortcut"):
+                assert getattr(build_model(name, 5), told, None) == getattr(other, told, None)
             state = build_model(name, 5).state_dict()
             assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in other.state_dict().items()}
 
@@ -444,7 +452,7 @@ def test_published_checkpoints_go_into_no_other_network():
         )
 
 
-@pytest.mark.parametrize("name", ["preact-resnet18", "preact-resnet18-silu", "wrn-16-2-silu"])
+@pytest.mark.parametrize("name", ["preact-resnet18", "preact-resnet18-wong", "preact-resnet18-silu", "wrn-16-2-silu"])
 def test_the_copy_that_is_attacked_and_the_cams_are_the_model_s(name):
     """SiLU has no fused form on a CPU; it runs as it is."""
     model = randomize(MODELS[name][0]()).eval()

@@ -41,6 +41,7 @@ def test_names():
         "resnet18",
         "resnet-small",
         "preact-resnet18",
+        "preact-resnet18-wong",
         "preact-resnet18-silu",
         "wrn-DEPTH-WIDTH",
         "wrn-DEPTH-WIDTH-silu",

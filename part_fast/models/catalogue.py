@@ -32,6 +32,7 @@ MODELS = {
     "resnet18": Model("the one for 32x32 images", resnet18),
     "resnet-small": Model("four one-block stages, the demo's", resnet_small),
     "preact-resnet18": Model("activations before convolutions", preact_resnet18),
+    "preact-resnet18-wong": Model("shortcuts as Wong et al.'s", partial(preact_resnet18, shortcut="input")),
     "preact-resnet18-silu": Model("with SiLU", partial(preact_resnet18, activation="silu")),
     "wrn-DEPTH-WIDTH": Model("wrn-34-10, wrn-28-10, ...", wideresnet),
     "wrn-DEPTH-WIDTH-silu": Model("wrn-28-10-silu, ...", partial(wideresnet, activation="silu")),
