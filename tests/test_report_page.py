@@ -14,11 +14,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tools import browser
 
 from part_fast import cli
-from part_fast.experiments.report import report
+from part_fast.budgets.rules import LearnedRule
+from part_fast.evaluation.accuracy import images_sha256
+from part_fast.experiments.report import _starts, report
 from part_fast.experiments.runs import find_runs, group_runs, read_rows
 from part_fast.report import charts, files, page
 from part_fast.training.loop import train
@@ -212,6 +214,36 @@ def test_warm_ups_of_each_seed_do_not_part_a_group_and_other_starts_do(tmp_path)
     assert [len(group.runs) for group in group_runs(find_runs(runs))] == [2, 1]
 
 
+def test_groups_that_begin_differently_have_a_row_each(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "all" / f"part-seed{seed}", seed=seed, init=f"w{seed}/model.safetensors")
+    found = report([tmp_path / "all"], tmp_path / "page.html")
+    assert found["groups"] == [f"all/part (init w{seed}/model.safetensors)" for seed in (0, 1)]
+    text = (tmp_path / "page.html").read_text()
+    assert [row[1] for row in table(text, "Accuracy")[1:]] == ["0", "1"]
+    assert "Without an evaluation" not in text
+
+
+def test_a_rule_that_each_seed_learned_does_not_part_a_group(tmp_path):
+    for seed in (0, 1):
+        rule = f"learned:{tmp_path}/learned-seed{seed}.safetensors"
+        LearnedRule((8, 8)).save(tmp_path / f"learned-seed{seed}.safetensors")
+        write_run(tmp_path / "all" / f"learned-seed{seed}", seed=seed, rule=rule)
+        write_run(tmp_path / "all" / f"part-seed{seed}", seed=seed)
+    assert report([tmp_path / "all"], tmp_path / "page.html")["groups"] == ["learned", "part"]
+    (row,) = [row for row in table((tmp_path / "page.html").read_text(), "What differs") if row[0] == "rule"]
+    assert row[1].count("learned:") == 2
+
+
+def test_runs_that_start_from_each_other_start_anew(tmp_path):
+    for name, other in (("a", "b"), ("b", "a"), ("c", "a")):
+        write_run(tmp_path / "all" / name, init=str(tmp_path / "all" / other / "model.safetensors"))
+    found = find_runs([tmp_path / "all"])
+    befores = {folder.name: start and start.name for folder, start in _starts(found).items()}
+    assert befores == {"a": None, "b": None, "c": "a"}
+    assert report([tmp_path / "all"], tmp_path / "page.html")["runs"] == 3
+
+
 # --- what is wrong or missing -----------------------------------------------------------------------------------------
 
 
@@ -243,6 +275,57 @@ def test_warnings(tmp_path):
         "0 of 5",
     ):
         assert missing in text
+
+
+def test_an_evaluation_of_any_weights_in_the_folder_counts(tmp_path):
+    run = write_run(tmp_path / "part", sweep=False)
+    save_file({"w": torch.zeros(3)}, run / "best.safetensors")
+    record = json.loads((run / "evaluation.json").read_text())
+    record["sha256"] = hashlib.sha256((run / "best.safetensors").read_bytes()).hexdigest()
+    (run / "evaluation.json").write_text(json.dumps(record))
+    assert warnings_of(tmp_path, run) == []
+    assert table((tmp_path / "page.html").read_text(), "Accuracy")[1][0] == "part, best.safetensors"
+
+
+def test_what_is_left_out_says_nothing(tmp_path):
+    run = write_run(tmp_path / "part")
+    for name in ("evaluation.json", "sweep.json"):
+        record = json.loads((run / name).read_text())
+        record |= {"sha256": "0" * 64, "eps": 1 / 255}
+        for part in (record, *record.get("curves", {}).values()):
+            part["warnings"] = ["its gradients mislead it"]
+        (run / name).write_text(json.dumps(record))
+    said = warnings_of(tmp_path, run)
+    assert [line for line in said if "left out" not in line] == []
+    assert table((tmp_path / "page.html").read_text(), "Images per second")[1][-1] == "-"
+
+
+def test_a_seed_that_is_there_twice_is_not_paired(tmp_path):
+    runs = [write_run(tmp_path / name, method) for name, method in (("at-seed0", "at"), ("part-seed0", "part"))]
+    report([*runs, write_run(tmp_path / "part_seed0", "part")], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "Not compared with at, for want of the same seeds, each once" in text
+    assert "Differences in points" not in text
+
+
+@pytest.mark.parametrize("fault", ["cut off", "swapped", "another count"])
+def test_images_that_are_not_of_the_evaluation_are_an_error(four, fault, tmp_path):
+    path = four / "part-seed1" / "evaluation_images.safetensors"
+    images = load_file(path)
+    if fault == "cut off":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif fault == "another count":
+        save_file({**images, "pgd20": torch.ones(4, dtype=torch.bool)}, path)
+    else:
+        record = json.loads((four / "part-seed1" / "evaluation.json").read_text())
+        record["images_sha256"] = {name: images_sha256(images["labels"], images[name]) for name in record["results"]}
+        (four / "part-seed1" / "evaluation.json").write_text(json.dumps(record))
+        report([four], tmp_path / "sound.html")
+        save_file({**images, "natural": images["natural"].flip(0)}, path)
+    with pytest.raises(ValueError, match=r"evaluation_images\.safetensors") as caught:
+        report([four], tmp_path / "page.html")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_what_does_not_compare_is_said_and_not_averaged(tmp_path):

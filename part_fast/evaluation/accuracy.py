@@ -183,7 +183,7 @@ def evaluate(
     record = {**settings, "results": results, "environment": environment()}
 
     def write() -> None:
-        record["images_sha256"] = {name: _hex(_checksum(images["labels"], images[name])) for name in results}
+        record["images_sha256"] = {name: images_sha256(images["labels"], images[name]) for name in results}
         if distributed.rank() == 0:
             with files.replacing(per_image) as temporary:
                 save_file(images, temporary)
@@ -243,7 +243,7 @@ def _read_results(
             right = images.get(name)
             if right is None or right.dtype != torch.bool or right.shape != labels.shape:
                 raise BadValueError(f"{per_image} is damaged: it must hold a bool for each image under {name!r}")
-            if _hex(_checksum(labels, right)) != checksums.get(name):
+            if images_sha256(labels, right) != checksums.get(name):
                 raise BadValueError(f"{per_image} and {summary.name} do not belong together: other images for {name!r}")
             seconds = row.get("seconds") if isinstance(row, dict) else None
             if type(seconds) not in (float, int) or row != {**accuracy(right), "seconds": seconds}:
@@ -272,8 +272,9 @@ def _checksum(*tensors: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(found.digest()), dtype=torch.uint8)
 
 
-def _hex(checksum: Tensor) -> str:
-    return bytes(checksum.tolist()).hex()
+def images_sha256(labels: Tensor, right: Tensor) -> str:
+    """What evaluation.json says of the labels and of which images were right, by which the two files are compared."""
+    return bytes(_checksum(labels, right).tolist()).hex()
 
 
 def _digest(settings: dict[str, Any], batch_size: int) -> str:

@@ -12,19 +12,16 @@ from torch import Tensor
 
 from part_fast import checks
 from part_fast.errors import BadValueError, MissingPackageError
+from part_fast.evaluation.accuracy import images_sha256
 from part_fast.evaluation.sweep import STEPS_OVER_EPS
 from part_fast.experiments.compare import difference, interval, load_student_t, mean_and_spread
 from part_fast.experiments.runs import Group, Run, differing_fields, find_runs, group_runs
 from part_fast.methods import METHODS
-from part_fast.optional import needs
+from part_fast.reading import read_tensors
 from part_fast.report.charts import Series, key, line_chart
 from part_fast.report.page import Chart, MaskGrid, Picture, Section, Table, mask_picture, picture, write_page
 from part_fast.training.mask_history import MaskHistory, pair_of
 from part_fast.training.run_folder import WEIGHTS
-
-with needs("safetensors", "train"):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
 # Over the columns of a mask grid, unless epochs are asked for; rows of it, so that many runs show fewer images.
 EPOCHS, ROWS = 7, 24
@@ -79,7 +76,7 @@ def report(
         checks.count("mask_epochs", epoch, 1)
     runs = find_runs(folders)
     groups = group_runs(runs)
-    page = _Page(groups, {run.folder: _before(run, runs) for run in runs})
+    page = _Page(groups, _starts(runs))
     sections = [
         page.results(),
         page.curves(),
@@ -96,9 +93,22 @@ def report(
     return {"warnings": page.warnings, "groups": [group.name for group in groups], "runs": len(runs)}
 
 
-def _before(run: Run, runs: Sequence[Run]) -> Run | None:
-    """The run that left the weights which `run` starts from, if it is on the page."""
-    return next((other for other in runs if other is not run and run.starts_from(other)), None)
+def _starts(runs: Sequence[Run]) -> dict[Path, Run | None]:
+    """For each run's folder the run on the page that left the weights which it starts from.
+
+    None where there is none, and where the way back comes to the run itself, as if one of two was trained anew.
+    """
+    before = {
+        run.folder: next((other for other in runs if other is not run and run.starts_from(other)), None) for run in runs
+    }
+    found = dict(before)
+    for folder in before:
+        way = [folder]
+        while (start := before[way[-1]]) is not None and start.folder not in way:
+            way.append(start.folder)
+        if start is not None and start.folder == folder:
+            found[folder] = None
+    return found
 
 
 def _summary(groups: Sequence[Group]) -> str:
@@ -131,18 +141,19 @@ class _Page:
             if run.evaluation is None and not self._leads_on(run):
                 self.warnings.append(f"{_folder(run)} is not evaluated: part-fast evaluate.")
             for what, record in (("evaluation", run.evaluation), ("sweep", run.sweep)):
-                if record is not None and record["sha256"] not in run.weights:
+                if record is not None and not run.holds(record):
                     self.warnings.append(
                         f"The {what} of {_folder(run)} is of other weights than the folder holds, and is left out."
                     )
-            if run.evaluation is not None:
+            if run.evaluation is not None and run.holds(run.evaluation):
                 self.warnings += [f"{_folder(run)}: {said}." for said in run.evaluation["warnings"]]
                 if run.evaluation["eps"] != run.config.eps:
                     self.warnings.append(
                         f"{_folder(run)} was trained with eps {_in_255(run.config.eps)} and evaluated with "
                         f"{_in_255(run.evaluation['eps'])}."
                     )
-            for curve in (run.sweep or {"curves": {}})["curves"].values():
+            swept = run.sweep["curves"] if run.sweep is not None and run.holds(run.sweep) else {}
+            for curve in swept.values():
                 self.warnings += [f"{_folder(run)}, sweep: {said}." for said in curve["warnings"]]
             if run.masks is not None and tuple(run.masks.eps.tolist()) != pair_of(run.config):
                 kept = " and ".join(_in_255(eps) for eps in run.masks.eps.tolist())
@@ -186,7 +197,7 @@ class _Page:
         for group in self.groups:
             for run in group.runs:
                 record = run.evaluation
-                if record is None or record["sha256"] not in run.weights:
+                if record is None or not run.holds(record):
                     continue
                 weights = run.weights[record["sha256"]]
                 settings = tuple(record[name] for name in ("dataset", "eps", "alpha", "n", "seed"))
@@ -203,10 +214,12 @@ class _Page:
             if row is base:
                 continue
             both = {run.config.seed: run for run in base.runs}
-            seeds = [run.config.seed for run in row.runs if run.config.seed in both]
             of = {run.config.seed: run for run in row.runs}
+            seeds = [seed for seed in of if seed in both]
             hits = [(_hits(both[seed]), _hits(of[seed])) for seed in seeds]
-            if row.settings[:-1] != base.settings[:-1] or not hits or not all(_paired(*pair) for pair in hits):
+            twice = len(both) < len(base.runs) or len(of) < len(row.runs)  # and nobody knows which of them is meant
+            alike = row.settings[:-1] == base.settings[:-1] and all(_paired(*pair) for pair in hits)
+            if twice or not alike or not hits:
                 unpaired.append(row.name)
                 continue
             shared = [a for a in attacks if all(a in one and a in other for one, other in hits)]
@@ -214,8 +227,8 @@ class _Page:
         says = []
         if unpaired:
             says.append(
-                f"Not compared with {base.name}, for want of the same seeds, the same settings or the file that says "
-                f"which images were right: {', '.join(unpaired)}."
+                f"Not compared with {base.name}, for want of the same seeds, each once, the same settings or the file "
+                f"that says which images were right: {', '.join(unpaired)}."
             )
         if not pairs:
             return [], says
@@ -365,7 +378,7 @@ class _Page:
         charts, settings = [], set()
         without = []
         for group in self.groups:
-            swept = [run for run in group.runs if run.sweep is not None and run.sweep["sha256"] in run.weights]
+            swept = [run for run in group.runs if run.sweep is not None and run.holds(run.sweep)]
             settings |= {tuple(run.sweep[name] for name in ("eps", "alpha", "n")) for run in swept if run.sweep}
             if not swept and not all(self._leads_on(run) for run in group.runs):
                 without.append(group.name)
@@ -410,7 +423,9 @@ class _Page:
             epochs = [_average(run, "seconds") for run in found]
             whole = [sum(row["seconds"] or 0 for row in run.rows) for run in found]
             tests = [
-                sum(row["seconds"] for row in run.evaluation["results"].values()) for run in found if run.evaluation
+                sum(row["seconds"] for row in run.evaluation["results"].values())
+                for run in found
+                if run.evaluation is not None and run.holds(run.evaluation)
             ]
             columns = [(speeds, ".0f"), (epochs, ".1f"), (whole, ".1f"), (tests, ".1f")]
             cells.append((group.name, *(_mean(values, len(group.runs), how) or "-" for values, how in columns)))
@@ -433,7 +448,11 @@ class _Page:
         if any(run.config.init for group in self.groups for run in group.runs):
             starts = [_unique(_plain(run.config.init) for run in group.runs) for group in self.groups]
             own.append(("init", *map(_listed, starts)))
-        rows = [(name, *(_written(name, getattr(config, name)) for config in configs)) for name in different]
+        of_runs = [[run.config for run in group.runs] for group in self.groups]
+        rows = [
+            (name, *(_listed(_unique(_written(name, getattr(config, name)) for config in group)) for group in of_runs))
+            for name in different
+        ]
         same = [(name, _written(name, getattr(configs[0], name))) for name in names if name not in different]
         same = [row for row in same if row[0] not in ("seed", "init", "root", "download", "device")]
         header = ("", *(group.name for group in self.groups))
@@ -529,11 +548,21 @@ def _look(record: Mapping[str, Any]) -> list[str]:
 
 
 def _hits(run: Run) -> dict[str, Tensor]:
-    """Whether each test image was right, by attack, and the labels; nothing where the file is missing or damaged."""
-    try:
-        return load_file(run.folder / "evaluation_images.safetensors")
-    except (OSError, SafetensorError):
+    """Whether each test image was right, by attack, and the labels; nothing where there is no such file.
+
+    Errors: ValueError that names the file where it cannot be read, or is not of the run's evaluation.
+    """
+    path = run.folder / "evaluation_images.safetensors"
+    if not path.is_file() or run.evaluation is None:
         return {}
+    found = read_tensors(path)
+    checksums = run.evaluation.get("images_sha256", {})  # which evaluations of before lack
+    for name, row in run.evaluation["results"].items():
+        right, labels = found.get(name, torch.empty(0)), found.get("labels", torch.empty(0))
+        same = right.dtype == torch.bool and (int(right.sum()), len(right)) == (row["correct"], row["n"])
+        if not same or (name in checksums and images_sha256(labels, right) != checksums[name]):
+            raise BadValueError(f"{path} and evaluation.json do not belong together: other images for {name!r}")
+    return found
 
 
 def _paired(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

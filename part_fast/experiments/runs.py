@@ -22,7 +22,7 @@ from part_fast.evaluation.sweep import SWEEP, read_sweep
 from part_fast.methods import METHODS
 from part_fast.reading import check_numbers, check_share, check_texts, missing_or_wrong, read_json
 from part_fast.training.mask_history import MaskHistory, read_masks
-from part_fast.training.run_folder import AVERAGED, WEIGHTS
+from part_fast.training.run_folder import AVERAGED, BEST, WEIGHTS
 
 # Fields in which the runs of a group may differ: they change nothing in what is trained but the random numbers.
 OF_A_RUN = ("seed", "root", "download", "device", "init")
@@ -68,6 +68,10 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether an evaluation or a sweep is of weights that are in the folder."""
+        return record["sha256"] in self.weights
 
     def starts_from(self, other: Run) -> bool:
         """Whether this run began with the weights that `other` left in its folder, or in one moved together."""
@@ -115,7 +119,7 @@ def read_run(folder: Path) -> Run:
     """The run in `folder`. Errors: FileNotFoundError if there is none; ValueError for a file that cannot be read."""
     config = read_config(folder)
     config.check()
-    weights = [folder / name for name in (WEIGHTS, AVERAGED) if (folder / name).is_file()]
+    weights = [folder / name for name in (WEIGHTS, AVERAGED, BEST) if (folder / name).is_file()]
     return Run(
         folder,
         config,
@@ -136,14 +140,15 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     """
     together: dict[str, list[Run]] = {}
     for run in runs:
-        together.setdefault(_identity(run.config), []).append(run)
+        together.setdefault(json.dumps(_trained(run.config), sort_keys=True), []).append(run)
     members = [sorted(group, key=lambda run: (run.config.seed, str(run.folder))) for group in together.values()]
     names = [_stem(group) or group[0].config.method for group in members]
     if len(set(names)) < len(names):
         names = [f"{group[0].folder.parent.name}/{name}" for group, name in zip(members, names, strict=True)]
     if len(set(names)) < len(names):
-        different = differing_fields([group[0].config for group in members])
-        said = [", ".join(f"{key} {getattr(group[0].config, key)}" for key in different) for group in members]
+        trained = [_trained(group[0].config) for group in members]
+        different = [key for key in trained[0] if len({str(values[key]) for values in trained}) > 1]
+        said = [", ".join(f"{key} {values[key]}" for key in different) for values in trained]
         names = [f"{name} ({what})" for name, what in zip(names, said, strict=True)]
     return [Group(name, group) for name, group in zip(names, members, strict=True)]
 
@@ -154,11 +159,14 @@ def differing_fields(configs: Sequence[TrainConfig]) -> list[str]:
     return [name for name in names if len({str(getattr(config, name)) for config in configs}) > 1]
 
 
-def _identity(config: TrainConfig) -> str:
+def _trained(config: TrainConfig) -> dict[str, Any]:
+    """What makes two runs the same but for their seed.
+
+    Each seed of a study has files of its own, whose names have the seed in them: a warm-up, a learned rule.
+    """
     values = {key: value for key, value in config.to_json().items() if key not in OF_A_RUN}
-    # Each seed of a study has a warm-up of its own, whose folder has the seed in its name.
-    values["init"] = None if config.init is None else re.sub(rf"seed{config.seed}\b", "seed", config.init)
-    return json.dumps(values, sort_keys=True)
+    files = {"rule": config.rule, "init": config.init or "random weights"}
+    return values | {key: re.sub(rf"seed{config.seed}\b", "seed", file) for key, file in files.items()}
 
 
 def _stem(runs: Sequence[Run]) -> str | None:
