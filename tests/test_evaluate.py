@@ -18,6 +18,7 @@ from part_fast.attacks.pgd import pgd
 from part_fast.config import TrainConfig
 from part_fast.data.catalogue import load
 from part_fast.data.memory import to_float
+from part_fast.evaluation import accuracy as accuracy_module
 from part_fast.evaluation import trained
 from part_fast.evaluation.accuracy import AttackSettings, accuracy, evaluate, is_correct
 from part_fast.evaluation.masks import adversarial, masks
@@ -319,6 +320,30 @@ def test_mask_grid_repeats_and_follows_the_rule(run, tmp_path):
     assert (tmp_path / "4.png").read_bytes() != (tmp_path / "5.png").read_bytes()
 
 
+def test_masks_of_a_released_run_are_by_its_rule_or_by_the_one_that_is_asked_for(run, tmp_path):
+    files.write_json(run / "config.json", dataclasses.replace(CONFIG, released=True).to_json())
+    own = masks(run, tmp_path / "own.png", n=4)
+    asked = masks(run, tmp_path / "asked.png", n=4, rule="released")
+    assert own["rule"] == "released"
+    assert own["images"] == asked["images"]
+    other = masks(run, tmp_path / "other.png", n=4, rule="quantile:0.25")
+    for row in other["images"]:  # of 32 x 32 pixels; those that equal the quantile keep eps too
+        assert 0.25 <= row["share_of_full_eps"] < 0.3
+
+
+def test_another_data_set_is_not_looked_for_where_the_run_found_its_own(run, monkeypatch):
+    roots = []
+    monkeypatch.setattr(
+        trained, "load", lambda name, split, root, download: roots.append(root) or CACHED("demo", split)
+    )
+    files.write_json(run / "config.json", dataclasses.replace(CONFIG, root="/of/the/run").to_json())
+    load_trained(run, 1)
+    load_trained(run, 1, dataset="demo")
+    load_trained(run, 1, dataset="cifar10")
+    load_trained(run, 1, dataset="cifar10", root="/asked/for")
+    assert roots == ["/of/the/run", "/of/the/run", None, "/asked/for"]
+
+
 def test_masks_of_a_plain_method_whose_eps_is_below_eps_low(run, tmp_path):
     config = dataclasses.replace(CONFIG, method="at", eps=4 / 255)
     files.write_json(run / "config.json", config.to_json())
@@ -420,6 +445,45 @@ def test_warnings_and_sanity_are_in_the_record(run):
     assert record["warnings"] == json.loads((run / "evaluation.json").read_text())["warnings"]
     assert record["sanity"]["n"] == 10
     assert 0 <= record["sanity"]["pgd100"] <= 1
+
+
+def test_a_sanity_check_outlives_other_evaluations_of_the_folder(run, monkeypatch):
+    monkeypatch.setattr(accuracy_module, "gradient_flags", lambda *of: (["corners beat PGD"], {"n": 10}))
+    evaluate(run, ("natural",), sanity_images=10)
+    for again in ({"attacks": ("pgd5",)}, {"attacks": ("natural",), "resume": True}):
+        record = evaluate(run, **again)
+        assert record["sanity"] == {"n": 10, "warnings": ["corners beat PGD"]}
+        assert record["warnings"] == json.loads((run / "evaluation.json").read_text())["warnings"]
+        assert record["warnings"][-1] == "corners beat PGD"
+    path = run / "evaluation.json"
+    before = json.loads(path.read_text())
+    del before["sanity"]["warnings"]  # as files of before have them
+    path.write_text(json.dumps(before))
+    assert "corners beat PGD" in evaluate(run, ("natural",), resume=True)["warnings"]
+    path.write_text(json.dumps({**before, "warnings": 3}))
+    with pytest.raises(ValueError, match="is damaged: its sanity check has no warnings"):
+        evaluate(run, ("natural",), resume=True)
+    monkeypatch.setattr(accuracy_module, "gradient_flags", lambda *of: ([], {"n": 5}))
+    record = evaluate(run, ("natural",), sanity_images=5, overwrite=True)
+    assert (record["sanity"], record["warnings"]) == ({"n": 5, "warnings": []}, [])
+
+
+def test_seconds_of_a_stopped_attack_are_those_of_all_its_pieces(run, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(accuracy_module.time, "perf_counter", lambda: now[0])
+
+    def attack(model, x, y, eps, seed):
+        if now[0] == 200:
+            now[0] += 1
+            raise KeyboardInterrupt
+        now[0] += 100
+        return x
+
+    monkeypatch.setattr(catalogue, "autoattack", attack)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, ("aa",), batch_size=10)
+    now[0] += 10_000  # nobody counts what passes in between
+    assert evaluate(run, ("aa",), batch_size=10)["results"]["aa"]["seconds"] == 300.0
 
 
 def test_adversarial_images_of_several_networks_have_one_eps(run, tmp_path, monkeypatch):

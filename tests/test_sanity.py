@@ -26,6 +26,33 @@ def test_order():
     assert order_flags({"natural": many, "pgd20": few, "aa": right(*range(61))}) == []  # one image is noise
 
 
+@pytest.mark.parametrize(
+    ("weak", "strong", "ordered"),
+    [
+        ("natural", "n-fgsm", True),
+        ("pgd5", "pgd20", True),
+        ("pgd20", "pgd100", True),
+        ("fgsm", "pgd20", True),
+        ("fgsm-rs", "mma", True),
+        ("mma", "aa", True),
+        ("fgsm", "aa", True),
+        ("fgsm", "pgd2", False),  # two steps of alpha need not reach eps
+        ("n-fgsm", "pgd20", False),  # which stays within eps
+        ("n-fgsm", "aa", False),
+        ("mma", "pgd20", False),
+        ("pgd20", "mma", False),
+    ],
+)
+def test_which_attack_is_stronger(weak, strong, ordered):
+    few, many = right(*range(60)), right(*range(120))
+    assert order_flags({weak: many, strong: few}) == []
+    flags = order_flags({weak: few, strong: many})
+    assert flags == (
+        [f"{strong} is above {weak}: by 30.00 points, twice the standard error is 6.48"] if ordered else []
+    )
+    assert order_flags({strong: many, weak: few}) == flags
+
+
 def flags_of(model, eps=0.02):
     y = model(X).argmax(1).detach()
     return gradient_flags(model.eval(), X, y, eps, eps / 4, torch.Generator().manual_seed(0))

@@ -23,10 +23,10 @@ from part_fast.attacks.catalogue import ATTACKS, attack_of_evaluation, known_att
 from part_fast.config import find_device
 from part_fast.data.memory import Dataset, to_float
 from part_fast.errors import BadValueError, UsageError
-from part_fast.evaluation import sanity
+from part_fast.evaluation.sanity import gradient_flags, order_flags
 from part_fast.evaluation.trained import load_trained
 from part_fast.optional import needs
-from part_fast.reading import read_json, read_tensors
+from part_fast.reading import check_texts, read_json, read_tensors
 from part_fast.report import files
 from part_fast.report.environment import environment
 
@@ -79,10 +79,11 @@ def is_correct(
     attack, steps = attack_of_evaluation(name)
     generator = torch.Generator().manual_seed(settings.seed)
     is_correct, done = torch.zeros(len(data), dtype=torch.bool), 0
-    if keep is not None and distributed.size() > 1:
-        keep = keep.with_name(f"{keep.stem}_{distributed.rank()}of{distributed.size()}{keep.suffix}")
+    begin = time.perf_counter()
+    keep = None if keep is None else _own_part(keep)
     if keep is not None and keep.exists():
-        is_correct, done = _read_kept(keep, len(data))
+        is_correct, done, seconds = _read_kept(keep, len(data))
+        begin -= seconds
     attacked = AttackModel(model) if attack.reads_model else model  # the same gradients in less time
     with tqdm(total=len(data), desc=name, unit="img", disable=None if progress else True, leave=False) as bar:
         for place, batch in enumerate(data.batches(batch_size)):
@@ -99,8 +100,9 @@ def is_correct(
             bar.update(len(x))
             if keep is not None:
                 state = {"right": is_correct, "done": batch.indices[-1:].cpu() + 1}
+                taken = torch.tensor([time.perf_counter() - begin])
                 with files.replacing(keep) as temporary:
-                    save_file(state | {"sha256": _checksum(*state.values())}, temporary)
+                    save_file(state | {"sha256": _checksum(*state.values()), "seconds": taken}, temporary)
     return distributed.sum_(is_correct.to(torch.uint8).to(data.images.device)).bool().cpu()
 
 
@@ -176,13 +178,17 @@ def evaluate(
     }
     results: dict[str, Any] = {}
     images = {"labels": data.labels.cpu()}
+    record = {**settings, "results": results, "environment": environment()}
+    masking: list[str] = []  # the warnings of the sanity check
     if summary.exists() and not overwrite:
-        earlier, earlier_images = _read_results(summary, per_image, settings, images["labels"])
+        earlier, earlier_images, looked = _read_results(summary, per_image, settings, images["labels"])
         results |= earlier
         images |= earlier_images
-    record = {**settings, "results": results, "environment": environment()}
+        if looked is not None:
+            record["sanity"], masking = looked, looked["warnings"]
 
     def write() -> None:
+        record["warnings"] = [*order_flags({name: images[name] for name in results}), *masking]
         record["images_sha256"] = {name: images_sha256(images["labels"], images[name]) for name in results}
         if distributed.rank() == 0:
             with files.replacing(per_image) as temporary:
@@ -194,21 +200,19 @@ def evaluate(
     for name in attacks:
         if resume and name in results:
             continue
-        begin = time.perf_counter()
         resumes = attack_of_evaluation(name)[0].resumes
         keep = out / f"evaluation_{name}_{_digest(settings, batch_size)}.safetensors" if resumes else None
+        begin = time.perf_counter()
+        if keep is not None and _own_part(keep).exists():
+            begin -= _read_kept(_own_part(keep), len(data))[2]
         images[name] = is_correct(net, data, name, attack, batch_size, progress=True, keep=keep)
         results[name] = {**accuracy(images[name]), "seconds": round(time.perf_counter() - begin, 3)}
-        record["warnings"] = sanity.order_flags({name: images[name] for name in results})
         write()
-    record["warnings"] = sanity.order_flags({name: images[name] for name in results})
     if sanity_images:
         few = data.subset(min(sanity_images, len(data)))
         generator = torch.Generator().manual_seed(seed)
-        flags, record["sanity"] = sanity.gradient_flags(
-            net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator
-        )
-        record["warnings"] += flags
+        masking, figures = gradient_flags(net, to_float(few.images), few.labels, attack.eps, attack.alpha, generator)
+        record["sanity"] = {**figures, "warnings": masking}
     write()
     if distributed.rank() == 0:
         for stale in itertools.chain.from_iterable(out.glob(f"evaluation_{name}_*") for name in results):
@@ -220,8 +224,9 @@ def evaluate(
 
 def _read_results(
     summary: Path, per_image: Path, settings: dict[str, Any], labels: Tensor
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The results of an evaluation with the same settings, and its images by attack; both files agree.
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """The results of an evaluation with the same settings, its images by attack, and its sanity check, if it has one;
+    both files agree.
 
     Errors: ValueError, FileNotFoundError that names the file and what to do.
     """
@@ -248,20 +253,43 @@ def _read_results(
             seconds = row.get("seconds") if isinstance(row, dict) else None
             if type(seconds) not in (float, int) or row != {**accuracy(right), "seconds": seconds}:
                 raise BadValueError(f"{summary} is damaged: its result for {name!r} is not that of {per_image.name}")
+        images = {name: images[name] for name in results}
+        looked = before.get("sanity")
+        if looked is not None:
+            try:
+                # Files of before have all warnings in one list.
+                looked = {
+                    "warnings": [said for said in before["warnings"] if said not in order_flags(images)],
+                    **looked,
+                }
+                check_texts(looked["warnings"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise BadValueError(f"{summary} is damaged: its sanity check has no warnings") from error
     except UsageError as error:
         named = str(error) if str(summary.parent) in str(error) else f"{summary}: {error}"
         raise BadValueError(f"{named}: {remedy}") from error
-    return results, {name: images[name] for name in results}
+    return results, images, looked
 
 
-def _read_kept(keep: Path, n: int) -> tuple[Tensor, int]:
-    """What an attack that was stopped has done: bool (n,), and how many images. Errors: ValueError if damaged."""
+def _own_part(keep: Path) -> Path:
+    """The file of this process, of several."""
+    rank, size = distributed.rank(), distributed.size()
+    return keep if size == 1 else keep.with_name(f"{keep.stem}_{rank}of{size}{keep.suffix}")
+
+
+def _read_kept(keep: Path, n: int) -> tuple[Tensor, int, float]:
+    """What an attack that was stopped has done: bool (n,), how many images, and in how many seconds.
+
+    Errors: ValueError if damaged.
+    """
     state = read_tensors(keep)
+    seconds = state.get("seconds", torch.zeros(1))  # which files of before lack
     right, done, checksum = (state.get(name, torch.empty(0)) for name in ("right", "done", "sha256"))
     whole = right.dtype == torch.bool and right.shape == (n,) and done.dtype == torch.int64 and done.numel() == 1
+    whole = whole and seconds.numel() == 1 and bool(seconds.isfinite()) and float(seconds) >= 0
     if not whole or not torch.equal(checksum, _checksum(right, done)) or not 0 <= int(done) <= n:
         raise BadValueError(f"{keep} is damaged: remove it, and the attack begins anew")
-    return right, int(done)
+    return right, int(done), float(seconds)
 
 
 def _checksum(*tensors: Tensor) -> Tensor:

@@ -59,9 +59,9 @@ def masks(
     net, config, data, path = load_trained(
         where, n, dataset=dataset, model=model, weights=weights, root=root, download=download, device=device
     )
-    rules = [config.rule] if rule is None else [name.strip() for name in rule.split(",")]
-    for name in rules:
-        dataclasses.replace(config, rule=name).check()
+    rules = [config.mask_rule] if rule is None else [name.strip() for name in rule.split(",")]
+    for name in rules:  # of which a released run takes its own alone
+        dataclasses.replace(config, rule=name, released=False).check()
     # The run of a plain method does not use eps_low, which may then lie above its eps.
     config = dataclasses.replace(config, rule=rules[0], eps_low=min(config.eps, config.eps_low))
     x, y = to_float(data.images), data.labels

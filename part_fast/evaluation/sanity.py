@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from part_fast.attacks.ascend import clean_logits
+from part_fast.attacks.catalogue import attack_of_evaluation
 from part_fast.attacks.objectives import cross_entropy, margin
 from part_fast.attacks.pgd import pgd
 from part_fast.eval_mode import eval_mode
@@ -24,16 +25,29 @@ def order_flags(is_correct: Mapping[str, Tensor]) -> list[str]:
     """Warnings, with their evidence, about accuracies in an order that no sound attack gives.
 
     is_correct: by attack, whether each image was right, bool (N,), the same images for all. Warned about: an attack
-    above natural accuracy, or AutoAttack above PGD-20, by more than twice the standard error of their difference.
+    above a weaker one (`_is_stronger`) by more than twice the standard error of their difference.
     """
-    flags = []
-    pairs = [("natural", name) for name in is_correct if name != "natural"] + [("pgd20", "aa")]
-    for weak, strong in pairs:
-        if not {weak, strong} <= set(is_correct):
-            continue
-        if (more := excess(is_correct[strong], is_correct[weak])) is not None:
-            flags.append(f"{strong} is above {weak}: {more}")
-    return flags
+    pairs = [(weak, strong) for weak in is_correct for strong in is_correct if _is_stronger(strong, weak)]
+    return [
+        f"{strong} is above {weak}: {more}"
+        for weak, strong in pairs
+        if (more := excess(is_correct[strong], is_correct[weak])) is not None
+    ]
+
+
+def _is_stronger(strong: str, weak: str) -> bool:
+    """Whether an attack fools a network that does not mislead it wherever another one, or none, does.
+
+    Any attack beside none; AutoAttack beside any within eps; more steps of the same; 20 steps beside one.
+    """
+    if strong == weak or strong == "natural":
+        return False
+    if weak == "natural":
+        return True
+    (attack, steps), (other, fewer) = map(attack_of_evaluation, (strong, weak))
+    if other.reach > 1 or weak == "aa":  # further than eps; as strong as any
+        return False
+    return strong == "aa" or (steps > fewer if attack is other else steps >= 20 and fewer == 1)
 
 
 def gradient_flags(

@@ -24,7 +24,10 @@ from part_fast.models.weights_file import read_about
 # The weights that a run leaves, by the names that commands take, and what makes it leave them.
 WEIGHTS = {
     "last": ("model.safetensors", "no epoch of it is finished"),
-    "best": ("best.safetensors", "train --validation N keeps the weights that are best on N images held out"),
+    "best": (
+        "best.safetensors",
+        "train --validation N keeps the weights that are best on N images held out, from the first test on",
+    ),
     "averaged": ("averaged.safetensors", "train --average ema:DECAY or swa:EPOCH averages weights"),
 }
 
@@ -67,10 +70,10 @@ def load_trained(
         raise BadValueError(f"{where} is a checkpoint alone, not a run folder: name --dataset and --model")
     if model is None:
         refuse_own_code(config.model, path.parent / "config.json")
+    recorded = config.root if root is None and dataset in (None, config.dataset) else None
     config = dataclasses.replace(config, dataset=dataset or config.dataset, model=model or config.model)
-    recorded = config.root if root is None else None
     # Not what the run says of downloads: the file may be another's, and nobody has asked for one here.
-    config = dataclasses.replace(config, root=root or config.root, download=download)
+    config = dataclasses.replace(config, root=root or recorded, download=download)
     config.check()
     place = find_device(device)
     try:
