@@ -61,15 +61,20 @@ class Train:
     """Minutes between two states within an epoch, from which --resume goes on; each end of an epoch leaves one too."""
 
     def run(self) -> None:
+        from part_fast.training.checkpoint import STATE
         from part_fast.training.loop import train
 
+        before = _stamp(self.out / STATE)
         how = {name: getattr(self, name) for name in ("resume", "overwrite", "tensorboard", "save_every")}
         try:
             train(self.config, self.out, **how)
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+            # A state of before, which --overwrite had not replaced yet, is another run's.
+            begun = self.resume or _stamp(self.out / STATE) != before
+            again = f" --model {self.config.model}" if is_own_code(self.config.model) else ""
+            said = f"go on with: part-fast train --out {self.out} --resume{again}" if begun else "no run was begun"
             if distributed.rank() == 0:
-                again = f" --model {self.config.model}" if is_own_code(self.config.model) else ""
-                print(f"stopped; go on with: part-fast train --out {self.out} --resume{again}", file=sys.stderr)
+                print(f"stopped; {said}", file=sys.stderr)
             raise
         print(f"run folder: {self.out}")
 
@@ -625,6 +630,11 @@ def _spelled_out(kind: type[Command], arguments: list[str]) -> list[str]:
     return found
 
 
+def _stamp(path: Path) -> int | None:
+    """When a file was written; None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -727,12 +737,14 @@ def _starting_config(arguments: list[str]) -> TrainConfig:
 
 
 def _flag(arguments: list[str], name: str) -> str | None:
+    """The value of a flag: of several the last one, as in parsing."""
+    found = None
     for i, argument in enumerate(arguments):
         if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
+            found = argument.partition("=")[2]
         if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None
+            found = arguments[i + 1]
+    return found
 
 
 def _one_line(box: str, command: str) -> str:

@@ -233,13 +233,18 @@ class TrainConfig:
             raise BadValueError(f"average must begin within the epochs, {self.epochs}, got {self.average!r}")
 
     def on(self, device: torch.device, like: TrainConfig | None = None) -> TrainConfig:
-        """This configuration with what is "auto" chosen: as in the run `like`, else for `device`, an existing one."""
+        """This configuration with what is "auto" chosen: as in the run `like`, else for `device`, an existing one.
+
+        Graphs are how a run computes, not what: one that has them goes on without on a device that has none.
+        """
         precision, cuda_graph = self.precision, self.cuda_graph
         if precision == "auto":
             fast = "bf16" if device.type == "cuda" and _multiplies_bf16(device) else "fp32"
             precision = fast if like is None else like.precision
         if cuda_graph == "auto":
-            cuda_graph = device.type == "cuda" if like is None else like.cuda_graph
+            cuda_graph = device.type == "cuda"
+        elif like is not None and like.cuda_graph and device.type != "cuda":
+            cuda_graph = False
         return dataclasses.replace(self, precision=precision, cuda_graph=cuda_graph)
 
     @property

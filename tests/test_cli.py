@@ -294,6 +294,26 @@ def test_interruption_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_interruption_before_a_run_begins_does_not_say_how_to_go_on(flags, capsys, tmp_path, monkeypatch):
+    def stop(*arguments, **named):
+        raise KeyboardInterrupt
+
+    if flags:
+        assert main(["train", "--out", str(tmp_path / "run"), *TINY]) == 0
+        capsys.readouterr()
+    monkeypatch.setattr(loop, "load", stop)
+    assert main(["train", "--out", str(tmp_path / "run"), *TINY, *flags]) == 130
+    assert capsys.readouterr().err == "stopped; no run was begun\n"
+
+
+def test_of_a_flag_that_is_given_twice_the_last_one_counts(tmp_path):
+    parsed = cli._parse(
+        "train", ["--out", "x", "--preset", "demo", "--preset", "cifar10-resnet18", "--lr", "1", "--lr=2"]
+    )
+    assert parsed.config == dataclasses.replace(PRESETS["cifar10-resnet18"], lr=2.0)
+
+
 def test_our_own_mistakes_keep_their_traceback(monkeypatch, tmp_path):
     def broken(*arguments, **how):
         return torch.zeros(2) + torch.zeros(3)

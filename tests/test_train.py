@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 
@@ -124,6 +125,61 @@ def test_tests_every_few_epochs_and_after_the_last_change_nothing_else(tmp_path)
     tested = [row for row in seldom if row["epoch"] in (2, 4, 5)]
     best = max(tested, key=lambda row: max(row[name] for name in ON_VALIDATION))  # of equals the first
     assert read_about(tmp_path / "seldom" / "best.safetensors")["epoch"] == best["epoch"]
+
+
+def test_a_run_that_is_cut_short_is_tested_at_its_end(tmp_path):
+    config = tiny(method="at", epochs=5, warmup_epochs=0, test_every=5, validation=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Checkpoints, "save", _stopping_after(2, loop.Checkpoints.save))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run", log=lambda line: None)
+    with pytest.raises(FileNotFoundError, match="held out, from the first test on"):
+        load_trained(tmp_path / "run", weights="best")
+    rows = train(dataclasses.replace(config, epochs=2), tmp_path / "run", resume=True, log=lambda line: None)
+    assert [row["test_natural"] is None for row in rows] == [True, False]
+    assert [row["test_natural"] for row in read_rows(tmp_path / "run" / "metrics.csv")][1] == rows[1]["test_natural"]
+    whole = train(dataclasses.replace(config, epochs=2), tmp_path / "whole", log=lambda line: None)
+    times = {"seconds": 0, "images_per_second": 0}
+    assert [{**row, **times} for row in rows] == [{**row, **times} for row in whole]
+    assert read_about(tmp_path / "run" / "best.safetensors")["epoch"] == 2
+    again = train(dataclasses.replace(config, epochs=2), tmp_path / "run", resume=True, log=lambda line: None)
+    assert again == rows
+
+
+def _stopping_after(epochs, save):
+    def stop(self, epoch):
+        save(self, epoch)
+        if epoch.number == epochs:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_seconds_of_an_epoch_end_when_its_device_is_done(tmp_path, monkeypatch):
+    waits = loop.refuse_bad_loss
+
+    def wait(*arguments):  # for what is queued, as on a GPU
+        time.sleep(0.25)
+        waits(*arguments)
+
+    monkeypatch.setattr(loop, "refuse_bad_loss", wait)
+    monkeypatch.setattr(loop, "LOOK_EVERY", 1000)
+    rows = train(tiny(batch_size=64), tmp_path / "run", log=lambda line: None)  # one batch an epoch, two looks
+    assert all(row["seconds"] > 0.5 for row in rows)
+
+
+def test_a_run_with_cuda_graphs_goes_on_on_a_cpu_without_them(tmp_path):
+    config = tiny(method="at", epochs=1, warmup_epochs=0)
+    train(config, tmp_path / "run", log=lambda line: None)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cuda_graph": True}))
+    state = torch.load(tmp_path / "run" / STATE, weights_only=True)
+    state["config"]["cuda_graph"] = True
+    torch.save(state, tmp_path / "run" / STATE)
+    begun = dataclasses.replace(read_config(tmp_path / "run"), epochs=2, device="cpu")
+    assert begun.cuda_graph
+    assert len(train(begun, tmp_path / "run", resume=True, log=lambda line: None)) == 2
+    assert read_config(tmp_path / "run").cuda_graph is False
 
 
 def test_what_watches_for_overfitting_looks_in_tests_alone(tmp_path):

@@ -145,6 +145,10 @@ def train(
             checkpoints.note(epoch)
             say(_where_it_goes_on(out, config, rows, epoch))
             _warn_of_another_rate(config, state["config"]["epochs"], epoch, say)
+            if len(rows) == config.epochs and rows[-1]["test_natural"] is None:  # it was not to be the last one then
+                with stop.at_once(), same_rng(device):
+                    rows[-1] |= accuracies(engine, tested, len(rows) - 1)[0]
+                checkpoints.save(epoch)
             if main:
                 if state["file"] == PREVIOUS:
                     promote_previous(out)
@@ -186,10 +190,12 @@ def train(
                     checkpoints.save(epoch)
                 if asked > SAVE:
                     stop.leave(asked)
-            if not epoch.ended:
+            trained_here, epoch.ended = not epoch.ended, True
+            if trained_here:
                 engine.end_epoch(epoch.number)
-                epoch.ended = True
             refuse_bad_loss(epoch, order, config, checkpoints.last)
+            if trained_here:  # after a GPU was waited for
+                epoch.seconds = time.perf_counter() - began
             refuse_bad_weights(engine, epoch.number, checkpoints.last)
             images = len(order) * distributed.size()
             if is_tested(config, epoch.number):

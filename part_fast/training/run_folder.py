@@ -54,7 +54,7 @@ DERIVED = (
 
 # Fields in which a resumed run may differ: it may be longer, may go on on another machine, and after it diverged. What
 # the file of extra images holds is compared by its checksums.
-MAY_CHANGE = ("epochs", "device", "root", "download", "extra", "on_nonfinite")
+MAY_CHANGE = ("epochs", "device", "cuda_graph", "root", "download", "extra", "on_nonfinite")
 
 
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
