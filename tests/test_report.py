@@ -24,6 +24,7 @@ from part_fast.experiments.demo import demo
 from part_fast.report import figures, files
 from part_fast.report.environment import environment, environment_text
 from part_fast.training import loop
+from part_fast.training.run_folder import locked
 
 
 def picture(path):
@@ -194,6 +195,9 @@ def test_demo_in_miniature(tmp_path, monkeypatch):
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="already holds a demo"):
         demo(out, config=config)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    with locked(out / "warmup"), pytest.raises(RuntimeError, match="is being written to by another run"):
+        demo(out, config=config, overwrite=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     again = demo(out, config=config, seeds=(0,), overwrite=True, log=said.append)
     assert again["runs"][0]["natural"] == record["runs"][0]["natural"]

@@ -1,5 +1,6 @@
 """reproduce: every row of the poster is planned, its command is its configuration, runs are continued and compared."""
 
+import dataclasses
 import json
 import shlex
 
@@ -9,6 +10,7 @@ from part_fast import cli
 from part_fast.config import preset
 from part_fast.experiments import reproduce as module
 from part_fast.experiments.reproduce import POSTER, plan, reproduce
+from part_fast.training.checkpoint import STATE
 
 
 @pytest.mark.parametrize("table", POSTER)
@@ -48,20 +50,27 @@ def test_poster_sums():
 def test_command_is_the_configuration(scale, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("part_fast.training.loop.train", lambda config, out, **flags: seen.append((config, out)))
+    out = tmp_path / "a folder"
     for row in plan("svhn", 2, scale):
-        words = shlex.split(row.command(tmp_path))
-        assert words[0] == "part-fast"
-        assert cli.main(words[1:]) == 0
-        assert seen.pop() == (row.config, tmp_path / row.folder)
+        for changes in (
+            {},
+            {"download": True, "root": "/my data", "lr_drops": (1, 2)},
+            {"augment": not row.config.augment},
+        ):
+            changed = dataclasses.replace(row, config=dataclasses.replace(row.config, **changes))
+            words = shlex.split(changed.command(out))
+            assert words[0] == "part-fast"
+            assert cli.main(words[1:]) == 0
+            assert seen.pop() == (changed.config, out / row.folder)
 
 
 def test_small_runs_are_trained_resumed_and_compared(tmp_path, monkeypatch, capsys):
     done = []
 
-    def train(config, out, *, resume):
-        done.append((out.name, resume))
+    def train(config, out, *, resume, overwrite):
+        done.append((out.name, resume, overwrite))
         out.mkdir(exist_ok=True)
-        (out / module.STATE).touch()
+        (out / STATE).touch()
         return [{"seconds": 1.5}, {"seconds": 2.5}]
 
     monkeypatch.setattr(module, "train", train)
@@ -76,10 +85,12 @@ def test_small_runs_are_trained_resumed_and_compared(tmp_path, monkeypatch, caps
         },
     )
     (tmp_path / "at-seed0").mkdir()
-    (tmp_path / "at-seed0" / module.STATE).touch()
+    (tmp_path / "at-seed0" / STATE).touch()
+    (tmp_path / "at-seed1").mkdir()
+    (tmp_path / "at-seed1" / "model.safetensors").touch()  # somebody removed the state: nothing is overwritten
     records = reproduce("cifar10", tmp_path, seeds=2, scale="small", attacks=("natural", "pgd20"))
-    assert done[0] == ("at-seed0", True)
-    assert not any(resume for _, resume in done[1:])
+    assert done[:2] == [("at-seed0", True, False), ("at-seed1", False, False)]
+    assert all(how == [False, True] for _, *how in done[2:])
     assert len(done) == 18
     assert records[0]["natural"] == pytest.approx(80.5)
     assert records[0]["natural_spread"] == pytest.approx(0.5**0.5)

@@ -3,13 +3,14 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import TINY_RUN
 
 from part_fast.experiments import speedrun as speedruns
-from part_fast.experiments.arms import MEASURES, PLACES, Result, how_tested, read_results
+from part_fast.experiments.arms import MEASURES, PLACES, Result, how_tested, read_results, slug
 from part_fast.experiments.speedrun import SCALES, Scale, seconds_to_goal, speedrun
 from part_fast.experiments.step_cost import Cost
 
@@ -120,6 +121,12 @@ def test_speedrun(tmp_path, monkeypatch):
     accuracies = [one["results"]["pgd20"]["accuracy"] for one in last]
     assert plain["pgd20"]["mean"] == pytest.approx(sum(accuracies) / 2)
     assert kernels["seconds_to_goal"] == pytest.approx(1.5 * whole["seconds_to_goal"])
+
+    # Weights that are gone, and whose own accuracy is not known.
+    shutil.copytree(tmp_path / "results", tmp_path / "lost" / "results")
+    (tmp_path / "lost" / "results" / f"{slug(speedruns.OWN)}-seed1.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"^there is no run folder at .*speedrun-seed1, whose own weights"):
+        speedrun(tmp_path / "lost", parts=True, autoattack=False, scales=scales)
 
     # A goal that nobody meets, from the results that are there.
     (tmp_path / "small").mkdir()

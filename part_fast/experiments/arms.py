@@ -27,9 +27,8 @@ from part_fast.experiments.compare import interval, is_correct, mean_and_spread,
 from part_fast.reading import missing_or_wrong, read_json
 from part_fast.report import files
 from part_fast.report.environment import environment
-from part_fast.training.checkpoint import STATE
 from part_fast.training.loop import train
-from part_fast.training.run_folder import WEIGHTS
+from part_fast.training.run_folder import WEIGHTS, begun_or_not
 
 # What is measured, by its name in `evaluate`: of every arm, and of some, on a subset, since it takes so long.
 MEASURES = {"natural": "natural", "pgd20": "PGD-20", "aa": "AutoAttack"}
@@ -217,7 +216,8 @@ def has_result(kept: Path, arm: str, plan: TrainConfig, tested: Mapping[str, flo
 
 
 def _train(config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
-    return train(config, folder, resume=(folder / STATE).exists(), overwrite=not (folder / STATE).exists())
+    resume, overwrite = begun_or_not(folder)
+    return train(config, folder, resume=resume, overwrite=overwrite)
 
 
 def _tested(folder: Path, config: TrainConfig, plan: TrainConfig, autoattack: bool) -> dict[str, Tensor]:

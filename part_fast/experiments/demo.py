@@ -20,7 +20,7 @@ from part_fast.experiments.compare import MEASURES, accuracy_table, difference, 
 from part_fast.report import figures, files
 from part_fast.report.environment import environment
 from part_fast.training.loop import train
-from part_fast.training.run_folder import WEIGHTS
+from part_fast.training.run_folder import WEIGHTS, check_folder
 
 METHODS = {"AT": "at", "PART": "part"}
 FILES = ("results.json", "results.csv", "curves.png", "masks.png", "masks.json")
@@ -53,9 +53,10 @@ def demo(
         f"with {len(seeds)} seeds; PGD-{config.steps}, eps {255 * config.eps:g}/255, "
         f"PART's eps_low {255 * config.eps_low:g}/255, alpha {255 * config.alpha:g}/255"
     )
+    warm = dataclasses.replace(config, method="at", epochs=config.warmup_epochs)
+    check_folder(warm, out / "warmup", resume=False, overwrite=overwrite)  # before anything is removed
     for name in FILES:
         (out / name).unlink(missing_ok=True)
-    warm = dataclasses.replace(config, method="at", epochs=config.warmup_epochs)
     warm_rows = train(warm, out / "warmup", overwrite=overwrite)
 
     runs: list[dict[str, Any]] = []

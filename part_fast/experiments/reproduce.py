@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,9 @@ from part_fast.data.catalogue import DATASETS
 from part_fast.errors import BadValueError
 from part_fast.evaluation.accuracy import check_attacks, evaluate
 from part_fast.report import files
-from part_fast.training.checkpoint import STATE
 from part_fast.training.engine import Engine
 from part_fast.training.loop import train
+from part_fast.training.run_folder import begun_or_not
 from part_fast.training.step import batch_epsilon, train_step
 
 # Zhang et al., ICML 2024, as on its poster: natural, PGD-20, MMA, AutoAttack, in %.
@@ -90,8 +91,10 @@ class Row:
             for field in dataclasses.fields(base)
             if field.name != "preset" and getattr(self.config, field.name) != getattr(base, field.name)
         ]
-        flags = [f"--{name.replace('_', '-')} {_text(getattr(self.config, name))}" for name in changed]
-        return " ".join(["part-fast train --preset", self.config.preset, *flags, "--out", str(out / self.folder)])
+        flags = [flag for name in changed for flag in _flag(name, getattr(self.config, name))]
+        return shlex.join(
+            ["part-fast", "train", "--preset", self.config.preset, *flags, "--out", str(out / self.folder)]
+        )
 
 
 def plan(table: str, seeds: int | None = None, scale: str = "full") -> list[Row]:
@@ -155,7 +158,8 @@ def reproduce(
     for row in rows:
         log(f"{row.name}, seed {row.config.seed}")
         folder = out / row.folder
-        trained = train(row.config, folder, resume=(folder / STATE).exists())
+        resume, overwrite = begun_or_not(folder)
+        trained = train(row.config, folder, resume=resume, overwrite=overwrite)
         evaluation = evaluate(folder, tuple(attacks), resume=True, device=device)
         results = evaluation["results"]
         took = {key: results[key]["seconds"] for key in attacks}
@@ -250,5 +254,9 @@ def _seconds_per_image(config: TrainConfig) -> float:
     return taken[-1] / len(x)
 
 
-def _text(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _flag(name: str, value: object) -> list[str]:
+    """A field as the command line takes it."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]

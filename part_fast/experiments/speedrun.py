@@ -12,6 +12,7 @@ from part_fast import checks
 from part_fast.choices import check_choice
 from part_fast.config import PRESETS, TrainConfig
 from part_fast.data.catalogue import load
+from part_fast.errors import MissingFileError
 from part_fast.evaluation.accuracy import evaluate
 from part_fast.experiments.arms import (
     ACCURACIES,
@@ -122,6 +123,8 @@ def speedrun(
     arms = {WHOLE: {}, **({f"without {name}": _without(config, name) for name in PARTS} if parts else {})}
     kept = out / "results"
     judged = chosen.autoattack if autoattack is None else autoattack
+    if parts:  # before anything is trained
+        _refuse_lost_weights(out, kept, config, range(runs))
     train_arms(out, kept, config, arms, range(runs), autoattack=[WHOLE] if judged else [], log=log)
     whole = [one for one in read_results(kept, [WHOLE]) if one.seed < runs]
     rows = [_row(one, chosen) for one in whole]
@@ -198,6 +201,20 @@ def seconds_to_goal(result: Result, natural: float, pgd20: float) -> float | Non
             if on_natural is not None and attacked is not None and on_natural >= natural and attacked >= pgd20:
                 return seconds
     return None
+
+
+def _refuse_lost_weights(out: Path, kept: Path, config: TrainConfig, seeds: Sequence[int]) -> None:
+    """Errors: FileNotFoundError where a run has its result, whose own weights are not tested yet, and no folder."""
+    for seed in seeds:
+        whole = dataclasses.replace(config, seed=seed)
+        own = dataclasses.replace(whole, average="none")
+        tested = has_result(kept, OWN, own, how_tested(config), ACCURACIES)
+        folder = out / f"{slug(WHOLE)}-seed{seed}"
+        if has_result(kept, WHOLE, whole, how_tested(config), ACCURACIES) and not tested and not folder.is_dir():
+            raise MissingFileError(
+                f"there is no run folder at {folder}, whose own weights are to be tested: put it back, or remove its "
+                f"result from {kept}, and it is trained again"
+            )
 
 
 def _test_own_weights(whole: Result, out: Path, kept: Path, config: TrainConfig) -> None:

@@ -155,7 +155,8 @@ def study(
             out / "study.png",
             {title: rows for key, title in measures.items() if (rows := [d for d in compared if d["measure"] == key])},
         )
-    log(f"{text}\n\nstudy.json, runs.csv, differences.csv and study.png are in {out}")
+    drawn = ", differences.csv and study.png" if compared else " and differences.csv"
+    log(f"{text}\n\nstudy.json, runs.csv{drawn} are in {out}")
     return record
 
 

@@ -57,6 +57,15 @@ DERIVED = (
 MAY_CHANGE = ("epochs", "device", "cuda_graph", "root", "download", "extra", "on_nonfinite")
 
 
+def begun_or_not(folder: Path) -> tuple[bool, bool]:
+    """(resume, overwrite) with which `train` begins a run, or goes on with what one that was stopped has left.
+
+    What was stopped before its first state is begun anew; weights without a state are somebody's, and refused.
+    """
+    resume = (folder / STATE).exists()
+    return resume, not resume and not (folder / WEIGHTS).exists()
+
+
 def check_folder(config: TrainConfig, out: Path, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that this run must not write to, before anything is written."""
     if resume and overwrite:
