@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from part_fast import checks
 from part_fast.attacks.ascend import Model, ascend, check_images, clean_logits
-from part_fast.attacks.objectives import Loss, as_target, objective
-from part_fast.budgets.cam import CamBudget
+from part_fast.attacks.objectives import Loss, as_target, objective, widened
+from part_fast.budgets.cam import CamBudget, same_network
 from part_fast.checks import Clip
 from part_fast.errors import BadTypeError, BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon
@@ -38,7 +38,8 @@ def trades_loss(
     optimizer: its gradients are cleared before the forward that trains, as in the published function; None clears
         nothing.
     step_size, epsilon: image units. epsilon: a float, a tensor that broadcasts to the images, a PackedEpsilon, or a
-        CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway.
+        CamBudget, which makes it PART-T: its map comes from the clean forward that the attack needs anyway, if it is
+        one of this model.
         Defaults, also of beta, are the published function's; its training script passes 0.007, 0.031 and 6.
     distance: "l_inf".
     attack_model: an `AttackModel` of the model, which is attacked in its place; default: the model.
@@ -65,10 +66,10 @@ def trades_attack(
 ) -> Tensor:
     """The attack of `trades_loss`, which has checked its arguments: adversarial images like x."""
     eps: float | Tensor | PackedEpsilon
-    if isinstance(epsilon, CamBudget):
+    if isinstance(epsilon, CamBudget) and same_network(epsilon.model, model):
         eps, clean = epsilon.with_logits(x)
     else:
-        eps = epsilon
+        eps = epsilon(x) if isinstance(epsilon, CamBudget) else epsilon
         clean = clean_logits(model, x.detach())
     return _attack(model, x, y, eps, alpha, steps, clip, *objective("kl", clean))
 
@@ -79,9 +80,9 @@ def trades_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float)
     y: class indices (N,) or probabilities (N,classes).
     Source: Zhang et al., ICML 2019, eq. 5.
     """
-    logits, logits_adv = logits.float(), logits_adv.float()
+    logits, logits_adv = widened(logits), widened(logits_adv)
     divergence = F.kl_div(logits_adv.log_softmax(1), logits.softmax(1), reduction="batchmean")
-    return F.cross_entropy(logits, as_target(y)) + beta * divergence
+    return F.cross_entropy(logits, as_target(y, logits)) + beta * divergence
 
 
 def mart_loss(
@@ -131,10 +132,10 @@ def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -
     The small constants that keep logarithms finite are those of the authors' code.
     Source: Wang et al., ICLR 2020, eq. 7 to 10.
     """
-    logits, logits_adv = logits.float(), logits_adv.float()
+    logits, logits_adv = widened(logits), widened(logits_adv)
     probs, probs_adv = logits.softmax(1), logits_adv.softmax(1)
     if y.is_floating_point():
-        y = y.float()
+        y = as_target(y, logits)
         first, second = probs_adv.detach().topk(2, dim=1).indices.unbind(1)
         # The most likely wrong class is the first one, for all labels but that itself.
         of_first = y.gather(1, first[:, None])[:, 0]
@@ -143,7 +144,7 @@ def mart_objective(logits: Tensor, logits_adv: Tensor, y: Tensor, beta: float) -
     else:
         wrong = _confidence(probs_adv, probs_adv.detach().scatter(1, y[:, None], -1.0).argmax(1))
         clean_error = 1.0000001 - probs.gather(1, y[:, None])[:, 0]
-    boosted = F.cross_entropy(logits_adv, as_target(y)) + wrong.mean()
+    boosted = F.cross_entropy(logits_adv, as_target(y, logits)) + wrong.mean()
     divergence = F.kl_div((probs_adv + 1e-12).log(), probs, reduction="none").sum(1)
     return boosted + beta * (divergence * clean_error).mean()
 

@@ -35,12 +35,19 @@ class Draws(TorchDispatchMode):
 
 @contextlib.contextmanager
 def generators_put_back(device: torch.device) -> Iterator[None]:
-    """The CPU's generator, and that of a CUDA `device`, are after the block as before it; such blocks take turns.
+    """The CPU's generator, and those of all CUDA devices, are after the block as before it; such blocks take turns.
 
     What another thread draws meanwhile comes from what the block makes of the generators, and is drawn again after it.
+    Before CUDA has started its generators have no state yet: they then start with the CPU's seed, as after
+    torch.manual_seed.
     """
-    with _turn, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+    seed = torch.initial_seed()
+    with _turn, torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        try:
+            yield
+        finally:
+            if torch.initial_seed() != seed and not torch.cuda.is_initialized():  # the block has called manual_seed
+                torch.cuda.manual_seed_all(seed)
 
 
 def host_states() -> tuple[object, ...]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import part_fast
-from part_fast import PGD, PackedEpsilon, mma, pgd
+from part_fast import PGD, PackedEpsilon, mma, pgd, pgd_step
 from part_fast.attacks.objectives import margin
 
 X, Y, EPS = EXPECTED["x"], EXPECTED["y"], EXPECTED["eps"]
@@ -137,6 +137,29 @@ def test_every_loss_is_increased(loss):
 
     x_adv = pgd(net, X, Y, 0.1, 0.02, 5, start=START, loss=loss)
     assert value(net(x_adv)) > value(net(START)) + 1e-3
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl", "margin"])
+def test_float64_is_attacked_in_float64(loss):
+    """Where float32 takes the right class for certain, so that its gradient is 0 and another one's alone counts."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5)).double()
+    with torch.no_grad():
+        model[3].weight.mul_(200)
+    x = torch.rand(64, 3, 4, 4, dtype=torch.float64)
+    y, clean = model(x).argmax(1), model(x).softmax(1).detach()
+    start = x_adv = (x + 1e-3 * torch.randn_like(x)).clamp(0, 1)
+    for _ in range(10):
+        leaf = x_adv.detach().requires_grad_()
+        logits = model(leaf)
+        right = logits.gather(1, y[:, None])[:, 0]
+        increased = {
+            "ce": F.cross_entropy(logits, y),
+            "kl": F.kl_div(logits.log_softmax(1), clean, reduction="sum"),
+            "margin": (logits.scatter(1, y[:, None], -torch.inf).amax(1) - right).sum(),
+        }[loss]
+        x_adv = pgd_step(x_adv.detach(), torch.autograd.grad(increased, leaf)[0], x, 0.05, 0.01)
+    assert torch.equal(pgd(model, x, y, 0.05, 0.01, 10, start=start, loss=loss), x_adv)
 
 
 def test_margin():

@@ -145,6 +145,22 @@ def test_images_of_another_range():
     assert (scaled(x_adv).argmax(1) != y).all()
 
 
+def test_generators_of_cuda_that_has_not_started_keep_their_seed(few_steps):
+    """Torch's own list of what CUDA is to be given when it starts; AutoAttack seeds every generator."""
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA has started in this process")
+
+    def seed_of_cuda():
+        queued = torch.cuda._lazy_seed_tracker.manual_seed_all_cb[0]
+        return queued.__closure__[queued.__code__.co_freevars.index("seed")].cell_contents
+
+    torch.manual_seed(123)
+    before = seed_of_cuda()
+    net = golden_net()
+    autoattack(net, EXPECTED["x"][:2], EXPECTED["y"][:2], seed=7)
+    assert (before, seed_of_cuda()) == (123, 123)
+
+
 def test_empty_batch():
     assert autoattack(golden_net(), X[:0], EXPECTED["y"][:0]).shape == (0, 3, 16, 16)
 

@@ -532,6 +532,17 @@ def test_strides_that_differ_are_no_channels_last(channels):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("classes", [8, 9])
+def test_a_convolution_whose_width_is_that_of_a_linear_layer_is_no_channels_last(classes):
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, (2, 4), 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, classes)
+    )
+    x = torch.rand(2, 1, 32, 32)  # as of spectrograms: the map is 16x8, with 16 channels
+    expected = part_fast.epsilon_map(plain_gradcam(net, net[0], x), (32, 32), 0.1, 0.0, "soft")
+    got = CamBudget(net, 0.1, 0.0, rule="soft", target_layer="0")(x)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_candidates_of_a_transformer_and_a_callable_needs_none():
     vision = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
     vit = vision.VisionTransformer(16, 4, 1, 2, 8, 16, num_classes=10)

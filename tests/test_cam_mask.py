@@ -157,6 +157,8 @@ def test_by_hand(backend):
         (" 0.5 ", 50),
         (".5", 50),
         ("29E-2", 29),
+        ("7.5/100", 8),
+        ("7/1e2", 7),
     ],
 )
 def test_quantile_counts_exactly(backend, q, k):

@@ -7,7 +7,7 @@ from conftest import STRIDED, strided
 from golden_attack import EXPECTED, Net, golden_net
 from torch import nn
 
-from part_fast import CamBudget, PackedEpsilon, mart_loss, trades_loss
+from part_fast import AttackModel, CamBudget, PackedEpsilon, mart_loss, trades_loss
 from part_fast.losses import mart_objective, trades_objective
 
 X, Y, EPS = EXPECTED["x"], EXPECTED["y"], EXPECTED["eps"]
@@ -111,6 +111,31 @@ def test_cam_budget_is_the_map_it_gives(loss):
         torch.manual_seed(0)
         values.append(loss(net, X, Y, None, 0.02, eps, 4, 6.0).item())
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [trades_loss, mart_loss])
+@pytest.mark.parametrize("attacked", ["model", "copy"])
+def test_a_budget_of_another_network_gives_its_map_alone(loss, attacked):
+    """The attack of TRADES moves away from the prediction of the network that is attacked."""
+    torch.manual_seed(1)
+    budget = CamBudget(Net().eval(), 0.1, 0.0, target_layer="relu2")
+    values = []
+    for eps in (budget(X), budget):
+        net = golden_net()
+        torch.manual_seed(0)
+        copy = AttackModel(net) if attacked == "copy" else None
+        values.append(loss(net, X, Y, None, 0.02, eps, 4, 6.0, attack_model=copy).item())
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("objective", [trades_objective, mart_objective])
+@pytest.mark.parametrize("soft", [False, True])
+def test_objectives_of_float64_are_computed_in_it(objective, soft):
+    torch.manual_seed(0)
+    logits, logits_adv = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y = torch.rand(6, 5).softmax(1) if soft else torch.randint(0, 5, (6,))
+    assert objective(logits, logits_adv, y, 6.0).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda one, other: objective(one, other, y, 6.0), (logits, logits_adv))
 
 
 @pytest.mark.parametrize("loss", [trades_loss, mart_loss])

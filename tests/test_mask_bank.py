@@ -57,7 +57,7 @@ def test_empty_until_filled_and_size():
 
 def test_progress_counts_every_image():
     counted = []
-    budget = CamBudget(golden_net(), target_layer="relu2")
+    budget = CamBudget(golden_net(), 0.3, 0.1, target_layer="relu2")
     MaskBank(20, (16, 16), 1, 0.3, 0.1).fill(budget, IMAGES, 8, counted.append)
     assert counted == [8, 8, 4]
 
@@ -70,9 +70,34 @@ def test_bits_survive_a_checkpoint(tmp_path):
     assert torch.equal(other.lookup(torch.arange(20)), bank.lookup(torch.arange(20)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "batch_size", "says"),
+    [
+        (
+            {"eps": 0.25},
+            7,
+            r"bank's eps, eps_low and channels, \(0\.3, 0\.1, 1\), got \(0\.25, 0\.1, 1\)",
+        ),
+        ({"eps_low": 0.0}, 7, r"got \(0\.3, 0\.0, 1\)"),
+        ({"rule": "released"}, 7, r"got \(0\.3, 0\.1, 3\)"),
+        ({"clip": ([-1.0] * 3, [2.0] * 3)}, 7, r"budget must have clip \(0, 1\), the range that stored images become"),
+        ({"clip": (-1, 1)}, 7, "budget must have clip"),
+        ({}, -1, "batch_size must be >= 1, got -1"),
+    ],
+)
+def test_a_budget_of_something_else_leaves_the_bank_as_it_was(changes, batch_size, says):
+    bank, _ = filled()
+    before = bank.bits.clone()
+    budget = CamBudget(golden_net(), **{"eps": 0.3, "eps_low": 0.1, "target_layer": "relu2", **changes})
+    with pytest.raises(ValueError, match=says):
+        bank.fill(budget, IMAGES, batch_size)
+    assert torch.equal(bank.bits, before)
+    assert before.any()
+
+
 def test_errors():
     bank = MaskBank(20, (16, 16), 1, 0.3, 0.1)
-    budget = CamBudget(golden_net(), target_layer="relu2")
+    budget = CamBudget(golden_net(), 0.3, 0.1, target_layer="relu2")
     with pytest.raises(ValueError, match="images must be uint8"):
         bank.fill(budget, to_float(IMAGES))
     with pytest.raises(ValueError, match=r"images must have shape \(20, 'C', 16, 16\), got \(19, 3, 16, 16\)"):

@@ -520,6 +520,26 @@ def test_clip_per_channel_has_the_gradients_of_two_numbers(backend):
         assert_same(other, one)
 
 
+def test_clip_per_channel_gives_gradients_on_its_bounds_to_x_adv(backend):
+    black_and_white = torch.randint(0, 2, (1, 3, 4, 4), device=backend.device).float()
+    zero = torch.zeros_like(black_and_white)
+    clip = ([0.0] * 3, [1.0] * 3)
+
+    def step(x_adv):
+        return pgd_step(x_adv, zero, black_and_white, 8 / 255, 2 / 255, clip)
+
+    (gradient,) = torch.autograd.grad(step(leaf := black_and_white.clone().requires_grad_()).sum(), leaf)
+    assert (gradient == 1).all()
+    tangent = torch.func.jvp(step, (black_and_white,), (torch.ones_like(zero),))[1]
+    assert (tangent == 1).all()
+    in_place = black_and_white.clone().requires_grad_()
+    pgd_step_(in_place * 1, zero, black_and_white, 8 / 255, 2 / 255, clip).sum().backward()
+    assert (in_place.grad == 1).all()
+    assert step(torch.full_like(zero, torch.nan)).isnan().all()
+    leaf = torch.full_like(zero, torch.nan).requires_grad_()
+    assert step(leaf).isnan().all()
+
+
 @pytest.mark.parametrize("kind", STRIDED)
 def test_strided_images_are_copied(backend, kind):
     shape = (2, 3, 5, 7)

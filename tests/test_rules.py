@@ -95,6 +95,7 @@ def test_functions_that_give_no_weights(rule, error, message):
         ),
         ("budget-matched", ValueError, "budget-matched:MEAN"),
         ("budget-matched:9/255", ValueError, r"must have eps_low <= MEAN <= eps, .*got 'budget-matched:9/255'"),
+        ("budget-matched:7.5/", ValueError, "must have eps_low <= MEAN <= eps"),
         ("budget-matched:x", ValueError, "must have eps_low <= MEAN <= eps"),
         ("region:middle", ValueError, "region must be one of top-left, .*centre, got 'middle'"),
         (3, TypeError, r"rule must be a name or a function \(cam, size\) -> weights, got 3"),

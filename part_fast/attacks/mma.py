@@ -7,7 +7,7 @@ from torch import Tensor
 
 from part_fast import checks
 from part_fast.attacks.ascend import Model, ascend, check_images, clean_logits, plain, starting_point
-from part_fast.attacks.objectives import logit_of, towards
+from part_fast.attacks.objectives import logit_of, towards, widened
 from part_fast.checks import Clip
 from part_fast.errors import BadValueError
 from part_fast.ops.packed_epsilon import PackedEpsilon
@@ -50,7 +50,7 @@ def mma(
         k = min(k, logits.shape[1] - 1)
         if k == 0:
             raise BadValueError("model must give at least 2 classes for a minimum-margin attack, got 1")
-        wrong = logits.float().scatter(1, y[:, None], -torch.inf).topk(k, dim=1).indices
+        wrong = widened(logits).scatter(1, y[:, None], -torch.inf).topk(k, dim=1).indices
         n, target = x.shape[0], wrong.T.reshape(-1)
 
         xs, ys = _repeat(x, k), y.repeat(k)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from part_fast import checks
 from part_fast.errors import BadValueError
 
 Loss = Callable[..., Tensor]
@@ -22,7 +23,7 @@ def objective(loss: str | Loss, clean: Tensor | None = None) -> tuple[Loss, tupl
     if loss == "kl":
         if clean is None:
             raise BadValueError("clean must be the clean logits for loss 'kl', got None")
-        return divergence, (clean.detach().float().softmax(1),)
+        return divergence, (widened(clean.detach()).softmax(1),)
     if loss == "ce":
         return cross_entropy, ()
     if loss == "margin":
@@ -32,17 +33,23 @@ def objective(loss: str | Loss, clean: Tensor | None = None) -> tuple[Loss, tupl
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each image, (N,); y are class indices (N,) or probabilities (N,classes)."""
-    return F.cross_entropy(logits.float(), as_target(y), reduction="none")
+    logits = widened(logits)
+    return F.cross_entropy(logits, as_target(y, logits), reduction="none")
 
 
-def as_target(y: Tensor) -> Tensor:
-    """Labels for `F.cross_entropy` with float32 logits: probabilities become float32."""
-    return y.float() if y.is_floating_point() else y
+def widened(logits: Tensor) -> Tensor:
+    """Logits as losses compute with them: float64 for float64, else float32."""
+    return logits.to(checks.compute_dtype(logits))
+
+
+def as_target(y: Tensor, logits: Tensor) -> Tensor:
+    """Labels for `F.cross_entropy`: probabilities in the logits' dtype."""
+    return y.to(logits.dtype) if y.is_floating_point() else y
 
 
 def divergence(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """KL divergence of each image's softmax from the probabilities `target` (N,classes), (N,)."""
-    return F.kl_div(logits.float().log_softmax(1), target, reduction="none").sum(1)
+    return F.kl_div(widened(logits).log_softmax(1), target, reduction="none").sum(1)
 
 
 def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -52,10 +59,11 @@ def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """Largest wrong logit minus the right one, (N,); positive where the model is wrong."""
+    logits = widened(logits)
     right = logits.gather(1, y[:, None])
     wrong = logits.scatter(1, y[:, None], -torch.inf)
     return wrong.amax(1) - right[:, 0]
 
 
 def logit_of(logits: Tensor, index: Tensor) -> Tensor:
-    return logits.float().gather(1, index[:, None])[:, 0]
+    return widened(logits).gather(1, index[:, None])[:, 0]

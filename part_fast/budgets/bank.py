@@ -56,15 +56,26 @@ class MaskBank:
         Each of several processes computes its share, and every process then has all masks.
 
         progress: called with the number of images after each batch.
-        Errors: ValueError if the images are not as many and as large as the bank's, and for rules whose maps are no
-            masks of two values, such as "soft" and functions.
+        Errors: ValueError if the images are not as many and as large as the bank's, for a budget of other eps or
+            channels or of images that are not in [0,1], and for rules whose maps are no masks of two values, such as
+            "soft" and functions. The bank is as before then.
         """
         rule = budget.mask_rule()
+        own = (self._masks.eps, self._masks.eps_low, self.bits.shape[1])
+        if (budget.eps, budget.eps_low, budget.channels) != own:
+            raise BadValueError(
+                f"budget must have the bank's eps, eps_low and channels, {own}, got "
+                f"{(budget.eps, budget.eps_low, budget.channels)}"
+            )
+        checks.count("batch_size", batch_size, 1)
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise BadValueError(f"images must be uint8 (N,C,H,W), got {images.dtype} {tuple(images.shape)}")
         if len(images) != len(self._masks) or tuple(images.shape[2:]) != self._masks.size:
             expected = (len(self._masks), "C", *self._masks.size)
             raise BadValueError(f"images must have shape {expected}, got {tuple(images.shape)}")
+        low, high = map(torch.as_tensor, checks.clip_range(budget.clip, to_float(images[:1])))
+        if (low != 0).any() or (high != 1).any():
+            raise BadValueError("budget must have clip (0, 1), the range that stored images become, got another one")
         starts = range(0, len(images), batch_size)
         self.bits.zero_()
         for start in (starts[i] for i in distributed.shares(len(starts))):

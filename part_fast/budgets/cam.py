@@ -236,7 +236,8 @@ class CamBudget:
             return reshaped(self.reshape, output, len(x))
         if output.ndim == 3:
             return token_maps(output, (x.shape[2], x.shape[3]), model, len(x), "target_layer")
-        return output.permute(0, 3, 1, 2) if _channels_are_last(output, x, model) else output
+        last = not _ends_in_convolution(self.target_layer) and _channels_are_last(output, x, model)
+        return output.permute(0, 3, 1, 2) if last else output
 
     def _check_patches(self, gradient: Tensor, patches: Tensor) -> None:
         """Refuse a layer after the last attention, whose class token alone leads to the logits: its CAM says nothing.
@@ -299,6 +300,12 @@ def _target(target: Tensor | None, logits: Tensor, x: Tensor) -> Tensor:
     return logits.detach().argmax(1) if target is None else checks.labels("target", target, x, logits.shape[1])
 
 
+def _ends_in_convolution(layer: nn.Module | None) -> bool:
+    """Whether the last layer with weights in it takes and gives (N,K,h,w)."""
+    weighted = [m for m in layer.modules() if any(True for _ in m.parameters(recurse=False))] if layer else []
+    return bool(weighted) and isinstance(weighted[-1], nn.Conv2d | nn.BatchNorm2d)
+
+
 def _channels_are_last(output: Tensor, x: Tensor, model: nn.Module) -> bool:
     """Whether a layer's output is (N,h,w,K) rather than (N,K,h,w): maps have the images' proportions.
 
@@ -324,6 +331,11 @@ def _channels_are_last(output: Tensor, x: Tensor, model: nn.Module) -> bool:
             f"LayerNorm of {c} can mean as (N,h,w,K): name another layer"
         )
     return False
+
+
+def same_network(model: object, other: object) -> bool:
+    """Whether both are one network of the user's, whatever is wrapped around it, or copied from it to be attacked."""
+    return isinstance(model, nn.Module) and isinstance(other, nn.Module) and _copied(model) is _copied(other)
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -23,15 +23,19 @@ RULES = tuple(name.partition(":")[0] for name in RULE_HELP)
 
 
 def _fraction(text: str) -> tuple[int, int]:
-    """Numerator and denominator of "0.07", "7e-2" or "7/100"; (0, 1) for anything else.
+    """Numerator and denominator of "0.07", "7e-2", "7/100" or "7.5/100"; one of them 0 for anything else.
 
     Exact: 0.07 of 100 pixels is 7, where floats say 7.000000000000001, so 8. Plain integers, since torch.compile
     does not trace fractions.Fraction.
     """
+    top, slash, bottom = text.partition("/")
+    (a, b), (c, d) = _decimal(top), _decimal(bottom if slash else "1")
+    return a * d, b * c
+
+
+def _decimal(text: str) -> tuple[int, int]:
+    """Of a number without a slash; (0, 1) for anything else."""
     try:
-        top, slash, bottom = text.partition("/")
-        if slash:
-            return int(top), int(bottom)
         mantissa, e, exponent = text.lower().partition("e")
         whole, _, part = mantissa.strip().partition(".")
         power = (int(exponent) if e else 0) - len(part)

@@ -153,7 +153,7 @@ def pgd_step(
         result = _PGDStep.apply(*tensors, *scalars)
     else:
         result = _pgd_step(*tensors, *scalars)
-    return result if channels is None else torch.clamp(result, *channels)
+    return result if channels is None else _clipped(result, *channels)
 
 
 def pgd_step_(
@@ -189,6 +189,13 @@ def pgd_step_(
         # So that autograd refuses to use a value that was saved before it was overwritten here.
         torch.autograd.graph.increment_version(x_adv)
     return x_adv
+
+
+def _clipped(result: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Clipped per channel; exactly on a bound the gradient is the result's, of which torch.clamp gives half."""
+    if not (checks.transformed() or result.requires_grad):
+        return torch.clamp(result, low, high)
+    return torch.where(result < low, low, torch.where(result > high, high, result))
 
 
 def _asks_gradient(x_adv: Tensor, grad: Tensor, x: Tensor, eps: Tensor | None) -> bool:
