@@ -140,6 +140,33 @@ def absorb(module: nn.Module, conv: str, bn: str) -> None:
     norm.__class__ = Folded if type(norm) in BATCH_NORMS else FoldedAct
 
 
+def restore(module: nn.Module, plain: nn.Module, conv: str, bn: str) -> None:
+    """Undo `absorb`, with the BatchNorm of another copy, `plain`; the convolution's values are still the folded ones."""
+    convolution, norm, theirs = module.get_submodule(conv), module.get_submodule(bn), plain.get_submodule(bn)
+    if plain.get_submodule(conv).bias is None:
+        convolution.bias = None  # type: ignore[assignment]
+    norm.__class__ = type(theirs)
+    norm._parameters.update(theirs._parameters)
+    norm._buffers.update(theirs._buffers)
+
+
+def turn(module: nn.Module, conv: str, bn: str) -> None:
+    """Give what the convolution gives another size and sign, and have its BatchNorm undo that.
+
+    By powers of two, so that a model in which the one leads to the other, and nowhere else, computes the same bits.
+    """
+    convolution, norm = module.get_submodule(conv), module.get_submodule(bn)
+    scale = 2.0 if norm.weight is None else -2.0  # type: ignore[redundant-expr]
+    for name, value in list(convolution._parameters.items()):
+        if value is not None:
+            convolution._parameters[name] = nn.Parameter(value * scale, requires_grad=False)
+    norm._buffers["running_mean"] = norm.running_mean * scale
+    norm._buffers["running_var"] = norm.running_var * scale**2
+    norm.eps *= scale**2
+    if scale < 0:
+        norm._parameters["weight"] = nn.Parameter(-norm.weight, requires_grad=False)
+
+
 def folded_weights(
     weights: list[Tensor], biases: list[Tensor | None], norms: list[Any]
 ) -> tuple[list[Tensor], list[Tensor]]:
