@@ -177,6 +177,9 @@ def test_errors(monkeypatch):
         autoattack(net, X, EXPECTED["y"], clip=None)
     with pytest.raises(ValueError, match="clip must be two finite numbers for AutoAttack, low < high"):
         autoattack(net, X, EXPECTED["y"], clip=(0, math.inf))
+    for dtype in (torch.float64, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"x must be float32 for AutoAttack, .*, got {dtype}"):
+            autoattack(golden_net().to(dtype), X.to(dtype), EXPECTED["y"])
     with pytest.raises(TypeError, match="y must be an int64 tensor of class indices"):
         autoattack(net, X, torch.full((8, 10), 0.1))
     with pytest.raises(ValueError, match="model must give at least 2 classes for AutoAttack, got 1"):

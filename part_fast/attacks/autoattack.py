@@ -31,9 +31,10 @@ def autoattack(
     """Adversarial images like x: APGD-CE, targeted APGD, targeted FAB, Square, each on the images
     that the ones before did not fool.
 
-    x: images (N,C,H,W) within clip. y: class indices (N,). eps: image units, one for all pixels. seed: of every attack.
-    They draw from the random generators of the process, which are put back; calls in several threads take turns. The
-    model runs in eval mode and gets its mode back; no .grad is touched.
+    x: images (N,C,H,W) within clip, float32. y: class indices (N,). eps: image units, one for all pixels. seed: of
+        every attack.
+    The attacks draw from the random generators of the process, which are put back; calls in several threads take turns.
+    The model runs in eval mode and gets its mode back; no .grad is touched.
     clip: (low, high), two numbers. The attacks work in [0,1]: images and eps are scaled to it, and the result back.
     With fewer than ten classes the targeted attacks take every wrong one. With fewer than four there is no targeted
     APGD, whose loss divides by a difference from the third and fourth largest logit: the other three run, and a warning
@@ -52,6 +53,8 @@ def autoattack(
     if not 0 < span < math.inf:
         raise BadValueError(f"clip must be two finite numbers for AutoAttack, low < high, got {clip!r}")
     x = check_images(x, checks.number("eps", eps, 0), (low, high))
+    if x.dtype != torch.float32:
+        raise BadTypeError(f"x must be float32 for AutoAttack, whose code computes in it, got {x.dtype}")
     checks.labels("y", y, x)
     if x.shape[0] == 0:
         return x.clone()
