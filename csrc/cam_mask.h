@@ -19,8 +19,9 @@ constexpr int LANES = 8;
 // Whether a map of storage type T says anything: not flat, no NaN, no infinity.
 template <typename T>
 PF_HD bool has_evidence(compute_t<T> low, compute_t<T> high) {
+  // Not high > low: where denormals are flushed to zero, the difference may be none.
   const compute_t<T> spread = high - low;
-  return high > low && spread - spread == 0;
+  return spread > 0 && spread - spread == 0;
 }
 
 // matplotlib's jet, linear between (place, value) points of each channel.

@@ -206,11 +206,19 @@ class RawOp:
         return self.triton(*args)
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernels: str | None = None) -> RawOp:
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernels: str | None = None,
+    *,
+    by_place: bool = False,
+) -> RawOp:
     """Define raw op `part_fast::<schema>`.
 
     `reference` is its implementation in plain PyTorch for every device, `fake` gives the outputs' shapes.
-    Under torch.vmap a mapped dimension becomes part of the samples, the first dimension of every tensor and result.
+    Under torch.vmap a mapped dimension becomes part of the samples, the first dimension of every tensor and result;
+    `by_place`: not where a value of the result depends on where it lies, so that each sample has a call of its own.
     `kernels` is the module of part_fast/kernels/ with its Triton launcher, named as the op without the
     underscore in front; it is imported at the first call, since importing Triton takes long. An op of the
     CPU alone has none.
@@ -225,13 +233,30 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
         _library.define(schema.replace("(", f"{overload}(", 1), tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"part_fast::{name}{overload}", fake, lib=_library)
         if "!" not in schema:
-            rule = functools.partial(_over_samples, name, overload.removeprefix(".") or "default")
+            over = _one_by_one if by_place else _over_samples
+            rule = functools.partial(over, name, overload.removeprefix(".") or "default")
             torch.library.register_vmap(f"part_fast::{name}{overload}", rule, lib=_library)
     for overload in ("", ".reference"):
         _library.impl(f"{name}{overload}", reference, "CompositeExplicitAutograd")
     for key in (("CUDA", "CPU") if INTERPRETED else ("CUDA",)) if kernels else ():
         _library.impl(f"{name}.triton", launch, key)
     return RawOp(name, reference)
+
+
+def _one_by_one(name: str, overload: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """The vmap rule of a raw op of one result that depends on where in a tensor a value lies: a call a sample."""
+    op = getattr(getattr(torch.ops.part_fast, name), overload)
+    results = []
+    for i in range(info.batch_size):
+        sample = [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
+        results.append(op(*(_dense(arg) if isinstance(arg, Tensor) else arg for arg in sample)))
+    return torch.stack(results), 0
+
+
+def _dense(value: Tensor) -> Tensor:
+    """Contiguous or channels_last, as it is where it is either."""
+    last = value.ndim == 4 and value.is_contiguous(memory_format=torch.channels_last)
+    return value if last else value.contiguous()
 
 
 def _over_samples(name: str, overload: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:

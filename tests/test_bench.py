@@ -179,6 +179,23 @@ def test_wrong_result_is_refused(case, wrong, exact):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bank_that_is_not_written_or_written_wrongly_is_refused():
+    case = next(case for case in cases.all_cases() if case.op == "eps_step_")
+
+    def without(x_adv, grad, x, eps, bank, places):
+        return part_fast.ops.eps_step_(x_adv, grad, x, eps, 1.25)
+
+    def emptied(x_adv, grad, x, eps, bank, places):
+        bank.zero_()
+        return without(x_adv, grad, x, eps, bank, places)
+
+    reference = cases.Provider("reference", case.run, "reference")
+    cases.check(case, [reference, cases.Provider("sound", case.run, "cpp", exact=True)], CPU)
+    for wrong in (without, emptied):
+        with pytest.raises(cases.MismatchError, match=r"planted differs from the reference in \d+ of \d+ values"):
+            cases.check(case, [reference, cases.Provider("planted", wrong, "cpp", exact=True)], CPU)
+
+
 @pytest.mark.parametrize(("case", "near"), [(STEP, off_in(STEP, 9, 2.0**-24)), (MASK, off_in(MASK, 1, 1 / 255))])
 def test_rounding_is_not_refused_where_no_bits_are_promised(case, near):
     planted = cases.Provider("planted", near)

@@ -167,6 +167,17 @@ def test_quantile_counts_exactly(backend, q, k):
     assert cam_mask(cam, (10, 10), f"quantile:{q}").sum() == k
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_map_whose_differences_are_flushed_to_zero_holds_no_evidence(backend, rule):
+    if backend.device.type != "cpu" or not torch.set_flush_denormal(True):
+        pytest.skip("denormals are flushed by the CPU alone, where it can")
+    try:
+        cam = torch.tensor([[[1.20e-38, 1.30e-38], [1.25e-38, 1.22e-38]]])
+        assert not cam_mask(cam, (4, 4), rule).any()
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.thin(11)
 @rules
 @dtypes

@@ -77,6 +77,17 @@ def stored_by_hand(bank, places, x_adv, x, scale=SCALE):
     return torch.from_numpy(out).to(bank.device)
 
 
+def test_the_bank_of_images_that_are_x_adv_itself_is_the_step(backend):
+    """With a clip per channel too, which comes after the step and before what is stored."""
+    shape = (2, 3, 5, 7)
+    x_adv, grad, _ = make_images(shape, torch.float32, backend.device, torch.full(shape, EPS, device=backend.device))
+    images, (before, places) = x_adv.clamp(0, 1), make_bank(shape, backend.device)
+    for clip in ((0.0, 1.0), ([0.0] * 3, [1.0] * 3)):
+        x, bank = images.clone(), before.clone()
+        eps_step_(x, grad, x, EPS, 1.0, clip, bank=bank, places=places, scale=EPS)
+        assert_same(bank, stored_by_hand(before, places, x, images, EPS))
+
+
 @pytest.mark.thin(7)
 @pairs
 def test_matches_numpy_bit_for_bit(backend, dtype, layout, eps_form):

@@ -261,10 +261,47 @@ def test_kinds_of_kernels():
         "void at::native::vectorized_elementwise_kernel<4>": "elementwise",
         "void at::native::(anonymous)::multi_tensor_apply_kernel": "optimizer, foreach",
         "triton_poi_fused_add_relu_3": "compiled by Inductor",
+        "triton_poi_fused_convolution_relu_3": "compiled by Inductor",
+        "triton_per_fused__native_batch_norm_legit_functional_relu_2": "compiled by Inductor",
+        "void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>": "layout, casts",
+        "void cudnn::bn_fw_tr_1C11_kernel_NCHW<float>": "BatchNorm",
+        "sm80_xmma_fprop_implicit_gemm_bf16bf16_f32_nhwckrsc_nhwc": "convolution, matrix product",
         "Memcpy DtoD": "layout, casts",
         "something": "other",
     }
     assert {name: speed.kernel_kind(name) for name in kinds} == kinds
+
+
+@pytest.mark.parametrize(
+    ("setting", "published"),
+    [
+        ("AT bf16, graph", "published AT"),
+        ("PART-T bf16", "published PART-T"),
+        ("AT bf16, compiled, graph, cudnn.benchmark", "published AT, cudnn.benchmark"),
+        ("AT fgsm-rs bf16, graph", None),
+        ("PART, bank, bf16, graph", None),
+        ("input-gradient AT", None),
+        ("published AT", None),
+        ("published AT, cudnn.benchmark", None),
+    ],
+)
+def test_a_setting_is_compared_with_the_loop_that_does_as_much(setting, published):
+    loops = {"published AT": 100.0, "published AT, cudnn.benchmark": 200.0, "published PART-T": 50.0}
+    rows = [
+        {"model": "net", "batch": "128", "setting": name, "images_per_s": str(rate), "percent_of_matmul": "", "ms": "1",
+         "host_ms": "1", "least_ms": "1", "most_ms": "1", "first_s": "1"}
+        for name, rate in {**loops, setting: 600.0}.items()
+    ]  # fmt: skip
+    lines = [[cell.strip() for cell in line.split("|")] for line in page._settings(rows).splitlines()]
+    (times,) = [cells[7] for cells in lines if cells[1:2] == [setting]]
+    assert times == ("" if published is None else f"{600 / loops[published]:.2f}x")
+
+
+def test_rates_of_goals_are_no_ratios():
+    row = {"what": "AT, images/s", "model": "resnet18", "batch": "128", "kind": "rate", "met": "False"}
+    text = page._goals([{**row, "value": "7032.97", "p20": "7000.1", "p80": "7050.9", "by_parts": "", "goal": "7100"}])
+    cells = [cell.strip() for cell in text.splitlines()[-1].split("|")]
+    assert cells[4:9] == ["7033", "7000", "7051", "", "7100"]
 
 
 def event(name, device, microseconds, count=1, annotation=False):

@@ -6,6 +6,7 @@ Out-of-bounds and misaligned accesses, races and deadlocks raise; what is not wr
 """
 
 import dataclasses
+import importlib
 import math
 import os
 import re
@@ -53,6 +54,21 @@ POINTERS = {
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="kernels cannot be compiled in a TRITON_INTERPRET=1 process")
+
+
+def test_offsets_have_64_bits_where_the_end_of_the_last_block_needs_them():
+    """The end of the last block may lie beyond the images, and 32 bits beyond 2^31 - 1 are negative: no mask then."""
+    images = importlib.import_module("part_fast.kernels.images")
+    for dtype, block in ((torch.float32, 512), (torch.float16, 1024)):
+        for numel in (2**31 + 5, 2**31 - 1, 2**31 - block, 2**31 - 1 - block, 2**30):
+            constants = images.walk(
+                torch.empty((1, 1, 1, numel), dtype=dtype, device="meta"), None, EPS, EPS_LOW, dtype.itemsize
+            ).constants
+            assert constants["BLOCK"] == block
+            end = -(-numel // block) * block  # in the kernels: start + BLOCK, compared with the number of elements
+            bits = 64 if constants["INDEX"] is triton.language.int64 else 32
+            assert end < 2 ** (bits - 1), (dtype, numel)
+    assert bits == 32  # of few, whose arithmetic is quicker
 
 
 def source_of(launch):

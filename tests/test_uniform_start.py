@@ -179,11 +179,17 @@ def test_a_new_tensor_without_derivative(backend):
     assert not torch.func.jvp(lambda t: uniform_start(t, eps, seed=1), (x,), (x,))[1].any()
 
 
-def test_vmap_takes_all_as_one_batch(backend):
+def test_vmap_gives_each_sample_what_its_own_call_gives(backend):
     x = torch.rand(3, 2, 3, 5, 7, device=backend.device)
     eps = torch.rand(3, 2, 1, 5, 7, device=backend.device)
-    mapped = torch.vmap(lambda t, e: uniform_start(t, e, seed=4))(x, eps)
-    assert_same(mapped.flatten(0, 1), uniform_start(x.flatten(0, 1), eps.flatten(0, 1), seed=4))
+
+    def start(t, e=EPS):
+        return uniform_start(t, e, seed=4)
+
+    expected = torch.stack([start(t, e) for t, e in zip(x, eps, strict=True)])
+    assert_same(torch.vmap(start)(x, eps), expected)
+    assert_same(torch.vmap(start, chunk_size=1)(x, eps), expected)
+    assert_same(torch.vmap(start, in_dims=(2, 0))(x.movedim(0, 2), eps), expected)
 
 
 @pytest.mark.parametrize("kind", STRIDED)

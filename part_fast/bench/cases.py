@@ -445,29 +445,34 @@ def moved_bytes(inputs: Iterable[Any], result: Any) -> int:
 
 
 def check(case: Case, providers: Sequence[Provider], device: torch.device) -> int:
-    """Compare every provider with the first one; returns the case's bytes.
+    """Compare every provider with the first one, in what it returns and in what it writes to; returns the case's bytes.
 
     Errors: MismatchError, naming the provider and how many values differ.
     """
     inputs = case.inputs(device, 0)
 
-    def result_of(provider: Provider) -> Tensor:
-        given = (inputs[0].clone(), *inputs[1:]) if case.in_place else inputs
+    def results_of(provider: Provider) -> list[Tensor]:
+        copies = tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+        given = copies if case.in_place else inputs
         with torch.no_grad(), backends.backend(provider.backend):
             result: Tensor = provider.run(*given)
-        return result
+        return [result, *(value for value in given[1:] if case.in_place and isinstance(value, Tensor))]
 
-    wanted = result_of(providers[0])
+    expected = results_of(providers[0])
     for provider in providers[1:]:
-        got = result_of(provider)
-        if got.shape != wanted.shape or got.dtype != wanted.dtype:
-            is_, due = (f"{tuple(t.shape)} {dtype_name(t.dtype)}" for t in (got, wanted))
-            raise MismatchError(f"{case.name}: {provider.name} returns {is_}, the reference {due}: not timed")
-        reference = wanted.double()
-        near = 0.0 if provider.exact or wanted.numel() == 0 else case.near * float(reference.abs().max())
-        # Not `difference > near`: a NaN is a mismatch.
-        wrong = int((~((got.double() - reference).abs() <= near)).sum())
-        if wrong > (0 if provider.exact else case.away * wanted.numel()):
-            share = f"{wrong} of {wanted.numel()} values"
-            raise MismatchError(f"{case.name}: {provider.name} differs from the reference in {share}: not timed")
-    return moved_bytes(inputs, wanted)
+        for got, wanted in zip(results_of(provider), expected, strict=True):
+            _compare(case, provider, got, wanted)
+    return moved_bytes(inputs, expected[0])
+
+
+def _compare(case: Case, provider: Provider, got: Tensor, wanted: Tensor) -> None:
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        is_, due = (f"{tuple(t.shape)} {dtype_name(t.dtype)}" for t in (got, wanted))
+        raise MismatchError(f"{case.name}: {provider.name} returns {is_}, the reference {due}: not timed")
+    reference = wanted.double()
+    near = 0.0 if provider.exact or wanted.numel() == 0 else case.near * float(reference.abs().max())
+    # Not `difference > near`: a NaN is a mismatch.
+    wrong = int((~((got.double() - reference).abs() <= near)).sum())
+    if wrong > (0 if provider.exact else case.away * wanted.numel()):
+        share = f"{wrong} of {wanted.numel()} values"
+        raise MismatchError(f"{case.name}: {provider.name} differs from the reference in {share}: not timed")

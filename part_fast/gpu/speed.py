@@ -41,6 +41,10 @@ Step = Callable[[], object]
 # Kinds of kernels, by words in their names; the first that fits.
 KERNELS = {
     "part_fast": ("part_fast", "pgd_step", "project_linf", "cam_", "epsilon", "upsample"),
+    # Before the others: Inductor names a kernel by the ops in it, cuDNN those that change layouts by itself.
+    "compiled by Inductor": ("triton_",),
+    "layout, casts": ("nchwtonhwc", "nhwctonchw", "copy", "memcpy", "memset"),
+    "BatchNorm": ("batch_norm", "bn_"),
     "convolution, matrix product": (
         "xmma",
         "cudnn",
@@ -53,10 +57,7 @@ KERNELS = {
         "dgrad",
         "nvjet",
     ),
-    "layout, casts": ("nchw", "nhwc", "copy", "memcpy", "memset"),
-    "BatchNorm": ("batch_norm", "bn_"),
     "optimizer, foreach": ("multi_tensor", "foreach"),
-    "compiled by Inductor": ("triton",),
     "reductions, softmax": ("reduce", "softmax", "nll"),
     "elementwise": ("elementwise", "vectorized"),
 }

@@ -34,7 +34,7 @@ def write_image(
     out += image * (PLANES * ((PIXELS + 7) // 8 if FORM == BITS else PIXELS))
     low, high = extrema(cam, MAP_HEIGHT * MAP_WIDTH, THREADS, DTYPE)
     # Nothing can be said from a flat map, nor from one with NaN or infinities.
-    evidence = (high > low) & (tl.abs(high - low) < float("inf"))
+    evidence = (high - low > 0) & (high - low < float("inf"))
     if RULE != SOFT:
         # Then u is 0 everywhere.
         low, high = tl.where(evidence, low, 0.0), tl.where(evidence, high, 0.0)

@@ -87,7 +87,8 @@ def walk(
         },
         constants={
             "SOURCE": source.value, "CHANNELS": channels, "REPEAT": repeat, "CHANNELS_LAST": last,
-            "INDEX": tl.int64 if numel >= 2**31 else tl.int32, "BLOCK": block,
+            # Of the end of the last block, which may lie beyond the images.
+            "INDEX": tl.int64 if numel > 2**31 - 1 - block else tl.int32, "BLOCK": block,
             "DTYPE": tl.float64 if images.dtype == torch.float64 else tl.float32,
         },
     )  # fmt: skip

@@ -106,7 +106,8 @@ def reference(cam: Tensor, height: int, width: int, rule: int, k: int) -> Tensor
     u = upsample_reference(cam, height, width).view(n, pixels)
     low, high = cam.amin((1, 2))[:, None].to(u.dtype), cam.amax((1, 2))[:, None].to(u.dtype)
     # A flat map, or one with NaN or infinity, holds no evidence.
-    evidence = (high > low) & torch.isfinite(high - low)
+    # Not high > low: where denormals are flushed to zero, the difference may be none.
+    evidence = (high - low > 0) & torch.isfinite(high - low)
     u = torch.where(evidence, u, torch.zeros_like(u))
     if RULES[rule] == "released":
         return _released(u, evidence).view(n, height, width, 3).permute(0, 3, 1, 2).contiguous()

@@ -126,12 +126,13 @@ def eps_step_(
     places = None if places is None else places.contiguous()
     settings = bound, eps_high, eps_low, step, alpha is None, project
     if isinstance(low, Tensor):
-        # The bank gets what is left after the clip.
+        # The bank gets what is left after the clip, of images that may be x_adv itself.
+        natural = x if bank is None else x.clone()
         _eps_step_(x_adv, grad, x, *settings, -math.inf, math.inf, None, None, 0.0)
         x_adv.clamp_(low, high)
         if bank is not None and places is not None:
             dtype = checks.compute_dtype(x_adv)
-            store_(bank, places, x_adv.to(dtype) - x.to(dtype), levels)
+            store_(bank, places, x_adv.to(dtype) - natural.to(dtype), levels)
     else:
         _eps_step_(x_adv, grad, x, *settings, low, high, bank, places, levels)
     if not torch.compiler.is_compiling():

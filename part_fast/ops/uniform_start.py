@@ -57,6 +57,7 @@ _uniform_start = backends.define(
     _reference,
     lambda x, *args: torch.empty_like(x),
     kernels="uniform_start",
+    by_place=True,
 )
 
 
@@ -75,7 +76,8 @@ def uniform_start(
     scale: what eps is multiplied by, >= 0: 2 for N-FGSM.
     clip: (low, high), or None for no clip; each a number or one per channel, as in `pgd_step`.
     seed: from 0 to 2**63 - 1. The same seed, shape and memory format give the same noise on every backend; take a new
-        one for each batch, such as `int(torch.randint(2**63 - 1, ()))`, which torch.manual_seed reproduces.
+        one for each batch, such as `int(torch.randint(2**63 - 1, ()))`, which torch.manual_seed reproduces. So
+        torch.vmap gives every sample the same noise, that of its own call in contiguous memory.
     Returns a new tensor like x. NaN in x or eps stays NaN. No derivative: the result does not require grad.
 
     The noise is never in memory: element i of x, as it lies in memory, takes word i % 4 of block i // 4 of
