@@ -644,10 +644,9 @@ def plain_cam(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 def plain_trades(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     model.eval()
-    # In float32, where the divergence is next to nothing and its gradient's sign is of rounding.
-    target = model(x).detach().float().softmax(1)
+    target = model(x).detach().softmax(1)
     start = x + 0.001 * torch.randn_like(x)
-    x_adv = plain_pgd(model, x, start, lambda z: F.kl_div(z.float().log_softmax(1), target, reduction="sum"))
+    x_adv = plain_pgd(model, x, start, lambda z: F.kl_div(z.log_softmax(1), target, reduction="sum"))
     model.train()
     logits, logits_adv = model(x), model(x_adv)
     loss = F.cross_entropy(logits, y) + BETA * F.kl_div(
@@ -879,6 +878,99 @@ def test_the_copy_of_what_a_forward_kept_is_outside_of_its_graph(kept: str) -> N
     assert ours.grad_fn is None
     assert torch.equal(ours, theirs)
     assert ours.data_ptr() != theirs.data_ptr()
+
+
+class Drops(Net):
+    """In train mode it draws and its BatchNorms move: what runs it unasked is seen."""
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.dropout(super().body(x), 0.5, self.training)
+
+
+class Stages(Drops):
+    """Functions of its own in a list, one of which is decorated, and one in a dict, which another reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = {"body": lambda x: self.body(x)}
+        kept = self.kept["body"]
+        self.stages = [lambda x, run=kept: run(x), torch.no_grad()(lambda x: x), lambda x: self.fc(x.mean((2, 3)))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stages[2](self.stages[0](self.stages[1](x) if self.training else x))
+
+
+class HookOfItsOwn(Drops):
+    """A hook that closes over the model, and keeps for the forward what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer4.register_forward_hook(lambda module, args, out: setattr(self, "seen", self.bn1(out)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.fc(self.seen.mean((2, 3)))
+
+
+def decorated_forward() -> nn.Module:
+    model = Drops()
+    model.forward = torch.autocast("cpu", enabled=False)(model.forward)
+    return model
+
+
+@pytest.mark.parametrize("make", [Stages, HookOfItsOwn, decorated_forward])
+@pytest.mark.filterwarnings("ignore:AttackModel folded none")
+def test_functions_that_close_over_the_model_run_the_copy(make: Callable[[], nn.Module]) -> None:
+    x, y = images()
+    torch.manual_seed(0)
+    model = make().double().train()
+    fast = AttackModel(model)
+    for attacked in (fast, copy.deepcopy(fast)):
+        before, draws = state(model), torch.get_rng_state()
+        found = attacked(x), pgd(attacked, x, y, EPS, ALPHA, STEPS, start="zero")
+        assert_kept(before, model)
+        assert torch.equal(draws, torch.get_rng_state())
+        plain = copy.deepcopy(model.state_dict())
+        expected = model.eval()(x), plain_ce(model, x, y)[0]
+        model.train().load_state_dict(plain)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+        with torch.no_grad():
+            model.layer4[0].weight.mul_(1.5)  # which is followed
+
+
+reached: list[nn.Module] = []
+
+
+class Elsewhere(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(reached[-1].body(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.filterwarnings("ignore:AttackModel folded none")
+def test_a_copy_that_reaches_the_models_modules_is_refused(compile: bool) -> None:
+    x, y = images(dtype=torch.float32)
+    model = Elsewhere().train()
+    reached[:] = [model]
+    fast, before = AttackModel(model, compile=compile), state(model)
+    for use in (lambda: fast(x), lambda: pgd(fast, x, y, EPS), lambda: fast(x)):
+        with pytest.raises(
+            ValueError, match=r"^model must not reach its own modules through a closure, a global .*"
+        ) as e:
+            use()
+        assert "\n" not in str(e.value)
+    assert_kept(before, model)
+    other: list[Tensor] = []
+    thread = threading.Thread(target=lambda: other.append(model(x)))
+    handle = model.fc.register_forward_pre_hook(lambda *_: None)  # the user's own hooks stay
+    with torch.no_grad(), pytest.raises(ValueError, match="must not reach"):
+        fast(x)
+    thread.start()
+    thread.join()
+    assert len(other) == len(model.fc._forward_pre_hooks) == 1
+    handle.remove()
+    reached[:] = [Net()]  # another model: a constant
+    assert torch.equal(fast(x), fast(x))
 
 
 def test_made_and_used_within_inference_mode() -> None:

@@ -336,3 +336,39 @@ def test_graphed_mma_and_another_alpha_are_recordings_of_their_own():
         for alpha, result in zip((2 / 255, 1 / 255), expected, strict=True):
             assert torch.equal(mma(fast, x, y, EPS, alpha, 2, start="zero"), result)
     assert (recorder.recorded, recorder.replayed) == (2, 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.float64, "list"])
+def test_images_that_the_model_refuses_are_refused(kind, precision):
+    model, (x, _) = trained().eval(), batch()
+    fast = AttackModel(model, precision=precision)
+    given = x.tolist() if kind == "list" else (x * 255).to(kind)
+    with pytest.raises((TypeError, RuntimeError)):
+        model(given)
+    with pytest.raises((TypeError, RuntimeError)) as refused:
+        fast(given)
+    if kind is not torch.float64:  # for which torch has its own words
+        assert str(refused.value).startswith("x must be ")
+
+
+def test_packed_convolutions_cast_between_float32_and_bfloat16_alone():
+    conv = PackedConv2d(nn.Conv2d(4, 4, 3).requires_grad_(False))
+    assert conv(torch.rand(1, 4, 8, 8).bfloat16()).dtype == torch.float32
+    for dtype in (torch.float64, torch.float16, torch.uint8, torch.int64):
+        with pytest.raises(RuntimeError, match="should be the same"):
+            conv(torch.ones(1, 4, 8, 8, dtype=dtype))
+
+
+@pytest.mark.filterwarnings("ignore:AttackModel folded none")
+def test_compiled_fills_up_no_batch_whose_statistics_are_used():
+    torch.manual_seed(0)
+    norm, (x, _) = nn.BatchNorm2d(8, track_running_stats=False), batch(6)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    fast = AttackModel(model, compile=True)
+    with torch.compiler.set_stance("force_eager"):  # what is filled up is decided before
+        for n in (6, 2):
+            leaf = x[:n].clone().requires_grad_()
+            torch.testing.assert_close(fast(leaf), model(leaf), rtol=1e-4, atol=1e-5)
+    norm = nn.InstanceNorm2d(8)  # of each image for itself
+    assert AttackModel(nn.Sequential(nn.Conv2d(3, 8, 3), norm), compile=True).batch_sizes is not None

@@ -1,10 +1,14 @@
 """Tests of part_fast.attack_model.fold: BatchNorms are part of a convolution where that changes nothing."""
 
+import collections
 import copy
+import gc
 import random
 import sys
+import threading
 import types
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from part_fast import AttackModel
+from part_fast.attack_model import model as attack_model
 from part_fast.attack_model.fold import foldable, folded_weights, trace
 
 CLASSES = 4
@@ -476,3 +481,155 @@ def test_folded_weights_are_those_of_the_two():
         found = F.conv2d(x, weight.double(), bias.double(), groups=conv.groups)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert folded_weights([], [], []) == ([], [])
+
+
+class ByKind(Net):
+    """What torch.fx passes is no tensor: it sees another way than the one that is taken."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = way
+
+    def body(self, x):
+        out = self.conv(x)
+        if isinstance(out, torch.Tensor):
+            return self.layer4(
+                F.relu({"clamp": self.clamped, "relu": self.positive, "beside": self.beside}[self.way](out))
+            )
+        return self.layer4(F.relu(self.bn(out)))
+
+    def clamped(self, out):
+        return self.bn(out.clamp(-0.1, 0.1))
+
+    def positive(self, out):
+        return self.bn(out.relu())
+
+    def beside(self, out):
+        return self.bn(out) + out.abs().mean()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("way", ["clamp", "relu", "beside"])
+def test_a_forward_that_is_another_than_the_traced_one_is_unfolded(way, compile):
+    model, x = made(lambda: ByKind(way)).double(), batch().double()
+    fast = AttackModel(model, compile=compile)
+    said = "ByKind computes something else where torch.fx traces it: AttackModel folds none of its BatchNorms"
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="ByKind computes .* runs its own forward")
+        with pytest.warns(UserWarning, match=said):
+            fast(x)
+        assert fast.folded == 0
+        is_the_model(fast, model)
+        with torch.no_grad():
+            for value in (*model.parameters(), *model.buffers()):
+                if value.is_floating_point():
+                    value.mul_(1.25)
+        is_the_model(fast, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_is_folded_rightly_is_proven_bit_for_bit_and_once(affine, dtype, monkeypatch):
+    """In whatever precision the forward computes, roundings are the same."""
+
+    class Autocast(Net):
+        def __init__(self):
+            super().__init__()
+            self.layer4[1] = self.layer4[1] if affine else nn.BatchNorm2d(8, affine=False)
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                return super().forward(x).float()
+
+    model, compared = made(Autocast), []
+    far = attack_model._far
+    monkeypatch.setattr(attack_model, "_far", lambda *given: compared.append(far(*given)) or compared[-1])
+    fast = AttackModel(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            fast(batch())
+    assert compared == [0]
+    assert fast.folded == 2
+
+
+# ---- what a traced forward keeps ----
+
+
+class Lazy(Net):
+    """A cache that the first forward fills, which all have in common or not."""
+
+    shared: ClassVar = {}
+
+    def __init__(self):
+        super().__init__()
+        self.cache, self.options = {}, types.SimpleNamespace(last=None, calls=[])
+
+    def where(self):
+        return self.cache
+
+    def head(self, x):
+        held = self.where()
+        if "window" not in held:
+            held["window"] = torch.ones_like(x[:1, :1]) / x[0, 0].numel()
+        self.options.last = x
+        self.options.calls.append((x,))
+        return self.fc((x * held["window"]).sum((2, 3)))
+
+
+class OfItsClass(Lazy):
+    def where(self):
+        return self.shared
+
+
+GLOBAL = {"kept": [1]}
+
+
+class InAGlobal(Lazy):
+    def where(self):
+        return GLOBAL
+
+
+def in_a_closure():
+    kept = collections.deque([1])
+
+    class InAClosure(Lazy):
+        def where(self):
+            kept.append(self.conv(torch.zeros(1, 3, 8, 8)))
+            return self.cache
+
+        def head(self, x):
+            kept.append([x])
+            return super().head(x)
+
+    InAClosure.kept = kept
+    return InAClosure()
+
+
+@pytest.mark.parametrize("kind", [Lazy, OfItsClass, InAGlobal, in_a_closure])
+def test_tracing_leaves_nothing_behind(kind):
+    Lazy.shared.clear()
+    GLOBAL.pop("window", None)
+    model = made(kind)
+    seen, hidden, last = [], threading.local(), None
+
+    def hook(module, args, out):
+        nonlocal last
+        seen.append(out.mean((2, 3)))
+        hidden.seen = {"of": (out,)}
+        last = out
+
+    model.layer4.register_forward_hook(hook)
+    fast = AttackModel(model)
+    assert (seen, last, Lazy.shared, GLOBAL) == ([], None, {}, {"kept": [1]})
+    assert getattr(hidden, "seen", {}) == {}
+    assert list(getattr(kind if kind is not in_a_closure else model, "kept", [1])) == [1]
+    for copied in (fast.module, model):
+        assert copied.cache == {}
+        assert (copied.options.last, copied.options.calls) == (None, [])
+    gc.collect()
+    assert not [held for held in gc.get_objects() if issubclass(type(held), torch.fx.Proxy)]
+    found = fast(batch())
+    torch.testing.assert_close(found, model(batch()), rtol=1e-4, atol=1e-5)
+    assert {type(value) for value in seen} == {torch.Tensor}
+    assert type(last) is torch.Tensor

@@ -5,6 +5,7 @@ import functools
 import gc
 import pickle
 import time
+import types
 import weakref
 
 import pytest
@@ -592,3 +593,89 @@ def test_it_moves_with_the_model_and_not_alone(attack_first):
     both = nn.ModuleList([fast, model] if attack_first else [model, fast]).double()
     assert near(fast, model, x.double())
     assert len(both) == 2
+
+
+class Apart(nn.Module):
+    """Keeps modules where torch does not register them, one of which holds a registered one."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 16, 3), nn.Linear(16, CLASSES)
+        self.encoder = {"tuple": tuple, "list": list, "dict": lambda held: dict(enumerate(held)), "object": held_in}[
+            where
+        ]([nn.Conv2d(3, 16, 3), nn.Sequential(self.conv, nn.Conv2d(16, 16, 1))])
+        self.config = types.SimpleNamespace(scale=1.0, of={"deep": [1.0]})
+
+    def forward(self, x):
+        held = self.encoder.held if isinstance(self.encoder, types.SimpleNamespace) else self.encoder
+        out = (held[0](x) + held[1](x)).relu().mean((2, 3))
+        return self.fc(out) * self.config.scale * self.config.of["deep"][0]
+
+
+class Fused(nn.Module):
+    """Runs as a graph, in which a number of its class is what it was when it was traced."""
+
+    gain = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.bn(self.conv(x)).relu().mean((2, 3))) * self.gain
+
+
+def held_in(held):
+    return types.SimpleNamespace(held=held)
+
+
+@pytest.mark.parametrize("where", ["tuple", "list", "dict", "object"])
+def test_modules_that_are_not_registered(where):
+    torch.manual_seed(0)
+    model, (x, y) = Apart(where), batch()
+    fast = AttackModel(model)
+    copied = copy.deepcopy(fast)
+    encoder = getattr(model.encoder, "held", model.encoder)
+    unregistered = [*encoder[0].parameters(), *encoder[1].parameters()]
+    optimizer = torch.optim.SGD({id(p): p for p in (*model.parameters(), *unregistered)}.values(), 0.5)
+    before = wanted(model, x)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert near(fast, model, x)
+        assert near(copied, model, x)
+    assert not torch.allclose(before, wanted(model, x), rtol=1e-2)
+    grads = [parameter.grad.clone() for parameter in unregistered]
+    pgd(fast, x, y, EPS, steps=2)
+    assert all(map(torch.equal, grads, (parameter.grad for parameter in unregistered)))
+    both = nn.ModuleList([model, fast])
+    both = copy.deepcopy(both)
+    with torch.no_grad():
+        getattr(both[0].encoder, "held", both[0].encoder)[0].weight.mul_(3)
+    assert near(both[1], both[0], x)
+    assert near(fast, model, x)
+
+
+def test_refresh_takes_over_what_is_not_noticed(monkeypatch):
+    torch.manual_seed(0)
+    model, (x, _) = Apart("list"), batch()
+    fast = AttackModel(model)
+    fast(x)
+    for change in (
+        lambda: setattr(model.config, "scale", 3.0),
+        lambda: model.config.of["deep"].__setitem__(0, 2.0),
+    ):
+        change()
+        assert not near(fast, model, x)  # as its docstring says
+        fast.refresh()
+        assert near(fast, model, x)
+        assert fast.module.config is not model.config
+    model = Fused()
+    fast = AttackModel(model)
+    fast(x)
+    assert (fast.folded, fast.fused) == (1, 1)
+    monkeypatch.setattr(Fused, "gain", 3.0)
+    assert not near(fast, model, x)
+    assert near(fast.refresh(), model, x)
+    assert (fast.folded, fast.fused) == (1, 1)

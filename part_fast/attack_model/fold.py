@@ -141,7 +141,7 @@ def absorb(module: nn.Module, conv: str, bn: str) -> None:
 
 
 def restore(module: nn.Module, plain: nn.Module, conv: str, bn: str) -> None:
-    """Undo `absorb`, with the BatchNorm of another copy, `plain`; the convolution's values are still the folded ones."""
+    """Undo `absorb`, with the BatchNorm of `plain`, another copy; the convolution's values stay the folded ones."""
     convolution, norm, theirs = module.get_submodule(conv), module.get_submodule(bn), plain.get_submodule(bn)
     if plain.get_submodule(conv).bias is None:
         convolution.bias = None  # type: ignore[assignment]
@@ -156,15 +156,15 @@ def turn(module: nn.Module, conv: str, bn: str) -> None:
     By powers of two, so that a model in which the one leads to the other, and nowhere else, computes the same bits.
     """
     convolution, norm = module.get_submodule(conv), module.get_submodule(bn)
-    scale = 2.0 if norm.weight is None else -2.0  # type: ignore[redundant-expr]
+    mean, var, weight = (getattr(norm, name) for name in ("running_mean", "running_var", "weight"))
+    scale = 2.0 if weight is None else -2.0
     for name, value in list(convolution._parameters.items()):
         if value is not None:
             convolution._parameters[name] = nn.Parameter(value * scale, requires_grad=False)
-    norm._buffers["running_mean"] = norm.running_mean * scale
-    norm._buffers["running_var"] = norm.running_var * scale**2
-    norm.eps *= scale**2
-    if scale < 0:
-        norm._parameters["weight"] = nn.Parameter(-norm.weight, requires_grad=False)
+    norm._buffers["running_mean"], norm._buffers["running_var"] = mean * scale, var * scale**2
+    norm.eps = float(norm.eps) * scale**2  # type: ignore[arg-type, assignment]
+    if weight is not None:
+        norm._parameters["weight"] = nn.Parameter(-weight, requires_grad=False)
 
 
 def folded_weights(

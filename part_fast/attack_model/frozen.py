@@ -44,8 +44,8 @@ class _CopiesResults(TorchFunctionMode):
         return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode whose parameters require no gradient.
+def frozen_copy(model: nn.Module) -> tuple[nn.Module, bool]:
+    """A copy of `model` in eval mode whose parameters require no gradient; and whether it is more than a deepcopy.
 
     Errors: ValueError naming `model` where it cannot be copied, as sharded weights, locks and open files cannot, where
     its weights are not there, or where TorchScript hides them.
@@ -58,39 +58,32 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             "give it as it was before torch.jit"
         )
     memo = shared(modules)
+    special = bool(memo)
+    module: nn.Module = deep_copy(model, memo)
+    twins = {id(part): memo[id(part)] for part in modules if id(part) in memo}
+    for part in module.modules():
+        tables: list[dict[Any, Any]] = [part.__dict__, *_hooks(part)]
+        for table in tables:
+            for key, value in list(table.items()):
+                if (new := reclosed(value, twins)) is not value:
+                    table[key] = new
+                    special = True
+    return module.eval().requires_grad_(False), special
+
+
+def deep_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """What copy.deepcopy gives of a model or a part of it, of tensors that are results of autograd too."""
     try:
-        module: nn.Module = deep_copy(model, memo)
+        with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
+            return copy.deepcopy(value, memo)
     except Exception as error:  # copying an arbitrary object may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
         raise BadValueError(
             f"model must be one that copy.deepcopy copies, got {why}: attack the model itself"
         ) from error
-    twins = {id(part): memo[id(part)] for part in modules if id(part) in memo}
-    for part in module.modules():
-        for table in (part.__dict__, *_hooks(part)):
-            for key, value in list(table.items()):
-                if (new := reclosed(value, twins)) is not value:
-                    table[key] = new
-    return module.eval().requires_grad_(False)
 
 
-def deep_copy(value: Any, memo: dict[int, Any]) -> Any:
-    """What copy.deepcopy gives, of tensors that are results of autograd too."""
-    with torch.inference_mode(False), torch.no_grad(), _CopiesResults():
-        return copy.deepcopy(value, memo)
-
-
-def entangled(model: nn.Module) -> bool:
-    """Whether copy.deepcopy of a `frozen_copy` would not be one: it shares modules, or functions close over its own."""
-    modules = list(model.modules())
-    twins = {id(part): None for part in modules}
-    values = [value for part in modules for table in (part.__dict__, *_hooks(part)) for value in table.values()]
-    return bool(shared(modules)) or any(
-        reclosed(value, dict(twins)) is not value for value in values if not isinstance(value, nn.Module)
-    )
-
-
-def _hooks(module: nn.Module) -> list[dict[int, Any]]:
+def _hooks(module: nn.Module) -> list[dict[Any, Any]]:
     return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
@@ -100,7 +93,9 @@ def shared(modules: list[nn.Module]) -> dict[int, Any]:
     registered = {id(part) for part in modules}
     tensors = {id(tensor) for part in modules for tensor in _tensors(part)}
     memo: dict[int, Any] = {}
-    for module in _reached([value for part in modules for value in part.__dict__.values()]):
+    # Not of an AttackModel, which is a copy itself and follows a model of its own.
+    owners = [part for part in modules if not hasattr(type(part), "follows_a_model")]
+    for module in _reached([value for part in owners for value in part.__dict__.values()]):
         for part in [] if id(module) in registered else module.modules():
             if registered.isdisjoint(map(id, part.modules())):
                 memo[id(part)] = part
@@ -127,6 +122,8 @@ def _reached(values: list[Any]) -> Iterator[nn.Module]:
             values.extend(value.values())
         elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
             values.extend(value)
+        elif isinstance(value, types.MethodType):
+            values.append(value.__self__)
         elif isinstance(value, functools.partial):
             values.extend((*value.args, *value.keywords.values()))
         elif isinstance(attributes := getattr(value, "__dict__", None), dict):

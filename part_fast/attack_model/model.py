@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -12,22 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
+from torch.utils._python_dispatch import _disable_current_modes
 
 from part_fast import checks
 from part_fast.attack_model.batch_sizes import BatchSizes
 from part_fast.attack_model.cpu.packed_conv import PackedConv2d
-from part_fast.attack_model.fold import BATCH_NORMS, absorb, foldable, folded_weights, has_hooks, still_folded, trace
+from part_fast.attack_model.fold import (
+    BATCH_NORMS,
+    absorb,
+    foldable,
+    folded_weights,
+    has_hooks,
+    restore,
+    still_folded,
+    trace,
+    turn,
+)
 from part_fast.attack_model.follow import Change, Watch, flat
-from part_fast.attack_model.frozen import frozen_copy, is_of_view, lay_
+from part_fast.attack_model.frozen import deep_copy, frozen_copy, is_of_view, lay_, reclosed, running_alone, shared
 from part_fast.attack_model.fuse import fuse, fused_convolutions, unfuse
-from part_fast.attack_model.graph import Graphs
-from part_fast.attack_model.trace import Trace
+from part_fast.attack_model.graph import Graphs, capturing
+from part_fast.attack_model.trace import Trace, host_draws_put_back
 from part_fast.errors import BadTypeError, BadValueError
 from part_fast.eval_mode import eval_mode, switches, unwrapped
+from part_fast.random_state import generators_put_back
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # float16 has no gradients below 6e-8. A factor on all of them leaves their signs, and this one keeps sums finite.
 FP16_SCALE = 1024.0
+# Of the first batch, how many images show whether the copy is the model.
+FEW = 4
 
 
 class AttackModel(nn.Module):
@@ -38,7 +53,8 @@ class AttackModel(nn.Module):
         once; images, other layers' parameters and the returned logits stay float32. On a CPU bf16 leaves those
         convolutions in float32 that are faster in it (see PackedConv2d), all of them where it cannot multiply bf16.
     compile: run forward and backward of the attack by torch.compile, for few batch sizes: smaller batches are filled up
-        with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch.
+        with images that are thrown away, so that nothing is compiled anew for the last batch of an epoch; not where
+        BatchNorm has no running statistics. Not for other models in which images of a batch depend on each other.
     cuda_graph: capture the steps of an attack once per shape and replay them; CUDA models only.
 
     The copy is in eval mode, asks for no parameter gradients, computes in channels_last, and has each BatchNorm that
@@ -57,15 +73,21 @@ class AttackModel(nn.Module):
     other modules, shapes, dtypes or another device; what was captured or compiled is then lost, and modules that were
     taken from it are no longer its own. On a GPU all weights are copied each time, by at most 12 calls of torch.
     Not noticed is what a CPU model gets through `.data` in place where 16 values in the middle of each tensor stay what
-    they were, and a list or dict of the model's that is changed deeper than its own items: PART_FAST_CHECK=1 compares
-    every weight, and `refresh` takes over all. Hooks are those that the model had when it was copied.
+    they were; a list or dict of the model's that is changed deeper than its own items; what changes within plain
+    objects among its attributes; and attributes of its class. PART_FAST_CHECK=1 compares every weight, and `refresh`
+    takes over all. Hooks are those that the model had when it was copied. Modules that the model keeps without
+    registering them, in a tuple say, are the model's own in the copy too, in the mode that they are in.
+
+    Functions among its attributes, and hooks, that close over the model run the copy. In the first forward after it was
+    made or made anew a few images show whether the copy runs modules of the model in any other way, which is refused,
+    and whether torch.fx has seen the forward that runs: nothing is folded, with a warning, where it has not.
 
     It is no part of a module that it becomes an attribute of: its weights are not among that one's parameters and not
     in its `state_dict`. It moves with the model: `.to()` and `.double()` of it alone raise at the next forward.
     A deepcopy follows the model too, or the model's copy where that was copied along.
 
     Equivalent to: `model.eval()` with every `p.requires_grad_(False)`, up to rounding.
-    Errors: TypeError or ValueError that names the argument.
+    Errors: TypeError or ValueError that names the argument; also in a forward, of the model.
     """
 
     module: nn.Module
@@ -89,6 +111,7 @@ class AttackModel(nn.Module):
         self._source = (model,)  # in a tuple: a submodule would be trained, saved and moved with this one
         self._copied_in: dict[int, Any] | None = None
         self._moved_to: tuple[torch.dtype, torch.device] | None = None
+        self._stale = False
         self.eval()
         why_not = self._build()
         if why_not is not None:
@@ -102,7 +125,7 @@ class AttackModel(nn.Module):
             raise BadValueError(
                 f"precision {self.precision} needs a float32 model, got {dtype}: take fp32, which keeps it"
             )
-        module = frozen_copy(model)
+        module, self._special = frozen_copy(model)
         self._switches = any(map(switches, model.modules()))
         # Of the copy: in train mode a model may take another way.
         forward = trace(module)
@@ -124,6 +147,7 @@ class AttackModel(nn.Module):
         self._hooks = _hooks(module)
         self._set_up(forward)
         self._watch: Watch | None = None
+        self._proven, self._stale = False, False
         self.refresh()
         if why_not is None or norms == 0:
             return None
@@ -137,7 +161,7 @@ class AttackModel(nn.Module):
             fuse(forward or trace(self.module))
         # Sizes are few, and each is faster than one for all.
         self.__dict__["_fast"] = torch.compile(self.module, dynamic=False) if self.compiled else self.module
-        self.batch_sizes = BatchSizes() if self.compiled else None
+        self.batch_sizes = BatchSizes() if self.compiled and not any(map(_mixes, self.module.modules())) else None
         self.graphs = Graphs() if self.cuda_graph else None
 
     @property
@@ -166,17 +190,24 @@ class AttackModel(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> AttackModel:
-        """Take over the weights, statistics and plain attributes that the model has now; returns itself.
+        """Take over the weights, statistics and attributes that the model has now; returns itself.
 
-        They go into the same memory, unless the model has another structure, shapes, dtype or device.
+        What has changed unnoticed too, such as what is within a plain object, and attributes of its class.
+
+        They go into the same memory, unless the model has another structure, shapes, dtype or device. What was captured
+        is captured anew; within a capture only what is noticed is taken over.
         """
+        if self._stale:
+            self._build()
+            return self
         with self._reading():
             if self._watch is None:
                 self._watch = Watch(self.source)
                 self._plan()
             else:
                 change, attributes = self._watch.ask()
-                if change is Change.STRUCTURE or not self._set(attributes):
+                everything = not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+                if change is Change.STRUCTURE or not self._set(attributes, everything):
                     self._rebuild()
                     return self
                 self._plan()
@@ -255,27 +286,107 @@ class AttackModel(nn.Module):
                 part.repack()
             self._watch.take_values()
 
-    def _set(self, attributes: list[tuple[str, str]]) -> bool:
-        """Give the copy the model's plain attributes; whether it then still runs as it was folded."""
+    def _set(self, attributes: list[tuple[str, str]], everything: bool = False) -> bool:
+        """Give the copy the model's plain attributes; whether it then still runs as it was folded.
+
+        everything: and what may have changed without being among them.
+        """
         assert self._watch is not None
-        decides = False
-        if attributes and self.graphs is not None:
+        decides = everything
+        if everything:
+            self._set_objects()
+        if (attributes or everything) and self.graphs is not None:
             self.graphs = Graphs()  # what was captured has the old ones
         for name, key in attributes:
             part = self.module.get_submodule(name)
             if (name, key) in self._watch.attributes:
                 values = getattr(part, key, None), self._watch.attributes[name, key]
                 decides |= not all(any(isinstance(item, Tensor) for item in flat(value)) for value in values)
-                setattr(part, key, _detached(values[1]))
+                setattr(part, key, reclosed(_detached(values[1]), self._twins()))
             else:
                 decides = True
                 part.__dict__.pop(key, None)
         if not decides or not (self._pairs or self._packs):
             return True
+        self._proven &= not self._pairs
         unfuse(self.module)
         forward = trace(self.module)
         fuse(forward)
         return not self._pairs or still_folded(forward, self._pairs)
+
+    def _set_objects(self) -> None:
+        """Give the copy copies of all attributes that are looked into no deeper than their items, or not at all."""
+        assert self._watch is not None
+        twins = self._twins()
+        memo = shared(list(self.source.modules())) | twins
+        for (name, key), value in self._watch.attributes.items():
+            theirs, ours = self.source.get_submodule(name), self.module.get_submodule(name)
+            own = type(theirs) is type(ours) and not type(theirs).__module__.startswith("torch.nn.")
+            if own and not isinstance(value, (Tensor, nn.Module, bool, int, float, str)):
+                setattr(ours, key, reclosed(deep_copy(value, memo), twins))
+
+    def _twins(self) -> dict[int, Any]:
+        """The copy's modules, by id of the model's."""
+        ours = dict(self.module.named_modules())
+        return {id(part): ours[name] for name, part in self.source.named_modules() if name in ours}
+
+    def _wrongly_folded(self, x: Tensor) -> nn.Module | None:
+        """A copy that nothing was done to, if folding has changed what it computes.
+
+        Seen by the forward of another copy, with what shows whether each convolution leads to its BatchNorm and nowhere
+        else (see `turn`), which is exact: how folding itself rounds does not count.
+        """
+
+        def logits(turned: bool = False) -> tuple[nn.Module, Any]:
+            module, _ = frozen_copy(self.source)
+            for pair in self._pairs if turned else ():
+                turn(module, *pair)
+            images = x.clone()
+            with contextlib.ExitStack() as around:
+                # Whoever watches what is computed, by a mode of torch's, watches the forward after these.
+                unseen = torch._C.DisableTorchFunction(), _disable_current_modes()
+                alone = generators_put_back(x.device), host_draws_put_back(), running_alone(self.source)
+                for context in (*alone, *unseen):
+                    around.enter_context(context)
+                return module, module(images)
+
+        plain, expected = logits()
+        if not self._pairs or not isinstance(expected, Tensor):
+            return None
+        far = _far(logits(turned=True)[1], expected)
+        # Some kernels do not give the same bits twice.
+        return None if far == 0 or far <= 4 * _far(logits()[1], expected) else plain
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _prove(self, x: Tensor) -> None:
+        """Refuse a model whose copy runs the model's own modules; unfold what torch.fx has seen otherwise than it runs.
+
+        Whatever a few images raise, all of them are tried; what these raise the forward after this raises too.
+        """
+        for images in (x[:FEW], x):
+            try:
+                plain = self._wrongly_folded(images.detach())
+                break
+            except BadValueError:
+                raise
+            except Exception:  # of the model
+                continue
+        else:
+            return
+        if plain is None:
+            return
+        warnings.warn(
+            f"{type(self.source).__name__} computes something else where torch.fx traces it: AttackModel folds none of "
+            "its BatchNorms, and is slower for it",
+            stacklevel=7,
+        )
+        for pair in self._pairs:
+            restore(self.module, plain, *pair)
+        self._pairs = []
+        self._set_up()
+        self._plan()
+        self._take_values()
 
     def _rebuild(self) -> None:
         model = self.source
@@ -295,8 +406,19 @@ class AttackModel(nn.Module):
 
         follow: whether to ask first for what changed in the model. kind: of attack, see BatchSizes.
         """
+        x = checks.images("x", x)
         if follow:
             self.refresh_if_changed()
+        unknown = checks.transformed() or torch.compiler.is_compiling() or len(x) == 0 or capturing(x)
+        unknown |= type(x) not in (Tensor, nn.Parameter)  # such as a fake one
+        if self._proven or unknown:
+            return self._logits(x, kind)
+        self._prove(x)
+        logits = self._logits(x, kind)
+        self._proven = True
+        return logits
+
+    def _logits(self, x: Tensor, kind: Hashable) -> Tensor:
         n = len(x)
         # A forward that is not differentiated to its input may have CamBudget's hook in it, and is not compiled.
         transformed = checks.transformed()
@@ -394,7 +516,9 @@ class AttackModel(nn.Module):
         memo[id(self)] = copied
         state = self.__getstate__()
         source = state.pop("_source")
-        copied.__setstate__({**copy.deepcopy(state, memo), "_source": source, "_copied_in": memo})
+        # A deepcopy of what `frozen_copy` does more than deepcopy is to be built anew, when it is known what to follow.
+        more = {"_source": source, "_copied_in": memo, "_stale": self._special or self._stale}
+        copied.__setstate__({**copy.deepcopy(state, memo), **more})
         return copied
 
 
@@ -421,6 +545,13 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _mixes(module: nn.Module) -> bool:
+    """Whether it normalises by the statistics of the batch in eval mode too."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and (
+        module.running_mean is None and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    )
+
+
 def _whereabouts(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """Dtype and device of the first floating tensor of a model."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -432,6 +563,14 @@ def _hooks(model: nn.Module) -> list[int]:
     """Names, unique in the process, of all hooks in a model."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [key for module in model.modules() for kind in kinds for key in getattr(module, kind)]
+
+
+def _far(found: Any, expected: Tensor) -> float:
+    """How far two results are from each other, at most; infinite where they cannot be compared."""
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return math.inf
+    same = (found == expected) | ((found != found) & (expected != expected))
+    return float((found.double() - expected.double()).abs().nan_to_num(nan=math.inf).masked_fill(same, 0).max())
 
 
 def _detached(value: Any) -> Any:

@@ -81,22 +81,29 @@ class PackedConv2d(nn.Conv2d):
         return {**self.__dict__, "_forward": None, "_backward": None, "_fresh": set(), "_transformed": {}}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Like nn.Conv2d's; x is brought to the dtype that is computed in."""
+        """Like nn.Conv2d's; x of float32 or bfloat16 is brought to the dtype that is computed in."""
         return self.with_relu(x, None, relu=False)
 
     def with_relu(self, x: Tensor, other: Tensor | None = None, *, relu: bool = True) -> Tensor:
         """`relu(self(x) + other)` in one pass, which rounds once; without `other` or without ReLU, the rest of it."""
         x = x.to(self.computes_in(x))
         unpacked = not self.packs or torch.compiler.is_compiling() or checks.transformed()
+        if x.dtype not in (torch.float32, self.dtype):  # torch's own error, unless autocast is on
+            return self._plain(x, self.weight, self.bias, other, relu)
         if unpacked or x.device.type != "cpu" or x.numel() == 0:
             bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-            out = self._conv_forward(x, self.weight.to(x.dtype), bias)
-            out = out if other is None else out + other
-            return F.relu(out) if relu else out
+            return self._plain(x, self.weight.to(x.dtype), bias, other, relu)
         return _Convolve.apply(x, other if other is None else other.to(x.dtype), self, relu)
 
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, relu: bool) -> Tensor:
+        out = self._conv_forward(x, weight, bias)
+        out = out if other is None else out + other
+        return F.relu(out) if relu else out
+
     def computes_in(self, x: Tensor) -> torch.dtype:
-        """The dtype that x is brought to."""
+        """The dtype that x is brought to: float32 and bfloat16 to each other, others stay what they are."""
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return x.dtype
         return torch.float32 if self.winograd_takes(x) else self.dtype
 
     def convolve(self, x: Tensor, other: Tensor | None, relu: bool) -> Tensor:
