@@ -194,27 +194,29 @@ def running_alone(model: nn.Module) -> Iterator[None]:
 
     Errors: ValueError naming `model` where one does, also where the copy's forward passes over it.
     """
-    thread, ran = threading.get_ident(), list[str]()
+    thread, found = threading.get_ident(), list[BadValueError]()
 
     def refuse(module: nn.Module, _: object) -> None:
         if threading.get_ident() == thread:
-            ran.append(type(module).__name__)
-            raise RuntimeError("a module of the model, run by its copy")
+            found.append(
+                BadValueError(
+                    "model must not reach its own modules through a closure, a global or an object that is not copied, "
+                    f"got a {type(model).__name__} whose copy runs its {type(module).__name__}: attack the model itself"
+                )
+            )
+            raise found[0]
 
     hooks = [part.register_forward_pre_hook(refuse) for part in model.modules()]
     try:
         yield
     except Exception:
-        if not ran:
+        if not found:
             raise
     finally:
         for hook in hooks:
             hook.remove()
-    if ran:
-        raise BadValueError(
-            f"model must not reach its own modules through a closure, a global or an object that is not copied, got a "
-            f"{type(model).__name__} whose copy runs its {ran[0]}: attack the model itself"
-        )
+    if found:
+        raise found[0]
 
 
 def lay_(module: nn.Module, memory_format: torch.memory_format) -> None:

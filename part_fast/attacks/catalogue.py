@@ -35,6 +35,7 @@ class Attack:
     reads_model: whether it asks the model, so that a faster copy of it pays.
     soft_labels: whether y may be probabilities (N,classes), as CutMix makes them.
     of_method: whether a method that has an attack of this kind in its own loss runs that instead.
+    strongest: whether no other one within eps is expected to fool more.
     resumes: whether an evaluation is so slow that each batch is kept, to go on from.
     load: called before anything is written; raises, saying how to get it, where a package is missing.
     """
@@ -53,6 +54,7 @@ class Attack:
     soft_labels: bool = True
     of_method: bool = False
     resumes: bool = False
+    strongest: bool = False
     load: Callable[[], object] | None = None
 
 
@@ -115,6 +117,7 @@ ATTACKS: dict[str, Attack] = {
         random_start=False,
         soft_labels=False,
         resumes=True,
+        strongest=True,
         load=load_autoattack,
     ),
 }

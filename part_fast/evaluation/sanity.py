@@ -40,14 +40,12 @@ def _is_stronger(strong: str, weak: str) -> bool:
 
     Any attack beside none; AutoAttack beside any within eps; more steps of the same; 20 steps beside one.
     """
-    if strong == weak or strong == "natural":
-        return False
-    if weak == "natural":
-        return True
     (attack, steps), (other, fewer) = map(attack_of_evaluation, (strong, weak))
-    if other.reach > 1 or weak == "aa":  # further than eps; as strong as any
+    if attack is other or not other.reads_model:
+        return attack is not other or steps > fewer
+    if not attack.reads_model or other.strongest or other.reach > 1:  # which goes further than eps
         return False
-    return strong == "aa" or (steps > fewer if attack is other else steps >= 20 and fewer == 1)
+    return attack.strongest or (steps >= 20 and fewer == 1)
 
 
 def gradient_flags(
