@@ -99,10 +99,13 @@ def is_correct(
             is_correct[batch.indices.cpu()] = (clean_logits(model, x_adv).argmax(1) == batch.labels).cpu()
             bar.update(len(x))
             if keep is not None:
-                state = {"right": is_correct, "done": batch.indices[-1:].cpu() + 1}
-                taken = torch.tensor([time.perf_counter() - begin])
+                state = {
+                    "right": is_correct,
+                    "done": batch.indices[-1:].cpu() + 1,
+                    "seconds": torch.tensor([time.perf_counter() - begin], dtype=torch.float64),
+                }
                 with files.replacing(keep) as temporary:
-                    save_file(state | {"sha256": _checksum(*state.values()), "seconds": taken}, temporary)
+                    save_file(state | {"sha256": _checksum(*state.values())}, temporary)
     return distributed.sum_(is_correct.to(torch.uint8).to(data.images.device)).bool().cpu()
 
 
@@ -283,11 +286,12 @@ def _read_kept(keep: Path, n: int) -> tuple[Tensor, int, float]:
     Errors: ValueError if damaged.
     """
     state = read_tensors(keep)
-    seconds = state.get("seconds", torch.zeros(1))  # which files of before lack
     right, done, checksum = (state.get(name, torch.empty(0)) for name in ("right", "done", "sha256"))
+    timed = [state["seconds"]] if "seconds" in state else []  # which files of before lack
+    seconds = timed[0] if timed else torch.zeros(1)
     whole = right.dtype == torch.bool and right.shape == (n,) and done.dtype == torch.int64 and done.numel() == 1
-    whole = whole and seconds.numel() == 1 and bool(seconds.isfinite()) and float(seconds) >= 0
-    if not whole or not torch.equal(checksum, _checksum(right, done)) or not 0 <= int(done) <= n:
+    whole = whole and torch.equal(checksum, _checksum(right, done, *timed)) and seconds.numel() == 1
+    if not whole or not 0 <= int(done) <= n:
         raise BadValueError(f"{keep} is damaged: remove it, and the attack begins anew")
     return right, int(done), float(seconds)
 
