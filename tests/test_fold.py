@@ -142,6 +142,14 @@ FOLDED = {
 }
 
 
+def grow(model):
+    """Weights and statistics that are others, as after an update."""
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            if value.is_floating_point():
+                value.mul_(1.25)
+
+
 @pytest.mark.parametrize("kind", FOLDED)
 def test_both_are_folded(kind):
     model = made(FOLDED[kind]).double()
@@ -150,10 +158,7 @@ def test_both_are_folded(kind):
         fast = AttackModel(model)
     assert fast.folded == 2
     is_the_model(fast, model)
-    with torch.no_grad():
-        for value in (*model.parameters(), *model.buffers()):
-            if value.is_floating_point():
-                value.mul_(1.25)
+    grow(model)
     is_the_model(fast, model)
 
 
@@ -520,10 +525,7 @@ def test_a_forward_that_is_another_than_the_traced_one_is_unfolded(way, compile)
             fast(x)
         assert fast.folded == 0
         is_the_model(fast, model)
-        with torch.no_grad():
-            for value in (*model.parameters(), *model.buffers()):
-                if value.is_floating_point():
-                    value.mul_(1.25)
+        grow(model)
         is_the_model(fast, model)
 
 
