@@ -190,12 +190,11 @@ def train(
                     checkpoints.save(epoch)
                 if asked > SAVE:
                     stop.leave(asked)
-            trained_here, epoch.ended = not epoch.ended, True
-            if trained_here:
+            if not epoch.ended:
                 engine.end_epoch(epoch.number)
-            refuse_bad_loss(epoch, order, config, checkpoints.last)
-            if trained_here:  # after a GPU was waited for
+                refuse_bad_loss(epoch, order, config, checkpoints.last)  # and waits for a GPU, before time is taken
                 epoch.seconds = time.perf_counter() - began
+                epoch.ended = True
             refuse_bad_weights(engine, epoch.number, checkpoints.last)
             images = len(order) * distributed.size()
             if is_tested(config, epoch.number):
