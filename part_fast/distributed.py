@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import importlib
 import os
 from typing import Any
 
@@ -30,8 +32,10 @@ def join(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     by = {"cpu": "gloo", "cuda": "nccl"} if device.type == "cuda" else {"cpu": "gloo"}
     if not dist.is_initialized():
+        # Its functions take, as an argument's default, the group that is there at its first import, and keep it.
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group(",".join(f"{kind}:{name}" for kind, name in by.items()))
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave)
     there = dist.get_backend_config()
     missing = [kind for kind in by if f"{kind}:" not in there]
     if missing:
@@ -40,6 +44,16 @@ def join(device: torch.device) -> torch.device:
             f"init_process_group('cpu:gloo,cuda:nccl'), got {there!r}"
         )
     return device
+
+
+def _leave() -> None:
+    """Destroy the process group and wait for its threads, which a group that something holds would outlive.
+
+    A thread that lets go of a tensor takes the interpreter's lock, and aborts the process where the interpreter is
+    gone. A DistributedDataParallel that is still there holds the group.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def rank() -> int:
