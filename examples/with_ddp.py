@@ -10,6 +10,7 @@ import tempfile
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # the first wrapped model would import it, and it keeps the group that it finds
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,9 +19,7 @@ from part_fast.data import load, to_float
 from part_fast.models import resnet_small
 
 
-def train(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+def train(rank: int, world: int) -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(resnet_small())
     fast = part_fast.AttackModel(model)
@@ -39,13 +38,20 @@ def train(rank: int, world: int, folder: str) -> None:
     dist.all_gather(everybodys, weights)
     if rank == 0:
         print(f"{world} processes, loss {loss.item():.3f}, equal weights: {torch.equal(*everybodys)}")
+
+
+def process(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=world)
+    train(rank, world)
+    # With no wrapped model left, gloo's threads end here. A process that ends before them may abort.
     dist.destroy_process_group()
 
 
 def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(train, (2, folder), nprocs=2)
+        torch.multiprocessing.spawn(process, (2, folder), nprocs=2)
 
 
 if __name__ == "__main__":
