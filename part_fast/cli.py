@@ -590,6 +590,20 @@ def _value(
     )
 
 
+@_registry.primitive_rule
+def _whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Any number of whole numbers, of which the message names the wrong one."""
+    if info.type != tuple[int, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[INT [INT ...]]",
+        instance_from_str=lambda texts: tuple(map(_whole_number, texts)),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(one, int) for one in value),
+        str_from_instance=lambda value: list(map(str, value)),
+    )
+
+
 def _whole_number(text: str) -> int:
     try:
         return int(text)

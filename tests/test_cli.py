@@ -191,6 +191,7 @@ def test_resume_takes_the_configuration_of_the_run(trained, tmp_path):
         ("--no-augmen", "perhaps you meant --augment"),
         ("--seed 100000000000000000000", "seed must be < 2**63, got 100000000000000000000"),
         ("--seed 1e20", "--seed: takes a whole number, got '1e20'"),
+        ("--lr-drops 60 x", "--lr-drops: takes a whole number, got 'x'"),
         ("--device cuda:42", "device 'cuda:42' is not there"),
         ("--resume", "holds no run"),
         ("--init absent.pt", "no checkpoint file at absent.pt"),

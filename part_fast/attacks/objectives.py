@@ -48,12 +48,18 @@ def as_target(y: Tensor, logits: Tensor) -> Tensor:
 
 
 def divergence(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """KL divergence of each image's softmax from the probabilities `target` (N,classes), (N,)."""
+    """KL divergence of the probabilities `target` (N,classes) from each image's softmax, (N,); y is not used.
+
+    Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", ICML 2019, equation 5.
+    """
     return F.kl_div(widened(logits).log_softmax(1), target, reduction="none").sum(1)
 
 
 def towards(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """The minimum-margin attack's loss towards the classes `target` (N,), (N,)."""
+    """-max(z_y - z_target + 50, 0) of each image's logits z, (N,); y and `target` are class indices (N,).
+
+    Source: Gao et al., "Fast and Reliable Evaluation of Adversarial Robustness with Minimum-Margin Attack", ICML 2022.
+    """
     return -(logit_of(logits, y) - logit_of(logits, target) + 50).clamp(min=0)
 
 

@@ -28,6 +28,11 @@ class PerturbationBank:
 
     A batch that was cropped and flipped starts from perturbations that are cropped and flipped alike, and what its
     attack found is moved back; pixels that the crop left out keep what they had, and pixels that it padded start at 0.
+
+    Equivalent to, for images as stored: `start = (x + values[indices].float() * (eps / 127)).clamp(*clip)` before the
+    attack and `values[indices] = ((x_adv - x) * (127 / eps)).round().to(torch.int8)` after it.
+    Source: Jia et al., "Prior-guided adversarial initialization for fast adversarial training", ECCV 2022, section 3.
+    Errors: TypeError or ValueError that names the argument.
     """
 
     def __init__(
