@@ -518,6 +518,58 @@ def sets(self, x):
     return Net.body(self, x)
 
 
+def reads(self, x):
+    x = (x - self.mean) / self.std
+    return self.layer4(F.relu(own(self, x) * self.gamma)) * self.gamma
+
+
+def own_tensors(self):
+    self.register_buffer("mean", torch.rand(1, 3, 1, 1))
+    self.register_buffer("std", torch.rand(1, 3, 1, 1) + 0.5)
+    self.register_buffer("calls", torch.zeros(2))
+    self.gamma = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+
+
+@pytest.mark.parametrize("where", ["buffer", "parameter"])
+def test_tensors_of_its_own_that_a_forward_reads(where):
+    """Normalisation in the forward, say: four convolutions are fused, and the stem's is not, which is multiplied."""
+    model = made(net(reads, init=own_tensors, kind=Net))
+    fast = AttackModel(model)
+    assert fast.fused == passes(fast) == 4
+    assert fast.module.forward.graph is not None, "all of it is one graph"
+    is_the_model(fast, model)
+    changed = {"buffer": model.mean, "parameter": model.gamma}[where]
+    with torch.no_grad():
+        changed.mul_(2)
+    is_the_model(fast, model)
+    setattr(model, {"buffer": "mean", "parameter": "gamma"}[where], type(changed)(changed.detach() * 2))
+    fast.refresh()
+    is_the_model(fast, model)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda self: self.calls.add_(1),
+        lambda self: self.calls[:].add_(1),
+        lambda self: torch.add(self.calls, 1, out=self.calls),
+    ],
+    ids=["in place", "view", "out"],
+)
+def test_a_buffer_that_a_forward_writes_into_is_written_once_each_time(write):
+    def counts(self, x):
+        write(self)
+        return Net.body(self, x)
+
+    model = made(net(counts, init=own_tensors, kind=Net))
+    fast = AttackModel(model)
+    before = fast.module.calls.clone()
+    fast(batch())
+    fast(batch())
+    assert (fast.module.calls - before).tolist() == [2, 2]
+    assert fast.fused == passes(fast) == 4, "of the blocks"
+
+
 UNSEEN = {
     # Name: body, how many are fused all the same, of the blocks that the graph has whole.
     "a custom backward": (lambda self, x: self.layer4(Halves.apply(F.relu(own(self, x)))), 4),

@@ -59,7 +59,9 @@ def fuse(forward: Trace | str) -> None:
         packs = any(node.op == "call_module" and isinstance(modules[str(node.target)], PackedConv2d) for node in within)
         # What hooks did while the forward was traced is in the graph, which would do it without them too.
         hooked = any(any(_hooks(part)) for part in module.modules())
-        if packs and not hooked and "forward" not in vars(module) and (graph := _graph_of(call, within)) is not None:
+        if not packs or hooked or "forward" in vars(module) or any(_updates(node, forward.model) for node in within):
+            continue
+        if (graph := _graph_of(call, within)) is not None:
             made.append(FusedForward(module, forward.model, graph))
             module.forward = made[-1]
     for fused in made:
@@ -435,6 +437,16 @@ def _writes(node: Node, model: nn.Module) -> bool:
     known = home.partition(".")[0] in ("torch", "_operator", "builtins", "math")
     flags = (*node.args, node.kwargs.get("inplace"), "out" in node.kwargs)  # F.relu(x, True)
     return not known or name in _IN_PLACE or name.endswith("_") or any(flag is True for flag in flags)
+
+
+def _updates(node: Node, model: nn.Module) -> bool:
+    """Whether the node writes into a tensor that a module keeps, which a comparison would write into once more."""
+    if not _writes(node, model):
+        return False
+    into: Any = node.kwargs.get("out", _args(node)[0] if node.args else None)
+    while isinstance(into, Node) and (into.op == "call_method" or into.target is operator.getitem):
+        into = _args(into)[0]  # of which the other may be a view
+    return isinstance(into, Node) and into.op == "get_attr"
 
 
 _IN_PLACE = {name for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")} | {"setitem"}

@@ -166,6 +166,7 @@ class _Tracer(Tracer):
         self._calls: list[Call] = []
         self._open: list[Call] = []  # that the forward is in
         self._proxies: list[weakref.ref[Proxy]] = []
+        self._of_attributes: dict[str, Any] = {}  # torch.fx's names for tensors of modules
 
     def whole_calls(self) -> list[Call]:
         """Of modules called once: those of tensors alone of which the graph has everything, the model's among them."""
@@ -191,6 +192,7 @@ class _Tracer(Tracer):
         """The graph of `root`'s forward."""
         call = self._begin("", ())
         graph = super().trace(root, concrete_args)
+        self._of_attributes.clear()  # what torch.fx keeps is not what the forward keeps
         nodes = list(graph.nodes)
         call.args = (next(node for node in nodes if node.op == "placeholder"),)
         self._end(call, len(nodes) - 1, nodes[-1].args[0])
@@ -232,6 +234,7 @@ class _Tracer(Tracer):
         """In the place of nn.Module.__getattr__, for all threads: the others get what they asked for."""
         if threading.get_ident() != self._thread:
             return attr_val
+        self._of_attributes = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def call_module(
