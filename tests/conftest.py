@@ -11,7 +11,7 @@ import functools
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 import part_fast
 from part_fast import PackedEpsilon
 from part_fast.config import TrainConfig
+from part_fast.errors import MissingPackageError
 
 # cuBLAS reads it when it is first used; without it torch refuses matrix products in deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -98,6 +99,16 @@ def thin_out(config: pytest.Config, items: list[pytest.Item], each: int) -> None
         (kept if chosen else dropped).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """A file of tests that cannot be imported since part_fast needs a package that is missing is skipped."""
+    report = yield
+    raised = None if report.call.excinfo is None else report.call.excinfo.value.__cause__
+    if isinstance(raised, MissingPackageError):
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {raised}")
+    return report
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

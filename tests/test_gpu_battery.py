@@ -563,6 +563,13 @@ def test_the_tests_part_reports_each_failure(tmp_path):
     assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
 
 
+def test_the_tests_part_says_which_file_lacks_a_package(tmp_path):
+    done = run_tests(tmp_path, "pytest.importorskip('no_such_package', reason='needs the package X')\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    reasons = {row["name"]: row["why"] for row in rows(tmp_path, kind="skipped")}
+    assert reasons["tests/test_some.py"] == "needs the package X"
+
+
 def test_no_more_tests_than_there_is_time_for():
     assert checkout.share(4500, 10, 95) == 7
     assert checkout.share(4500, 10, 1000) == 1

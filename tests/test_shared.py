@@ -1,10 +1,13 @@
 """What conftest.py gives the tests: arguments moved to a GPU as they are, and a choice of tests."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BAD_MAPS, STRIDED, Backend, on_device, strided, thin_out
+from conftest import BAD_MAPS, ROOT, STRIDED, Backend, on_device, strided, thin_out
 
 
 @pytest.mark.parametrize("kind", STRIDED)
@@ -53,3 +56,21 @@ def test_tests_of_a_gpu_are_thinned_out():
     items = many[:]
     thin_out(config, items, 10**9)
     assert [each.nodeid for each in items] == ["test_a[cuda-gpu-0]", "test_a[triton-gpu-0]"]
+
+
+def test_a_file_of_tests_that_needs_a_missing_package_is_skipped(tmp_path):
+    """As on a machine with a GPU and without what the command line takes; another error of an import stays one."""
+    (tmp_path / "tyro.py").write_text("raise ImportError('not here')\n")
+    broken = tmp_path / "test_broken.py"
+    broken.write_text("raise ImportError('broken')\n")
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])}
+
+    def collected(*arguments):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-rs", "-p", "no:cacheprovider", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    done = collected("tests/test_sweep.py")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
+    assert "tests/test_sweep.py:0: part_fast needs the package tyro for this (not here): pip install" in done.stdout
+    assert collected("--rootdir", str(tmp_path), str(broken)).returncode == pytest.ExitCode.INTERRUPTED

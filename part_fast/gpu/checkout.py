@@ -160,6 +160,8 @@ class Outcomes:
         if report.failed:
             self.recorder.failures += 1
             self.recorder.line("failed", f"collecting {report.nodeid}", error=str(report.longrepr)[-400:])
+        elif report.skipped:
+            self.recorder.skip(report.nodeid, report.longrepr[2].removeprefix("Skipped: "))
 
 
 # Seconds until the workers of pytest-xdist have started and collected the tests.
