@@ -4,10 +4,11 @@ import csv
 import dataclasses
 import json
 import shutil
+import textwrap
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import ROOT, TINY_RUN
 
 from part_fast.experiments import speedrun as speedruns
 from part_fast.experiments.arms import MEASURES, PLACES, Result, how_tested, read_results, slug
@@ -85,6 +86,17 @@ def test_of_runs_that_some_attack_tested_and_some_did_not():
     assert lines[2].split()[4:] == ["50.00", "25.00", "12.50", "no"]
     assert lines[3].split()[4:] == ["50.00", "25.00", "-", "no"]
     assert lines[4].endswith("50.00 ± 0.00  25.00 ± 0.00   12.50 (n=1)        0 of 2")
+
+
+def test_the_pages_table_is_that_of_a_gpus_runs():
+    with (ROOT / "docs" / "gpu" / "speedrun.csv").open(newline="") as file:
+        rows = [{name: json.loads(value.lower()) for name, value in row.items()} for row in csv.DictReader(file)]
+    table = speedruns._runs_table(rows, {key: MEASURES[key] for key in ("natural", "pgd20")})
+    assert textwrap.indent(table, "    ") in (ROOT / "docs" / "speedrun.md").read_text()
+    goal, epochs = SCALES["full"], SCALES["full"].config.epochs
+    assert all(
+        row["natural"] >= goal.natural and row["pgd20"] >= goal.pgd20 and row["epochs"] == epochs for row in rows
+    )
 
 
 def test_speedrun(tmp_path, monkeypatch):
