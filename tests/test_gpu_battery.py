@@ -519,6 +519,15 @@ def test_training_dry_run(tmp_path):
     assert {row["name"] for row in found if row["kind"] == "ok"} == {"train", "evaluate, masks"}
 
 
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    """One that can be imported is there, also where nobody installed it."""
+    (tmp_path / "only_a_file.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(checkout, "PACKAGES", ("pytest", "only_a_file", "no_such_package"))
+    (missing,) = [row for row in dry(lambda given: checkout.main(["environment", *given]), tmp_path) if "why" in row]
+    assert missing["why"] == "not installed: no_such_package"
+
+
 def run_tests(folder, tests, *arguments):
     """The part `tests` of a checkout of one file."""
     (folder / "setup.py").touch()

@@ -72,7 +72,8 @@ def environment(recorder: Recorder) -> None:
     recorder.value(
         "environment", **{**found, **_card(recorder.device), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
     )
-    missing = [name for name in PACKAGES if _version(name) is None]
+    # One that lies on PYTHONPATH has no version.
+    missing = [name for name in PACKAGES if _version(name) is None and importlib.util.find_spec(name) is None]
     if missing:
         recorder.skip("packages", f"not installed: {', '.join(missing)}")
     if recorder.device.type == "cuda":
